@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Method ``none``: nothing is decided; a request skips only what it names itself."""
+
+from __future__ import annotations
+
+from vllm_adaskip.classifiers.base import Classifier, MethodOptions
+from vllm_adaskip.classifiers.plan import DecoderShape, PlanError, SkipPlan
+
+
+class Dense(Classifier):
+    """Every sequence runs every sub-layer."""
+
+    def __init__(self, shape: DecoderShape, options: MethodOptions) -> None:
+        self._plan = SkipPlan(shape.num_layers)
+
+    def decide(self, budget: float) -> SkipPlan:
+        """Give the dense plan, which fits no budget below 1."""
+        if budget < 1.0:
+            raise PlanError(
+                f"a budget of {budget:g} cannot be met: method 'none' skips nothing; start the "
+                "server with a method, or name a plan in adaskip_skip"
+            )
+        return self._plan

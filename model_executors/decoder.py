@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loop that all families share: run each sub-layer for the tokens that need it.
+
+When nothing is skipped the family's own forward runs, compiled or not, exactly as in
+stock vLLM. When something is, the loop below calls the same layer modules one by one.
+vLLM's layers carry the residual stream as a pair ``(hidden, residual)`` whose sum it is,
+the sum being fused into the next norm: leaving a sub-layer out means passing on both.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from vllm_adaskip.engine import compat
+from vllm_adaskip.engine.runtime import SkipRuntime
+from vllm_adaskip.engine.step_plan import Segment, StepPlan
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+Stream = tuple[Tensor, Tensor | None]
+
+
+class SkippingDecoder(nn.Module):
+    """Mixin before a vLLM ``...ForCausalLM`` class; a family adds the methods marked abstract."""
+
+    model: Any
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any) -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
+        compat.enable_amx()
+        layers = self.model.layers
+        self.adaskip = SkipRuntime(vllm_config, len(layers), map(self.attention_of, layers))
+
+    @abstractmethod
+    def attention_of(self, layer: Any) -> Any:
+        """Give the layer's vLLM `Attention` module."""
+
+    @abstractmethod
+    def run_attention(self, layer: Any, positions: Tensor, stream: Stream) -> Stream:
+        """Run a layer's norm and attention; ``[tokens]`` positions, ``[tokens, hidden]`` pair."""
+
+    @abstractmethod
+    def run_mlp(self, layer: Any, stream: Stream) -> Stream:
+        """Run a layer's norm and MLP."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Any:
+        """Give hidden states ``[tokens, hidden]`` after the final norm."""
+        step = self.adaskip.begin_step()
+        if step is None:
+            return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds)
+        if inputs_embeds is None:
+            inputs_embeds = self.model.embed_input_ids(input_ids)
+        return self._run_step(step, positions, inputs_embeds)
+
+    def _run_step(self, step: StepPlan, positions: Tensor, embeddings: Tensor) -> Tensor:
+        stream: Stream = (embeddings, None)
+        for segment in step.segments:
+            with self.adaskip.using(segment.subset):
+                if segment.subset is None:
+                    stream = self._run_segment(segment, positions, stream)
+                    continue
+                tokens = segment.subset.tokens
+                part = _gather(stream, tokens)
+                part = self._run_segment(segment, positions[tokens], part)
+                stream = _scatter(stream, tokens, part)
+        hidden, _ = self.model.norm(*stream)
+        return hidden
+
+    def _run_segment(self, segment: Segment, positions: Tensor, stream: Stream) -> Stream:
+        for index, part in segment.parts:
+            layer = self.model.layers[index]
+            if part == "layer":
+                stream = layer(positions, *stream)
+            elif part == "attention":
+                stream = self.run_attention(layer, positions, stream)
+            else:
+                stream = self.run_mlp(layer, stream)
+        return stream
+
+
+def add_and_norm(norm: nn.Module, stream: Stream) -> tuple[Tensor, Tensor]:
+    """Give ``(normed, residual)``, as a vLLM layer makes them; the first has no residual yet."""
+    hidden, residual = stream
+    if residual is None:
+        return norm(hidden), hidden
+    normed, residual = norm(hidden, residual)
+    return normed, residual
+
+
+def _gather(stream: Stream, tokens: slice | Tensor) -> Stream:
+    hidden, residual = stream
+    return hidden[tokens], None if residual is None else residual[tokens]
+
+
+def _scatter(stream: Stream, tokens: slice | Tensor, part: Stream) -> Stream:
+    """Put the part's rows back; before any sub-layer has run the others' pair is (0, stream)."""
+    hidden, residual = stream
+    if residual is None:
+        hidden, residual = torch.zeros_like(hidden), hidden.clone()
+    hidden[tokens] = part[0]
+    residual[tokens] = part[1]
+    return hidden, residual

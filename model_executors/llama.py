@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Llama: `LlamaForCausalLM` and the checkpoints that share its class."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from vllm.model_executor.models.llama import LlamaForCausalLM
+
+from vllm_adaskip.model_executors.decoder import SkippingDecoder, Stream, add_and_norm
+
+
+class AdaSkipLlamaForCausalLM(SkippingDecoder, LlamaForCausalLM):
+    """vLLM's Llama with a skip plan per sequence."""
+
+    def attention_of(self, layer: Any) -> Any:
+        """Give the layer's vLLM `Attention` module."""
+        return layer.self_attn.attn
+
+    def run_attention(self, layer: Any, positions: Tensor, stream: Stream) -> Stream:
+        """Run input norm and self-attention."""
+        normed, residual = add_and_norm(layer.input_layernorm, stream)
+        return layer.self_attn(positions=positions, hidden_states=normed), residual
+
+    def run_mlp(self, layer: Any, stream: Stream) -> Stream:
+        """Run post-attention norm and MLP."""
+        normed, residual = add_and_norm(layer.post_attention_layernorm, stream)
+        return layer.mlp(normed), residual

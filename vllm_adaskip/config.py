@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The server's options, as they stand under ``adaskip`` in vLLM's ``additional_config``."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from vllm_adaskip.classifiers import METHODS, DecoderShape
+from vllm_adaskip.engine.planner import Planner, PlannerConfig
+
+
+class ConfigError(ValueError):
+    """An option that is not allowed; the message names it, its value and what is allowed."""
+
+
+class AdaSkipConfig(BaseModel):
+    """Frozen and validated; a method's own options stand beside the common ones.
+
+    Attributes:
+        method: which classifier decides plans, ``none`` by default.
+        budget: largest share of decoder compute a decided plan may keep, in (0, 1].
+
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True)
+
+    method: str = "none"
+    budget: float = Field(default=1.0, gt=0, le=1)
+
+    @field_validator("method")
+    @classmethod
+    def _method_exists(cls, method: str) -> str:
+        if method not in METHODS:
+            raise ValueError(f"no such method; allowed: {', '.join(METHODS)}")
+        return method
+
+    @classmethod
+    def parse(cls, options: object) -> AdaSkipConfig:
+        """Read the options.
+
+        Raises:
+            ConfigError: not a mapping, an unknown option, or a value that is not allowed.
+
+        """
+        if not isinstance(options, Mapping):
+            raise ConfigError(f"adaskip: {options!r:.80} is not allowed; allowed: a JSON object")
+        try:
+            config = cls.model_validate(dict(options))
+            METHODS[config.method].Options.model_validate(config.method_options)
+        except ValidationError as error:
+            raise ConfigError(_explain(error, options)) from None
+        return config
+
+    @property
+    def method_options(self) -> dict[str, Any]:
+        """The method's own options."""
+        return dict(self.model_extra or {})
+
+    def planner_config(self, shape: DecoderShape) -> PlannerConfig:
+        """Bind the options to a model.
+
+        Raises:
+            ConfigError: they do not fit it (a layer that does not exist, a budget that
+                the method cannot meet).
+
+        """
+        config = PlannerConfig(shape, self.method, self.method_options, self.budget)
+        try:
+            Planner(config)
+        except ValueError as error:
+            raise ConfigError(f"adaskip: {error}") from None
+        return config
+
+
+def _explain(error: ValidationError, options: Mapping[str, Any]) -> str:
+    """One line per wrong option."""
+    lines = []
+    for problem in error.errors(include_url=False):
+        key = str(problem["loc"][0])
+        if problem["type"] == "extra_forbidden":
+            lines.append(_unknown(key, str(options.get("method", "none"))))
+        elif problem["type"] == "missing":
+            lines.append(f"adaskip.{key} is missing; method {options.get('method')!r} needs it")
+        else:
+            value = f"{options.get(key)!r:.80}"
+            reason = problem["msg"].removeprefix("Value error, ")
+            lines.append(f"adaskip.{key}: {value} is not allowed: {reason}")
+    return "\n".join(dict.fromkeys(lines))
+
+
+def _unknown(key: str, method: str) -> str:
+    known = [*AdaSkipConfig.model_fields, *METHODS[method].Options.model_fields]
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+    elsewhere = [name for name, other in METHODS.items() if key in other.Options.model_fields]
+    hint = (
+        f"it belongs to method {' or '.join(map(repr, elsewhere))}, but method is {method!r}"
+        if elsewhere
+        else f"did you mean {near!r}?"
+    )
+    return f"adaskip.{key}: unknown option, {hint}; allowed with method {method!r}: {', '.join(known)}"

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model asks at every forward: which tokens go through which sub-layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vllm_adaskip.engine import compat
+from vllm_adaskip.engine.step_plan import Layout, StepPlan, Subset
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.forward_context import ForwardContext
+    from vllm.model_executor.layers.attention import Attention
+
+
+class SkipRuntime:
+    """One engine's plans, step by step, and the counters of its report."""
+
+    def __init__(
+        self, vllm_config: VllmConfig, num_layers: int, attention: Iterable[Attention]
+    ) -> None:
+        self.num_layers = num_layers
+        self.table = compat.sequence_table(vllm_config, num_layers)
+        self._sub_batches = compat.SubBatches(vllm_config, attention)
+        self._layout: Layout | None = None
+        self._version = -1
+        self._plan: StepPlan | None = None
+        self._contexts: dict[int, ForwardContext] = {}
+        self._method = vllm_config.additional_config.get("adaskip", {}).get("method", "none")
+        self._prompt_tokens = 0
+        self._generated_tokens = 0
+        self._generated_run = np.zeros(2 * num_layers, dtype=np.int64)
+
+    def begin_step(self) -> StepPlan | None:
+        """Plan the forward that starts now; None when every token goes through everything.
+
+        Costs a few operations on small arrays. A plan is kept as long as rows and phases
+        stay, which in steady decoding they do.
+        """
+        metadata = self._sub_batches.step_metadata()
+        if metadata is None:  # a warm-up: no sequences
+            return None
+        query_start_loc, seq_lens = compat.step_lengths(metadata)
+        rows = len(seq_lens)
+        layout = Layout.of(query_start_loc, seq_lens, self.table.prompt_lens[:rows])
+        if self._is_stale(layout):
+            self._version, self._layout = self.table.version, layout
+            plan = StepPlan.build(self.table.skips[:rows], layout)
+            self._plan = None if plan.is_dense else plan
+        self._contexts.clear()
+        self._count(layout)
+        return self._plan
+
+    def using(self, subset: Subset | None) -> AbstractContextManager[Any]:
+        """Enter a forward context in which vLLM's layers see only a subset of the step.
+
+        Metadata are built once per subset and step, however many segments share it.
+        """
+        from vllm.forward_context import override_forward_context
+
+        if subset is None:
+            return nullcontext()
+        if id(subset) not in self._contexts:
+            self._contexts[id(subset)] = self._sub_batches.context(subset)
+        return override_forward_context(self._contexts[id(subset)])
+
+    def report(self) -> dict[str, Any]:
+        """Give cumulative counters; ``*_run[l]`` counts generated tokens through sub-layer l."""
+        run = self._generated_run.tolist()
+        return {
+            "num_layers": self.num_layers,
+            "prompt_tokens": self._prompt_tokens,
+            "decode_tokens": self._generated_tokens,
+            "attn_run": run[0::2],
+            "mlp_run": run[1::2],
+            "requests": self.table.requests,
+            "method": self._method,
+        }
+
+    def _is_stale(self, layout: Layout) -> bool:
+        if self._layout is None or self._version != self.table.version:
+            return True
+        return not layout.equals(self._layout)
+
+    def _count(self, layout: Layout) -> None:
+        generated = int(layout.generated.sum())
+        self._prompt_tokens += int(layout.query_lens.sum()) - generated
+        self._generated_tokens += generated
+        self._generated_run += generated if self._plan is None else self._plan.generated_run

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How an engine asks for the plugin: an architecture of ours, and our options beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_adaskip.config import AdaSkipConfig
+from vllm_adaskip.engine.compat import is_probe
+from vllm_adaskip.model_executors.registry import FAMILIES, family_of
+
+Overrides = Mapping[str, Any] | Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class UseAdaSkip:
+    """An ``hf_overrides`` callable that swaps in our architecture, after the user's overrides.
+
+    A dataclass and not a closure, because vLLM sends it to other processes.
+    """
+
+    user: Overrides | None = None
+
+    def __call__(self, hf_config: Any) -> Any:
+        """Give the config with our architecture, or refuse the model (`ValueError`)."""
+        if callable(self.user):
+            hf_config = self.user(hf_config)
+        elif self.user:
+            _update(hf_config, self.user)
+        if is_probe(hf_config):
+            return hf_config
+        architectures = getattr(hf_config, "architectures", None) or []
+        families = [family for name in architectures if (family := family_of(name))]
+        if not families:
+            raise ValueError(
+                f"vllm-adaskip cannot skip in architecture {' or '.join(architectures) or '?'}; "
+                f"supported: {', '.join(FAMILIES)}. Serve it without --plugin adaskip."
+            )
+        hf_config.architectures = [families[0].architecture]
+        return hf_config
+
+
+def _update(hf_config: Any, overrides: Mapping[str, Any]) -> None:
+    """Apply a dict of overrides as vLLM does; a dict for a nested config goes into it."""
+    for key, value in overrides.items():
+        nested = getattr(hf_config, key, None)
+        if isinstance(value, Mapping) and hasattr(nested, "to_dict"):
+            _update(nested, value)
+        else:
+            setattr(hf_config, key, value)
+
+
+def engine_args(
+    *, hf_overrides: Overrides | None = None, **options: Any
+) -> dict[str, Any]:
+    """Give the keyword arguments that turn the plugin on: ``LLM(model, **engine_args(...))``.
+
+    Args:
+        hf_overrides: your own ``hf_overrides`` for the engine, if any.
+        options: the server's options, such as ``method="static", skip=[5, 6]``.
+
+    Raises:
+        ConfigError: an unknown option or a value that is not allowed.
+
+    """
+    AdaSkipConfig.parse(options)
+    return {
+        "hf_overrides": UseAdaSkip(hf_overrides),
+        "additional_config": {"adaskip": options},
+    }

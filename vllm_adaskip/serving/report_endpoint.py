@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Entry point ``vllm.endpoint_plugins``: ``GET /adaskip/report``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fastapi import APIRouter, FastAPI, HTTPException, Request
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from starlette.datastructures import State
+    from vllm.engine.protocol import EngineClient
+
+router = APIRouter()
+
+
+@router.get("/adaskip/report")
+async def adaskip_report(request: Request) -> list[dict[str, Any]]:
+    """One dict of cumulative counters a worker."""
+    client = request.app.state.adaskip_engine
+    if client is None:
+        raise HTTPException(404, "this server was started without --plugin adaskip")
+    report: list[dict[str, Any]] = await client.collective_rpc("adaskip_report")
+    return report
+
+
+class ReportEndpoint:
+    """Adds the route; it reads counters, takes nothing from the client and runs no code of it."""
+
+    name = "adaskip"
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Add the route."""
+        app.include_router(router)
+
+    async def init_state(
+        self, engine_client: EngineClient | None, state: State, args: Namespace
+    ) -> None:
+        """Remember the engine, if it is one of ours."""
+        ours = "adaskip" in (getattr(args, "additional_config", None) or {})
+        state.adaskip_engine = engine_client if ours else None

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What happens when an engine starts with one of our architectures.
+
+vLLM calls `AdaSkipStartup.verify_and_update_config` once per engine, for our
+architectures only. Set-ups in which plans would be wrong or silently ignored are refused
+here, each with the option to change (invariant 10).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm.logger import init_logger
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+from vllm_adaskip.config import AdaSkipConfig
+from vllm_adaskip.engine.v1_feeder import class_path
+from vllm_adaskip.model_executors.registry import family_of
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = init_logger("vllm.adaskip")
+
+_WORKER_EXTENSION = "vllm_adaskip.engine.worker_extension.AdaSkipWorkerExtension"
+
+
+class AdaSkipStartup(VerifyAndUpdateConfig):
+    """Checks an engine's config and adds what skipping needs to it."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        """Refuse what is not supported (`ValueError`), then add feeder and worker extension."""
+        problems = [message for holds, message in _unsupported(vllm_config) if holds]
+        if problems:
+            raise ValueError("vllm-adaskip cannot run with this set-up:\n- " + "\n- ".join(problems))
+        model = vllm_config.model_config
+        family = family_of(model.architecture)
+        assert family is not None
+        config = AdaSkipConfig.parse(vllm_config.additional_config.setdefault("adaskip", {}))
+        feeder = class_path(config.planner_config(family.shape(model.hf_config)))
+        model.logits_processors = [*(model.logits_processors or []), feeder]
+        vllm_config.parallel_config.worker_extension_cls = _WORKER_EXTENSION
+        _switch_prefix_caching_off(vllm_config)
+        logger.info(
+            "vllm-adaskip: %s, method %s%s, budget %g",
+            family.architecture,
+            config.method,
+            "".join(f", {key} {value}" for key, value in config.method_options.items()),
+            config.budget,
+        )
+
+
+def _unsupported(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
+    """Pairs of whether a set-up holds that we cannot serve, and what to change."""
+    from vllm.platforms import current_platform
+
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    extension = parallel.worker_extension_cls
+    return [
+        (
+            vllm_config.use_v2_model_runner or not current_platform.is_cpu(),
+            "Model Runner V2 and accelerators are not supported yet; use the CPU backend and "
+            "leave VLLM_USE_V2_MODEL_RUNNER unset or 0",
+        ),
+        (
+            parallel.pipeline_parallel_size > 1,
+            f"pipeline parallel is not supported; set --pipeline-parallel-size "
+            f"{parallel.pipeline_parallel_size} to 1",
+        ),
+        (
+            vllm_config.speculative_config is not None,
+            "speculative decoding is not supported; remove --speculative-config",
+        ),
+        (
+            vllm_config.lora_config is not None,
+            "LoRA adapters are not supported; remove --enable-lora, or merge the adapter",
+        ),
+        (
+            model.quantization is not None,
+            f"quantisation {model.quantization!r} has not been tested; use an unquantised "
+            "checkpoint and remove --quantization",
+        ),
+        (
+            vllm_config.kv_transfer_config is not None,
+            "KV transfer would hand on blocks with holes; remove --kv-transfer-config",
+        ),
+        (
+            model.runner_type != "generate",
+            f"only text generation is supported; set --runner {model.runner_type} to generate",
+        ),
+        (
+            model.enable_prompt_embeds,
+            "prompt embeddings are not supported; remove --enable-prompt-embeds",
+        ),
+        (
+            model.get_sliding_window() is not None,
+            "sliding-window attention is not supported; use a model without it",
+        ),
+        (
+            bool(extension) and extension != _WORKER_EXTENSION,
+            f"--worker-extension-cls {extension!r} takes the place of ours; remove it",
+        ),
+    ]
+
+
+def _switch_prefix_caching_off(vllm_config: VllmConfig) -> None:
+    """Blocks with generated tokens of a planned sequence have holes nobody else may read."""
+    if vllm_config.cache_config.enable_prefix_caching:
+        vllm_config.cache_config.enable_prefix_caching = False
+        logger.warning(
+            "vllm-adaskip: prefix caching is switched off, because cached blocks of planned "
+            "requests would not be safe to share yet"
+        )
