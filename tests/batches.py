@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random prompts and plans for engine tests, and a greedy run of them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from vllm_adaskip import SkipPlan
+
+Entries = list[int | str]
+
+
+def random_prompts(seed: int, count: int, longest: int = 90, vocabulary: int = 512) -> list[list[int]]:
+    """Prompts of 1 to ``longest`` random tokens."""
+    rng = random.Random(seed)
+    return [
+        [rng.randrange(vocabulary) for _ in range(rng.randint(1, longest))] for _ in range(count)
+    ]
+
+
+def random_plan(rng: random.Random, num_layers: int) -> Entries:
+    """Any plan that can run: each sub-layer left out with a chance drawn per plan."""
+    while True:
+        chance = rng.choice([0.1, 0.3, 0.6])
+        attention, mlp = (
+            sum((rng.random() < chance) << layer for layer in range(num_layers)) for _ in range(2)
+        )
+        plan = SkipPlan(num_layers, attention, mlp)
+        if not plan.skips_everything:
+            return plan.entries()
+
+
+def sampling(plan: Entries | None, max_tokens: int, **more: Any) -> Any:
+    """Greedy sampling parameters with a plan; None leaves our arguments out."""
+    from vllm import SamplingParams
+
+    args = None if plan is None else {"adaskip_skip": plan}
+    return SamplingParams(
+        **{
+            "temperature": 0,
+            "max_tokens": max_tokens,
+            "detokenize": False,
+            "ignore_eos": True,
+            "extra_args": args,
+            **more,
+        }
+    )
+
+
+def greedy(
+    llm: Any,
+    prompts: Sequence[Sequence[int]],
+    plans: Sequence[Entries | None],
+    max_tokens: int = 24,
+) -> list[list[int]]:
+    """Give the tokens of one batch."""
+    outputs = llm.generate(
+        [{"prompt_token_ids": list(prompt)} for prompt in prompts],
+        [sampling(plan, max_tokens) for plan in plans],
+        use_tqdm=False,
+    )
+    return [list(output.outputs[0].token_ids) for output in outputs]

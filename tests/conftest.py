@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What several test files share: a tiny random checkpoint, and engines in this process."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Before vLLM is imported: engines run in this process, side by side, one thread each.
+os.environ.update(
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    VLLM_CPU_KVCACHE_SPACE="1",
+    VLLM_LOGGING_LEVEL="ERROR",
+    OMP_NUM_THREADS="1",
+    HF_HUB_OFFLINE="1",
+)
+sys.path.insert(0, str(Path(__file__).parent))
+
+TINY_LAYERS = 8
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A random Llama of 8 layers with grouped-query attention, large weights, no tokenizer.
+
+    Random weights are good here: any mistake in what runs changes the tokens at once.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=TINY_LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=512,
+        initializer_range=0.1,
+        tie_word_embeddings=False,
+    )
+    path = tmp_path_factory.mktemp("tiny") / "llama"
+    LlamaForCausalLM(config).save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Callable[..., Any]]:
+    """Make engines that the module shares; all are shut down after it.
+
+    Keyword arguments are those of `vllm.LLM`. Prompts are token ids.
+    """
+    from vllm import LLM
+
+    from vllm_adaskip.engine.compat import enable_amx
+
+    enable_amx()  # for stock engines; ours do it themselves
+    engines: list[Any] = []
+
+    def make(model: str, **kwargs: Any) -> Any:
+        defaults: dict[str, Any] = {
+            "dtype": "float32",
+            "skip_tokenizer_init": True,
+            "enforce_eager": True,
+            "max_model_len": 256,
+            "max_num_seqs": 16,
+            "max_num_batched_tokens": 256,
+            "distributed_executor_backend": "uni",
+        }
+        engines.append(LLM(model, **{**defaults, **kwargs}))
+        return engines[-1]
+
+    yield make
+    for one in engines:
+        one.llm_engine.engine_core.shutdown()
+    engines.clear()
+    gc.collect()

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The step plan against its meaning, token by token."""
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_adaskip.engine.step_plan import Layout, StepPlan
+
+LAYERS = 3
+
+Row = tuple[int, int, int, list[bool]]
+#: (computed, query, prompt length, left-out sub-layers)
+rows = st.tuples(
+    st.integers(0, 6),
+    st.integers(1, 5),
+    st.integers(1, 9),
+    st.lists(st.booleans(), min_size=2 * LAYERS, max_size=2 * LAYERS),
+)
+
+
+def plan_of(batch: list[Row]) -> tuple[StepPlan, Layout]:
+    computed, query, prompts = (np.array([row[i] for row in batch]) for i in range(3))
+    starts = np.concatenate(([0], np.cumsum(query)))
+    layout = Layout.of(starts, computed + query, prompts)
+    return StepPlan.build(np.array([row[3] for row in batch]), layout), layout
+
+
+def expected_tokens(batch: list[Row], sub_layer: int) -> list[int]:
+    """Step positions of the tokens that go through: prompt tokens, and those of rows that keep it."""
+    tokens, position = [], 0
+    for computed, query, prompt, skips in batch:
+        for offset in range(query):
+            if computed + offset < prompt or not skips[sub_layer]:
+                tokens.append(position)
+            position += 1
+    return tokens
+
+
+@settings(deadline=None)
+@given(st.lists(rows, min_size=1, max_size=8))
+def test_each_sub_layer_gets_exactly_its_tokens_in_order(batch: list[Row]) -> None:
+    plan, _ = plan_of(batch)
+    total = sum(row[1] for row in batch)
+    ran: dict[int, list[int]] = {}
+    order = []
+    for segment in plan.segments:
+        everything = torch.arange(total)
+        tokens = everything if segment.subset is None else everything[segment.subset.tokens]
+        for sub_layer in segment.sub_layers:
+            ran[sub_layer] = tokens.tolist()
+            order.append(sub_layer)
+    assert order == sorted(order)
+    for sub_layer in range(2 * LAYERS):
+        assert ran.get(sub_layer, []) == expected_tokens(batch, sub_layer)
+
+
+@settings(deadline=None)
+@given(st.lists(rows, min_size=1, max_size=8))
+def test_a_subset_describes_the_sub_batch(batch: list[Row]) -> None:
+    plan, layout = plan_of(batch)
+    for segment in plan.segments:
+        if (subset := segment.subset) is None:
+            continue
+        kept = layout.query_lens[subset.rows.numpy()] - subset.dropped.numpy()
+        assert np.array_equal(np.diff(subset.query_start_loc.numpy()), kept)
+        assert (kept > 0).all() and subset.max_query_len == kept.max()
+        assert subset.num_tokens == kept.sum()
+        assert torch.arange(int(layout.query_lens.sum()))[subset.tokens].numel() == kept.sum()
+
+
+@settings(deadline=None)
+@given(st.lists(rows, min_size=1, max_size=8))
+def test_counts_generated_tokens_that_run(batch: list[Row]) -> None:
+    plan, _ = plan_of(batch)
+    for sub_layer in range(2 * LAYERS):
+        want = sum(
+            computed + offset >= prompt and not skips[sub_layer]
+            for computed, query, prompt, skips in batch
+            for offset in range(query)
+        )
+        assert plan.generated_run[sub_layer] == want
+
+
+def test_a_sub_layer_that_nobody_needs_is_in_no_segment() -> None:
+    skips = [False, False, True, True, False, True]
+    plan, _ = plan_of([(9, 1, 4, skips), (7, 1, 2, skips)])
+    assert [segment.sub_layers for segment in plan.segments] == [(0, 1, 4)]
+    assert plan.segments[0].subset is None
+    assert plan.segments[0].parts == ((0, "layer"), (2, "attention"))
+
+
+def test_prompts_run_dense_whatever_their_plan() -> None:
+    plan, _ = plan_of([(0, 5, 5, [True] * 5 + [False]), (2, 1, 9, [True] * 5 + [False])])
+    assert plan.is_dense
+
+
+def test_neighbours_in_the_batch_are_a_slice_and_others_a_gather() -> None:
+    keep, leave = [False] * 6, [True, True] + [False] * 4
+    together, _ = plan_of([(5, 1, 2, leave), (5, 1, 2, keep), (5, 1, 2, keep)])
+    apart, _ = plan_of([(5, 1, 2, keep), (5, 1, 2, leave), (5, 1, 2, keep)])
+    assert together.segments[0].subset is not None and apart.segments[0].subset is not None
+    assert together.segments[0].subset.tokens == slice(1, 3)
+    assert isinstance(apart.segments[0].subset.tokens, torch.Tensor)
+
+
+def test_sub_layers_with_the_same_tokens_share_one_subset() -> None:
+    one, two = [True, False] * 3, [False] * 6
+    plan, _ = plan_of([(5, 1, 2, one), (5, 1, 2, two)])
+    subsets = [segment.subset for segment in plan.segments if segment.subset]
+    assert len(subsets) == 3 and len({id(subset) for subset in subsets}) == 1

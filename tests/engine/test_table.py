@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table against a dict that is moved about in the plainest way."""
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from vllm_adaskip import SkipPlan
+from vllm_adaskip.engine.table import SequenceTable
+
+LAYERS, ROWS = 3, 6
+rows = st.integers(0, ROWS - 1)
+masks = st.integers(0, (1 << LAYERS) - 1)
+
+
+class TableFollowsBatch(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = SequenceTable(LAYERS, ROWS)
+        self.model: dict[int, tuple[SkipPlan, int]] = {}
+        self.entered = 0
+
+    @rule(row=rows, attention=masks, mlp=masks, prompt=st.integers(1, 99), is_new=st.booleans())
+    def add(self, row: int, attention: int, mlp: int, prompt: int, is_new: bool) -> None:
+        plan = SkipPlan(LAYERS, attention, mlp)
+        self.table.add(row, plan, prompt, is_new=is_new)
+        self.model[row] = plan, prompt
+        self.entered += is_new
+
+    @rule(row=rows)
+    def remove(self, row: int) -> None:
+        self.table.remove(row)
+        self.model.pop(row, None)
+
+    @rule(old=rows, new=rows)
+    def move(self, old: int, new: int) -> None:
+        if old not in self.model or old == new:
+            return
+        self.table.move(old, new)
+        self.model[new] = self.model.pop(old)
+
+    @rule(one=rows, other=rows)
+    def swap(self, one: int, other: int) -> None:
+        self.table.swap(one, other)
+        ours, theirs = self.model.pop(one, None), self.model.pop(other, None)
+        if theirs:
+            self.model[one] = theirs
+        if ours:
+            self.model[other] = ours
+
+    @rule(row=rows)
+    def every_change_raises_the_version(self, row: int) -> None:
+        before = self.table.version
+        self.table.remove(row)
+        self.model.pop(row, None)
+        assert self.table.version > before
+
+    @invariant()
+    def rows_agree(self) -> None:
+        assert self.table.requests == self.entered
+        for row in range(ROWS):
+            plan, prompt = self.model.get(row, (SkipPlan(LAYERS), 0))
+            assert (self.table.skips[row] == plan.mask()).all()
+            assert self.table.prompt_lens[row] == prompt
+
+
+TestTableFollowsBatch = TableFollowsBatch.TestCase
+TestTableFollowsBatch.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+from typing import Any
+
+import pytest
+
+from vllm_adaskip import DecoderShape
+from vllm_adaskip.config import AdaSkipConfig, ConfigError
+
+SHAPE = DecoderShape(8, attention_parameters=1, mlp_parameters=3)
+
+
+def test_defaults_decide_nothing() -> None:
+    config = AdaSkipConfig.parse({})
+    assert (config.method, config.budget, config.method_options) == ("none", 1.0, {})
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["static"], ["['static']", "JSON object"]),
+        ({"method": "statik"}, ["method", "'statik'", "none, static"]),
+        ({"method": 3}, ["method", "3"]),
+        ({"mehtod": "static"}, ["mehtod", "did you mean 'method'"]),
+        ({"budget": 0}, ["budget", "0", "greater than 0"]),
+        ({"budget": 1.5}, ["budget", "1.5"]),
+        ({"budget": "0.5"}, ["budget", "'0.5'"]),
+        ({"method": "static"}, ["skip is missing", "static"]),
+        ({"method": "static", "skip": "5"}, ["skip", "'5'", "list"]),
+        ({"method": "static", "skip": [5.5]}, ["skip", "5.5"]),
+        ({"method": "static", "skip": [5], "skp": 1}, ["skp", "did you mean 'skip'"]),
+        ({"skip": [5]}, ["skip", "belongs to method 'static'", "'none'"]),
+        ({"": 1}, ["unknown option"]),
+    ],
+)
+def test_refuses_with_the_key_the_value_and_what_is_allowed(options: Any, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        AdaSkipConfig.parse(options)
+    for word in words:
+        assert word in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"method": "static", "skip": [8]}, ["8", "layers 0 to 7"]),
+        ({"method": "static", "skip": list(range(8))}, ["all 16 sub-layers"]),
+        ({"method": "static", "skip": [1], "budget": 0.5}, ["0.5", "keeps 0.875"]),
+        ({"budget": 0.5}, ["0.5", "'none' skips nothing"]),
+    ],
+)
+def test_refuses_what_does_not_fit_the_model(options: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        AdaSkipConfig.parse(options).planner_config(SHAPE)
+    for word in words:
+        assert word in str(refusal.value)

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The package as it is installed: names, entry points, weight of an import, wheel."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from importlib.metadata import distribution, entry_points
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(code: str) -> str:
+    """Run code in a fresh interpreter, away from the repository."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd="/", capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_importing_is_light() -> None:
+    heavy = "[name for name in ('torch', 'vllm', 'transformers', 'numpy') if name in sys.modules]"
+    assert run(f"import sys, vllm_adaskip, vllm_adaskip.plugin; print({heavy})") == "[]"
+
+
+def test_every_entry_point_is_named_adaskip_and_loads() -> None:
+    ours = distribution("vllm-adaskip").entry_points
+    groups = {point.group for point in ours}
+    assert groups == {"console_scripts", "vllm.general_plugins", "vllm.endpoint_plugins"}
+    for point in ours:
+        assert point.name == "adaskip"
+        assert callable(point.load())
+
+
+def test_no_entry_point_forces_a_runner_on_other_engines() -> None:
+    assert not [p for p in entry_points(group="vllm.logits_processors") if p.name == "adaskip"]
+
+
+def test_one_name_for_each_package_and_none_that_is_generic() -> None:
+    assert run(
+        "import importlib.util as u, vllm_adaskip.classifiers as c, vllm_adaskip.model_executors as m;"
+        "print(c.__name__, m.__name__, u.find_spec('classifiers'), u.find_spec('model_executors'))"
+    ) == "vllm_adaskip.classifiers vllm_adaskip.model_executors None None"
+
+
+def test_registering_twice_changes_nothing_and_no_stock_architecture() -> None:
+    code = """
+from vllm import ModelRegistry
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+from vllm_adaskip.plugin import register
+stock = dict(ModelRegistry.models), dict(MODELS_CONFIG_MAP)
+register()
+parser = EngineArgs.add_cli_args
+register()
+assert EngineArgs.add_cli_args is parser
+for before, after in zip(stock, (ModelRegistry.models, MODELS_CONFIG_MAP)):
+    assert all(after[name] is value for name, value in before.items())
+    print(sorted(set(after) - set(before)))
+"""
+    names = "['AdaSkipLlamaForCausalLM']"
+    assert run(code).splitlines()[-2:] == [names, names]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    folder = tmp_path_factory.mktemp("wheel")
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(folder), str(ROOT)],
+        check=True,
+    )
+    return zipfile.ZipFile(next(folder.glob("vllm_adaskip-*.whl")))
+
+
+def test_the_wheel_holds_every_module_and_the_bundled_model(wheel: zipfile.ZipFile) -> None:
+    names = set(wheel.namelist())
+    sources = [*(ROOT / "vllm_adaskip").rglob("*.py")]
+    for folder in ("classifiers", "model_executors"):
+        sources += [ROOT / "vllm_adaskip" / p.relative_to(ROOT) for p in (ROOT / folder).rglob("*.py")]
+    missing = {str(path.relative_to(ROOT)) for path in sources} - names
+    assert not missing
+    assert "vllm_adaskip/testbed/model/model.safetensors" in names
+    assert "vllm_adaskip/py.typed" in names
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"vllm_adaskip"}

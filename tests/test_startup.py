@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is refused at start-up, and what an engine's config gains; no engine is started."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from vllm_adaskip import engine_args
+from vllm_adaskip.config import ConfigError
+
+
+def config(model: str, **kwargs: Any) -> Any:
+    return EngineArgs(model, skip_tokenizer_init=True, **kwargs).create_engine_config()
+
+
+def from_command_line(*arguments: str) -> Any:
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    args = parser.parse_args([*arguments, "--skip-tokenizer-init"])
+    return AsyncEngineArgs.from_cli_args(args).create_engine_config()
+
+
+@pytest.fixture(autouse=True)
+def keep_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--plugin` names the installed plugins in VLLM_PLUGINS; undo that after each test."""
+    monkeypatch.setenv("VLLM_PLUGINS", "adaskip")
+
+
+def test_an_engine_that_does_not_ask_is_left_alone(tiny_llama: str) -> None:
+    for stock in (config(tiny_llama), from_command_line("--model", tiny_llama)):
+        assert stock.model_config.architecture == "LlamaForCausalLM"
+        assert not stock.model_config.logits_processors
+        assert not stock.parallel_config.worker_extension_cls
+        assert stock.cache_config.enable_prefix_caching
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--plugin", "adaskip"],
+        ["--plugin=adaskip", "--hf-overrides", '{"max_position_embeddings": 128}'],
+        ["--additional-config", '{"adaskip": {"method": "static", "skip": [1]}}'],
+        ["--additional-config.adaskip.method", "none"],
+        ["--plugin", "adaskip", "--additional-config", '{"somebody_elses": 1}'],
+    ],
+)
+def test_the_command_line_turns_it_on(tiny_llama: str, arguments: list[str]) -> None:
+    for ordered in (["--model", tiny_llama, *arguments], [*arguments, "--model", tiny_llama]):
+        vllm_config = from_command_line(*ordered)
+        assert vllm_config.model_config.architecture == "AdaSkipLlamaForCausalLM"
+        assert len(vllm_config.model_config.logits_processors) == 1
+        assert "AdaSkipWorkerExtension" in vllm_config.parallel_config.worker_extension_cls
+        assert not vllm_config.cache_config.enable_prefix_caching
+        if "--hf-overrides" in arguments:
+            assert vllm_config.model_config.hf_config.max_position_embeddings == 128
+
+
+def test_naming_our_architecture_is_enough(tiny_llama: str) -> None:
+    vllm_config = config(tiny_llama, hf_overrides={"architectures": ["AdaSkipLlamaForCausalLM"]})
+    assert len(vllm_config.model_config.logits_processors) == 1
+
+
+def test_the_users_own_overrides_and_processors_are_kept(tiny_llama: str) -> None:
+    theirs = "vllm.v1.sample.logits_processor.builtin:MinPLogitsProcessor"
+    ours = engine_args(hf_overrides={"rope_parameters": {"rope_theta": 5.0, "rope_type": "default"}})
+    vllm_config = config(tiny_llama, logits_processors=[theirs], **ours)
+    assert vllm_config.model_config.hf_config.rope_parameters["rope_theta"] == 5.0
+    assert vllm_config.model_config.logits_processors[0] == theirs
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        ({"pipeline_parallel_size": 2}, ["pipeline parallel", "--pipeline-parallel-size"]),
+        ({"enable_lora": True}, ["LoRA", "--enable-lora"]),
+        (
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+            ["speculative decoding", "--speculative-config"],
+        ),
+        (
+            {"worker_extension_cls": "somebody.elses.Extension"},
+            ["--worker-extension-cls", "somebody.elses.Extension"],
+        ),
+        ({"enable_prompt_embeds": True}, ["prompt embeddings", "--enable-prompt-embeds"]),
+        (
+            {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+            ["KV transfer", "--kv-transfer-config"],
+        ),
+    ],
+)
+def test_a_set_up_we_cannot_serve_is_refused_with_the_option_to_change(
+    tiny_llama: str, kwargs: dict[str, Any], words: list[str]
+) -> None:
+    with pytest.raises(ValueError) as refusal:
+        config(tiny_llama, **kwargs, **engine_args())
+    for word in words:
+        assert word in str(refusal.value)
+
+
+def test_model_runner_v2_is_refused(tiny_llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    with pytest.raises(ValueError, match="VLLM_USE_V2_MODEL_RUNNER"):
+        config(tiny_llama, **engine_args())
+
+
+def variant(tiny_llama: str, folder: Path, **changes: Any) -> str:
+    """The tiny model's config, changed; no weights."""
+    facts = json.loads((Path(tiny_llama) / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**facts, **changes}))
+    return str(folder)
+
+
+def test_an_architecture_without_a_family_is_refused_with_the_list(
+    tiny_llama: str, tmp_path: Path
+) -> None:
+    other = variant(tiny_llama, tmp_path, architectures=["GPT2LMHeadModel"], model_type="gpt2")
+    with pytest.raises(ValueError, match=r"GPT2LMHeadModel; supported: LlamaForCausalLM"):
+        config(other, **engine_args())
+
+
+def test_a_quantised_checkpoint_is_refused(tiny_llama: str, tmp_path: Path) -> None:
+    quantised = variant(
+        tiny_llama,
+        tmp_path,
+        quantization_config={"quant_method": "compressed-tensors", "format": "int-quantized"},
+    )
+    with pytest.raises(ValueError, match="quantisation 'compressed-tensors' has not been tested"):
+        config(quantised, **engine_args())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"mehtod": "static"}, ["mehtod", "did you mean 'method'"]),
+        ({"method": "static", "skip": [8]}, ["8", "layers 0 to 7"]),
+        ({"method": "static", "skip": list(range(8))}, ["all 16 sub-layers"]),
+    ],
+)
+def test_bad_options_stop_the_start(tiny_llama: str, options: Any, words: list[str]) -> None:
+    for start in (
+        lambda: config(tiny_llama, **engine_args(**options)),
+        lambda: from_command_line(
+            "--model", tiny_llama, "--additional-config", json.dumps({"adaskip": options})
+        ),
+        lambda: config(
+            tiny_llama,
+            hf_overrides={"architectures": ["AdaSkipLlamaForCausalLM"]},
+            additional_config={"adaskip": options},
+        ),
+    ):
+        with pytest.raises((ConfigError, ValueError)) as refusal:
+            start()
+        for word in words:
+            assert word in str(refusal.value)
+
+
+def test_another_plugin_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        from_command_line("--plugin", "adaskp")
+    assert "adaskp" in capsys.readouterr().err

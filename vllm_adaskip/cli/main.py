@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ``adaskip`` command: each subcommand is one file beside this."""
+
+from __future__ import annotations
+
+import typer
+
+from vllm_adaskip.cli.demo import demo
+from vllm_adaskip.cli.doctor import doctor
+from vllm_adaskip.cli.serve import serve
+
+app = typer.Typer(
+    help="Layer skipping per sequence, inside vLLM's continuous batch.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(doctor)
+app.command()(demo)
+app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)(serve)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
