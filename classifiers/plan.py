@@ -97,7 +97,7 @@ class SkipPlan:
         return 1.0 - skipped / (shape.num_layers * layer)
 
     def mask(self) -> NDArray[np.bool_]:
-        """``[2 * num_layers]`` bools in running order attn 0, mlp 0, attn 1, ...; True: left out."""
+        """Give ``[2 * num_layers]`` bools, True: left out; in the order attn 0, mlp 0, attn 1."""
         pairs = [
             bool(bits >> layer & 1)
             for layer in range(self.num_layers)
@@ -106,7 +106,7 @@ class SkipPlan:
         return np.array(pairs, dtype=np.bool_)
 
     def entries(self) -> list[int | str]:
-        """The list that `parse` reads back: whole layers first, then single sub-layers."""
+        """Give the list that `parse` reads back: whole layers first, then single sub-layers."""
         whole = self.attention & self.mlp
         return [
             *_bits(whole),

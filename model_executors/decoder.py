@@ -74,7 +74,7 @@ class SkippingDecoder(nn.Module):
                 part = _gather(stream, tokens)
                 part = self._run_segment(segment, positions[tokens], part)
                 stream = _scatter(stream, tokens, part)
-        hidden, _ = self.model.norm(*stream)
+        hidden: Tensor = self.model.norm(*stream)[0]
         return hidden
 
     def _run_segment(self, segment: Segment, positions: Tensor, stream: Stream) -> Stream:
@@ -108,6 +108,7 @@ def _scatter(stream: Stream, tokens: slice | Tensor, part: Stream) -> Stream:
     hidden, residual = stream
     if residual is None:
         hidden, residual = torch.zeros_like(hidden), hidden.clone()
-    hidden[tokens] = part[0]
-    residual[tokens] = part[1]
+    part_hidden, part_residual = part
+    assert part_residual is not None  # a sub-layer has run
+    hidden[tokens], residual[tokens] = part_hidden, part_residual
     return hidden, residual

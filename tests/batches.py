@@ -12,7 +12,9 @@ from vllm_adaskip import SkipPlan
 Entries = list[int | str]
 
 
-def random_prompts(seed: int, count: int, longest: int = 90, vocabulary: int = 512) -> list[list[int]]:
+def random_prompts(
+    seed: int, count: int, longest: int = 90, vocabulary: int = 512
+) -> list[list[int]]:
     """Prompts of 1 to ``longest`` random tokens."""
     rng = random.Random(seed)
     return [

@@ -42,10 +42,14 @@ def test_no_entry_point_forces_a_runner_on_other_engines() -> None:
 
 
 def test_one_name_for_each_package_and_none_that_is_generic() -> None:
-    assert run(
-        "import importlib.util as u, vllm_adaskip.classifiers as c, vllm_adaskip.model_executors as m;"
-        "print(c.__name__, m.__name__, u.find_spec('classifiers'), u.find_spec('model_executors'))"
-    ) == "vllm_adaskip.classifiers vllm_adaskip.model_executors None None"
+    assert (
+        run(
+            "import vllm_adaskip.classifiers as c, vllm_adaskip.model_executors as m\n"
+            "from importlib.util import find_spec\n"
+            "print(c.__name__, m.__name__, find_spec('classifiers'), find_spec('model_executors'))"
+        )
+        == "vllm_adaskip.classifiers vllm_adaskip.model_executors None None"
+    )
 
 
 def test_registering_twice_changes_nothing_and_no_stock_architecture() -> None:
@@ -81,7 +85,9 @@ def test_the_wheel_holds_every_module_and_the_bundled_model(wheel: zipfile.ZipFi
     names = set(wheel.namelist())
     sources = [*(ROOT / "vllm_adaskip").rglob("*.py")]
     for folder in ("classifiers", "model_executors"):
-        sources += [ROOT / "vllm_adaskip" / p.relative_to(ROOT) for p in (ROOT / folder).rglob("*.py")]
+        sources += [
+            ROOT / "vllm_adaskip" / p.relative_to(ROOT) for p in (ROOT / folder).rglob("*.py")
+        ]
     missing = {str(path.relative_to(ROOT)) for path in sources} - names
     assert not missing
     assert "vllm_adaskip/testbed/model/model.safetensors" in names

@@ -67,7 +67,9 @@ def test_naming_our_architecture_is_enough(tiny_llama: str) -> None:
 
 def test_the_users_own_overrides_and_processors_are_kept(tiny_llama: str) -> None:
     theirs = "vllm.v1.sample.logits_processor.builtin:MinPLogitsProcessor"
-    ours = engine_args(hf_overrides={"rope_parameters": {"rope_theta": 5.0, "rope_type": "default"}})
+    ours = engine_args(
+        hf_overrides={"rope_parameters": {"rope_theta": 5.0, "rope_type": "default"}}
+    )
     vllm_config = config(tiny_llama, logits_processors=[theirs], **ours)
     assert vllm_config.model_config.hf_config.rope_parameters["rope_theta"] == 5.0
     assert vllm_config.model_config.logits_processors[0] == theirs

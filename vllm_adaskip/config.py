@@ -101,4 +101,5 @@ def _unknown(key: str, method: str) -> str:
         if elsewhere
         else f"did you mean {near!r}?"
     )
-    return f"adaskip.{key}: unknown option, {hint}; allowed with method {method!r}: {', '.join(known)}"
+    allowed = f"allowed with method {method!r}: {', '.join(known)}"
+    return f"adaskip.{key}: unknown option, {hint}; {allowed}"

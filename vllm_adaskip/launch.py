@@ -52,9 +52,7 @@ def _update(hf_config: Any, overrides: Mapping[str, Any]) -> None:
             setattr(hf_config, key, value)
 
 
-def engine_args(
-    *, hf_overrides: Overrides | None = None, **options: Any
-) -> dict[str, Any]:
+def engine_args(*, hf_overrides: Overrides | None = None, **options: Any) -> dict[str, Any]:
     """Give the keyword arguments that turn the plugin on: ``LLM(model, **engine_args(...))``.
 
     Args:

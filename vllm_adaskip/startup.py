@@ -8,6 +8,7 @@ here, each with the option to change (invariant 10).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
@@ -31,9 +32,8 @@ class AdaSkipStartup(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
         """Refuse what is not supported (`ValueError`), then add feeder and worker extension."""
-        problems = [message for holds, message in _unsupported(vllm_config) if holds]
-        if problems:
-            raise ValueError("vllm-adaskip cannot run with this set-up:\n- " + "\n- ".join(problems))
+        if problems := list(_unsupported(vllm_config)):
+            raise ValueError("\n- ".join(["vllm-adaskip cannot run with this set-up:", *problems]))
         model = vllm_config.model_config
         family = family_of(model.architecture)
         assert family is not None
@@ -51,57 +51,38 @@ class AdaSkipStartup(VerifyAndUpdateConfig):
         )
 
 
-def _unsupported(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
-    """Pairs of whether a set-up holds that we cannot serve, and what to change."""
+def _unsupported(vllm_config: VllmConfig) -> Iterator[str]:
+    """Say, for each set-up that we cannot serve, which option to change."""
     from vllm.platforms import current_platform
 
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    extension = parallel.worker_extension_cls
-    return [
-        (
-            vllm_config.use_v2_model_runner or not current_platform.is_cpu(),
+    if vllm_config.use_v2_model_runner or not current_platform.is_cpu():
+        yield (
             "Model Runner V2 and accelerators are not supported yet; use the CPU backend and "
-            "leave VLLM_USE_V2_MODEL_RUNNER unset or 0",
-        ),
-        (
-            parallel.pipeline_parallel_size > 1,
-            f"pipeline parallel is not supported; set --pipeline-parallel-size "
-            f"{parallel.pipeline_parallel_size} to 1",
-        ),
-        (
-            vllm_config.speculative_config is not None,
-            "speculative decoding is not supported; remove --speculative-config",
-        ),
-        (
-            vllm_config.lora_config is not None,
-            "LoRA adapters are not supported; remove --enable-lora, or merge the adapter",
-        ),
-        (
-            model.quantization is not None,
+            "leave VLLM_USE_V2_MODEL_RUNNER unset or 0"
+        )
+    if (stages := parallel.pipeline_parallel_size) > 1:
+        yield f"pipeline parallel is not supported; set --pipeline-parallel-size {stages} to 1"
+    if vllm_config.speculative_config is not None:
+        yield "speculative decoding is not supported; remove --speculative-config"
+    if vllm_config.lora_config is not None:
+        yield "LoRA adapters are not supported; remove --enable-lora, or merge the adapter"
+    if model.quantization is not None:
+        yield (
             f"quantisation {model.quantization!r} has not been tested; use an unquantised "
-            "checkpoint and remove --quantization",
-        ),
-        (
-            vllm_config.kv_transfer_config is not None,
-            "KV transfer would hand on blocks with holes; remove --kv-transfer-config",
-        ),
-        (
-            model.runner_type != "generate",
-            f"only text generation is supported; set --runner {model.runner_type} to generate",
-        ),
-        (
-            model.enable_prompt_embeds,
-            "prompt embeddings are not supported; remove --enable-prompt-embeds",
-        ),
-        (
-            model.get_sliding_window() is not None,
-            "sliding-window attention is not supported; use a model without it",
-        ),
-        (
-            bool(extension) and extension != _WORKER_EXTENSION,
-            f"--worker-extension-cls {extension!r} takes the place of ours; remove it",
-        ),
-    ]
+            "checkpoint and remove --quantization"
+        )
+    if vllm_config.kv_transfer_config is not None:
+        yield "KV transfer would hand on blocks with holes; remove --kv-transfer-config"
+    if model.runner_type != "generate":
+        yield f"only text generation is supported; set --runner {model.runner_type} to generate"
+    if model.enable_prompt_embeds:
+        yield "prompt embeddings are not supported; remove --enable-prompt-embeds"
+    if model.get_sliding_window() is not None:
+        yield "sliding-window attention is not supported; use a model without it"
+    extension = parallel.worker_extension_cls
+    if extension and extension != _WORKER_EXTENSION:
+        yield f"--worker-extension-cls {extension!r} takes the place of ours; remove it"
 
 
 def _switch_prefix_caching_off(vllm_config: VllmConfig) -> None:

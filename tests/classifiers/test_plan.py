@@ -65,7 +65,9 @@ def test_prints_ranges(entries: list[int | str], text: str) -> None:
         ([f"{kind}:{layer}" for kind in ("attn", "mlp") for layer in range(LAYERS)], ["all 24"]),
     ],
 )
-def test_refuses_what_is_no_plan_and_says_what_is_allowed(entries: object, words: list[str]) -> None:
+def test_refuses_what_is_no_plan_and_says_what_is_allowed(
+    entries: object, words: list[str]
+) -> None:
     with pytest.raises(PlanError) as refusal:
         SkipPlan.parse(entries, LAYERS)
     for word in words:

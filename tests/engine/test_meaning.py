@@ -135,5 +135,7 @@ def test_a_preempted_request_resumes_under_its_plan(
     rng = random.Random(9)
     plans = [random_plan(rng, TINY_LAYERS) for _ in prompts]
     check(reference, prompts, plans, greedy(tight, prompts, plans, max_tokens=80))
-    counters = {metric.name: metric.value for metric in tight.get_metrics() if hasattr(metric, "value")}
+    counters = {
+        metric.name: metric.value for metric in tight.get_metrics() if hasattr(metric, "value")
+    }
     assert counters["vllm:num_preemptions"] > 0

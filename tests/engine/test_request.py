@@ -56,7 +56,9 @@ def test_plan_of_a_request(planner: Planner, args: dict[str, Any] | None, plan: 
         ({"adaskip_skip": [1], "adaskip_budget": 0.5}, ["adaskip_budget", "keeps 0.875"]),
     ],
 )
-def test_refusal_names_key_value_and_what_is_allowed(args: dict[str, Any], words: list[str]) -> None:
+def test_refusal_names_key_value_and_what_is_allowed(
+    args: dict[str, Any], words: list[str]
+) -> None:
     with pytest.raises(RequestError) as refusal:
         NONE.plan_for(args)
     for word in words:
@@ -64,7 +66,7 @@ def test_refusal_names_key_value_and_what_is_allowed(args: dict[str, Any], words
 
 
 def test_a_budget_below_what_static_keeps_is_refused() -> None:
-    with pytest.raises(RequestError, match="adaskip_budget.*'static'.*keeps 0.844"):
+    with pytest.raises(RequestError, match=r"adaskip_budget.*'static'.*keeps 0\.844"):
         STATIC.plan_for({"adaskip_budget": 0.8})
 
 

@@ -28,7 +28,7 @@ def plan_of(batch: list[Row]) -> tuple[StepPlan, Layout]:
 
 
 def expected_tokens(batch: list[Row], sub_layer: int) -> list[int]:
-    """Step positions of the tokens that go through: prompt tokens, and those of rows that keep it."""
+    """Positions in the step of the prompt tokens, and of tokens of rows that keep it."""
     tokens, position = [], 0
     for computed, query, prompt, skips in batch:
         for offset in range(query):

@@ -166,7 +166,7 @@ def _answers_table(
 
 
 def _rows_table(report: dict[str, Any]) -> Table:
-    """What the worker counted while it answered."""
+    """Show what the worker counted while it answered."""
     total = report["decode_tokens"]
     table = Table(
         "decoder layer",

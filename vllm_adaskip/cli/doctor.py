@@ -92,7 +92,9 @@ def _vllm() -> Iterator[Finding]:
 
 def _companions() -> Iterator[Finding]:
     for name in ("torch", "transformers"):
-        yield Finding(name, _version(name) or "not installed", "" if _version(name) else "install it")
+        yield Finding(
+            name, _version(name) or "not installed", "" if _version(name) else "install it"
+        )
     for name in ("torchvision", "torchaudio", "torchcodec"):
         version, torch = _version(name), _version("torch") or ""
         if version and "+cpu" in torch and "+cpu" not in version:

@@ -67,7 +67,8 @@ class SkipRuntime:
             return nullcontext()
         if id(subset) not in self._contexts:
             self._contexts[id(subset)] = self._sub_batches.context(subset)
-        return override_forward_context(self._contexts[id(subset)])
+        context: AbstractContextManager[Any] = override_forward_context(self._contexts[id(subset)])
+        return context
 
     def report(self) -> dict[str, Any]:
         """Give cumulative counters; ``*_run[l]`` counts generated tokens through sub-layer l."""

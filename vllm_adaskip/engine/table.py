@@ -16,7 +16,7 @@ class SequenceTable:
     """Rows of the persistent batch: prompt length and left-out sub-layers of each.
 
     Attributes:
-        prompt_lens: ``[capacity]`` int32, tokens of the row's prompt.
+        prompt_lens: ``[capacity]`` int64, tokens of the row's prompt.
         skips: ``[capacity, 2 * num_layers]`` bool, True where the row leaves out the
             sub-layer, in running order attention 0, MLP 0, attention 1, ...
         version: grows with every change of a row, so that readers know when a step plan
@@ -27,7 +27,7 @@ class SequenceTable:
 
     def __init__(self, num_layers: int, capacity: int) -> None:
         self.num_layers = num_layers
-        self.prompt_lens = np.zeros(capacity, dtype=np.int32)
+        self.prompt_lens = np.zeros(capacity, dtype=np.int64)
         self.skips = np.zeros((capacity, 2 * num_layers), dtype=np.bool_)
         self.version = 0
         self.requests = 0

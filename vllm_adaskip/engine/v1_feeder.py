@@ -53,9 +53,7 @@ class V1Feeder(LogitsProcessor):
 
     planner: ClassVar[Planner]
 
-    def __init__(
-        self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool
-    ) -> None:
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
         self._table = compat.sequence_table(vllm_config, self.planner.config.shape.num_layers)
 
     @classmethod

@@ -1,0 +1,34 @@
+# `make demo` and `make test` do all set-up on a fresh machine with Python 3.11.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help setup demo test lint train clean
+
+help:
+	@echo "make demo   set up .venv and run the bundled model, a skip plan per sequence"
+	@echo "make test   set up .venv and run the tests"
+	@echo "make lint   ruff and mypy"
+	@echo "make train  train the bundled model again, into build/model (about an hour)"
+	@echo "make clean  remove .venv and caches"
+
+setup: .venv/.ready
+
+.venv/.ready: pyproject.toml deploy/setup_venv.py deploy/vllm-metadata/pyproject.toml
+	$(PYTHON) deploy/setup_venv.py
+
+demo: setup
+	$(BIN)/adaskip demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+train: setup
+	$(BIN)/python -m vllm_adaskip.testbed.train --out build/model
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

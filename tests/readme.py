@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads the commands out of the README, so that tests run what users read."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def blocks(language: str) -> list[str]:
+    """Give the README's code blocks in one language, in order."""
+    text = (ROOT / "README.md").read_text()
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def block(start: str) -> str:
+    """Give the one block of shell commands that begins so."""
+    (found,) = [text for text in blocks("bash") if text.startswith(start)]
+    return found
