@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import os
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -146,9 +148,6 @@ def test_a_quantised_checkpoint_is_refused(tiny_llama: str, tmp_path: Path) -> N
 def test_bad_options_stop_the_start(tiny_llama: str, options: Any, words: list[str]) -> None:
     for start in (
         lambda: config(tiny_llama, **engine_args(**options)),
-        lambda: from_command_line(
-            "--model", tiny_llama, "--additional-config", json.dumps({"adaskip": options})
-        ),
         lambda: config(
             tiny_llama,
             hf_overrides={"architectures": ["AdaSkipLlamaForCausalLM"]},
@@ -161,7 +160,44 @@ def test_bad_options_stop_the_start(tiny_llama: str, options: Any, words: list[s
             assert word in str(refusal.value)
 
 
-def test_another_plugin_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--plugin", "adaskp"], ["adaskp", "adaskip"]),
+        (["--additional-config", '{"adaskip": {"mehtod": "static"}}'], ["mehtod", "'method'"]),
+        (["--additional-config", '{"adaskip": [1]}'], ["[1]", "JSON object"]),
+        (["--plugin", "adaskip", "--additional-config", "[1]"], ["[1]", "no JSON object"]),
+    ],
+)
+def test_bad_arguments_are_usage_errors(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], words: list[str]
+) -> None:
     with pytest.raises(SystemExit):
-        from_command_line("--plugin", "adaskp")
-    assert "adaskp" in capsys.readouterr().err
+        from_command_line(*arguments)
+    complaint = capsys.readouterr().err
+    for word in words:
+        assert word in complaint
+
+
+def test_asking_lets_the_report_endpoint_load_and_keeps_the_other_plugins(
+    tiny_llama: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VLLM_PLUGINS")
+    from_command_line("--model", tiny_llama)
+    assert "VLLM_PLUGINS" not in os.environ
+    from_command_line("--model", tiny_llama, "--plugin", "adaskip")
+    allowed = set(os.environ["VLLM_PLUGINS"].split(","))
+    assert allowed >= {"adaskip", *entry_points(group="vllm.general_plugins").names}
+
+
+def test_the_allow_list_of_the_user_is_left_alone(tiny_llama: str) -> None:
+    from_command_line("--model", tiny_llama, "--plugin", "adaskip")
+    assert os.environ["VLLM_PLUGINS"] == "adaskip"
+
+
+def test_an_engine_that_nobody_feeds_is_refused(tiny_llama: str) -> None:
+    """As when our architecture is named but the config hook did not run."""
+    from vllm_adaskip.engine.compat import shared_table
+
+    with pytest.raises(RuntimeError, match="would ignore every plan"):
+        shared_table(config(tiny_llama, **engine_args()))

@@ -52,11 +52,17 @@ def _update(hf_config: Any, overrides: Mapping[str, Any]) -> None:
             setattr(hf_config, key, value)
 
 
-def engine_args(*, hf_overrides: Overrides | None = None, **options: Any) -> dict[str, Any]:
+def engine_args(
+    *,
+    hf_overrides: Overrides | None = None,
+    additional_config: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
     """Give the keyword arguments that turn the plugin on: ``LLM(model, **engine_args(...))``.
 
     Args:
         hf_overrides: your own ``hf_overrides`` for the engine, if any.
+        additional_config: your own ``additional_config`` for the engine, if any.
         options: the server's options, such as ``method="static", skip=[5, 6]``.
 
     Raises:
@@ -66,5 +72,5 @@ def engine_args(*, hf_overrides: Overrides | None = None, **options: Any) -> dic
     AdaSkipConfig.parse(options)
     return {
         "hf_overrides": UseAdaSkip(hf_overrides),
-        "additional_config": {"adaskip": options},
+        "additional_config": {**(additional_config or {}), "adaskip": options},
     }

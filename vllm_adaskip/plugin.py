@@ -9,13 +9,25 @@ from __future__ import annotations
 
 import os
 from argparse import Namespace
+from logging import getLogger
 from typing import Any
 
 NAME = "adaskip"
 
 
 def register() -> None:
-    """Name our architectures, their config hook and ``--plugin``; safe to call again."""
+    """Name our architectures, their config hook and ``--plugin``; safe to call again.
+
+    An error in here would stop every vLLM process on the machine, also those that do not
+    ask for us. So it is logged, and who does ask finds no ``--plugin`` and no architecture.
+    """
+    try:
+        _register()
+    except Exception:
+        getLogger("vllm").exception("vllm-adaskip could not register and is off; adaskip doctor")
+
+
+def _register() -> None:
     from vllm import ModelRegistry
 
     from vllm_adaskip.engine.compat import extend_parser, register_config_hook
@@ -47,6 +59,8 @@ def _finish(args: Namespace) -> None:
     additional = getattr(args, "additional_config", None) or {}
     if getattr(args, "plugin", None) != NAME and NAME not in additional:
         return
+    if not isinstance(additional, dict):
+        raise ValueError(f"--additional-config: {additional!r:.80} is no JSON object")
     AdaSkipConfig.parse(additional.setdefault(NAME, {}))
     args.additional_config = additional
     if not isinstance(args.hf_overrides, UseAdaSkip):
@@ -62,7 +76,6 @@ def _allow_report_endpoint() -> None:
     user's to allow.
     """
     from importlib.metadata import entry_points
-    from logging import getLogger
 
     if "VLLM_PLUGINS" in os.environ:
         return

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 _TABLE_KEY = "adaskip.sequence_table"
 
 
-def sequence_table(vllm_config: VllmConfig, num_layers: int) -> SequenceTable:
-    """Give the one table of this engine, made at the first call.
+def share_table(vllm_config: VllmConfig, table: SequenceTable) -> None:
+    """Put the feeder's table where the model of the same engine finds it.
 
     The runner's logits processor and the model meet at nothing but the engine's own
     config object; its ``static_forward_context`` holds "layer objects that need to be
@@ -38,11 +38,23 @@ def sequence_table(vllm_config: VllmConfig, num_layers: int) -> SequenceTable:
 
     Since 0.26. Remove when the runner hands its model per-request state (V2 does).
     """
-    shared = vllm_config.compilation_config.static_forward_context
-    if _TABLE_KEY not in shared:
-        capacity = vllm_config.scheduler_config.max_num_seqs
-        shared[_TABLE_KEY] = SequenceTable(num_layers, capacity)
-    table: SequenceTable = shared[_TABLE_KEY]
+    vllm_config.compilation_config.static_forward_context[_TABLE_KEY] = table
+
+
+def shared_table(vllm_config: VllmConfig) -> SequenceTable:
+    """Give the table of this engine; the runner makes its feeder before its model.
+
+    Raises:
+        RuntimeError: nobody feeds plans to this engine, which would be silently dense.
+
+    Since and remove when: see `share_table`.
+    """
+    table = vllm_config.compilation_config.static_forward_context.get(_TABLE_KEY)
+    if not isinstance(table, SequenceTable):
+        raise RuntimeError(
+            "vllm-adaskip: no feeder runs in this engine, so it would ignore every plan; "
+            "start it with --plugin adaskip, or with vllm_adaskip.engine_args()"
+        )
     return table
 
 
@@ -61,7 +73,8 @@ def extend_parser(
 ) -> None:
     """Add arguments to vLLM's engine parser, and a last look at what was parsed.
 
-    ``finish`` runs when all arguments are known, so that their order does not matter.
+    ``finish`` runs when all arguments are known, so that their order does not matter; its
+    ValueError becomes the parser's usage error.
     Safe to call twice. Since 0.26. Remove when plugins may add engine arguments.
     """
     from vllm.engine.arg_utils import EngineArgs
@@ -77,7 +90,10 @@ def extend_parser(
 
         def parse_known_args(args: Any = None, namespace: Any = None) -> Any:
             namespace, rest = parse(args, namespace)
-            finish(namespace)
+            try:
+                finish(namespace)
+            except ValueError as error:
+                parser.error(str(error))
             return namespace, rest
 
         parser.parse_known_args = parse_known_args

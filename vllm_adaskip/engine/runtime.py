@@ -25,7 +25,7 @@ class SkipRuntime:
         self, vllm_config: VllmConfig, num_layers: int, attention: Iterable[Attention]
     ) -> None:
         self.num_layers = num_layers
-        self.table = compat.sequence_table(vllm_config, num_layers)
+        self.table = compat.shared_table(vllm_config)
         self._sub_batches = compat.SubBatches(vllm_config, attention)
         self._layout: Layout | None = None
         self._version = -1

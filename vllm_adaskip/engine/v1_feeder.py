@@ -22,6 +22,7 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDi
 
 from vllm_adaskip.engine import compat
 from vllm_adaskip.engine.planner import Planner, PlannerConfig
+from vllm_adaskip.engine.table import SequenceTable
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +55,9 @@ class V1Feeder(LogitsProcessor):
     planner: ClassVar[Planner]
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
-        self._table = compat.sequence_table(vllm_config, self.planner.config.shape.num_layers)
+        num_layers = self.planner.config.shape.num_layers
+        self._table = SequenceTable(num_layers, vllm_config.scheduler_config.max_num_seqs)
+        compat.share_table(vllm_config, self._table)
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
