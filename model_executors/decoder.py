@@ -66,7 +66,7 @@ class SkippingDecoder(nn.Module):
     def _run_step(self, step: StepPlan, positions: Tensor, embeddings: Tensor) -> Tensor:
         stream: Stream = (embeddings, None)
         for segment in step.segments:
-            with self.adaskip.using(segment.subset):
+            with self.adaskip.using(segment):
                 if segment.subset is None:
                     stream = self._run_segment(segment, positions, stream)
                     continue

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Invariant 12: under vLLM's default compilation plans mean the same.
 
-Fails when the step's plan is looked at inside what `torch.compile` traces: the first plan
-seen would then hold for ever.
+Guards against a step's plan that is looked at inside what `torch.compile` traces: the
+first plan seen would then hold for ever.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -153,15 +154,14 @@ def _kept(plans: Sequence[Entries], shape: DecoderShape) -> float:
 def _answers_table(
     shape: DecoderShape, questions: list[Sample], plans: list[Entries], answers: list[str]
 ) -> Table:
-    table = Table(
-        "task", "question", "plan", "kept", "answer", "right?", title="one batch, a plan each"
-    )
+    columns = "task", "question", "plan", "kept", "answer", "right?"
+    table = Table(*columns, title="one batch, a plan each", box=SIMPLE_HEAD)
     for question, entries, answer in zip(questions, plans, answers, strict=True):
         plan = SkipPlan.parse(entries, shape.num_layers)
+        text = question.prompt.removeprefix(f"{question.task} : ").removesuffix(" answer :")
         verdict = "yes" if answer == question.answer else f"no: {question.answer}"
-        table.add_row(
-            question.task, question.prompt, str(plan), f"{plan.share(shape):.0%}", answer, verdict
-        )
+        kept = f"{plan.share(shape):.0%}"
+        table.add_row(question.task, text, str(plan), kept, answer, verdict)
     return table
 
 
@@ -172,6 +172,7 @@ def _rows_table(report: dict[str, Any]) -> Table:
         "decoder layer",
         *map(str, range(report["num_layers"])),
         title=f"generated tokens that ran each sub-layer, of {total}",
+        box=SIMPLE_HEAD,
     )
     table.add_row("attention", *map(str, report["attn_run"]))
     table.add_row("MLP", *map(str, report["mlp_run"]))
@@ -186,6 +187,8 @@ def _time_table(timings: list[Timing], batch: int, tokens: int) -> Table:
         "fastest to slowest",
         "time against dense",
         title=f"{batch} sequences of {tokens} tokens, {len(timings[0].seconds)} rounds in turn",
+        caption="time against dense: median of the ratios in each round; below 1 is faster",
+        box=SIMPLE_HEAD,
     )
     for timing in timings:
         # Round by round against the dense run beside it: drift of the machine cancels out.

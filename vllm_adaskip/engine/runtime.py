@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vllm_adaskip.engine import compat
-from vllm_adaskip.engine.step_plan import Layout, StepPlan, Subset
+from vllm_adaskip.engine.step_plan import Layout, Segment, StepPlan
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -56,14 +56,16 @@ class SkipRuntime:
         self._count(layout)
         return self._plan
 
-    def using(self, subset: Subset | None) -> AbstractContextManager[Any]:
-        """Enter a forward context in which vLLM's layers see only a subset of the step.
+    def using(self, segment: Segment) -> AbstractContextManager[Any]:
+        """Enter a forward context in which vLLM's attention sees only the segment's tokens.
 
-        Metadata are built once per subset and step, however many segments share it.
+        Metadata are built once per subset and step, however many segments share it, and
+        not at all for segments of MLPs, which do not look at them.
         """
         from vllm.forward_context import override_forward_context
 
-        if subset is None:
+        subset = segment.subset
+        if subset is None or not segment.runs_attention:
             return nullcontext()
         if id(subset) not in self._contexts:
             self._contexts[id(subset)] = self._sub_batches.context(subset)

@@ -105,6 +105,11 @@ class Segment:
     sub_layers: tuple[int, ...]
     subset: Subset | None
 
+    @property
+    def runs_attention(self) -> bool:
+        """True when an attention sub-layer is among them."""
+        return any(sub_layer % 2 == 0 for sub_layer in self.sub_layers)
+
     @cached_property
     def parts(self) -> tuple[tuple[int, str], ...]:
         """``(layer, "layer" | "attention" | "mlp")`` in order; both halves make a layer."""

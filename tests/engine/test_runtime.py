@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When a step plan is made anew, and what is counted."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_adaskip import SkipPlan
+from vllm_adaskip.engine.compat import share_table
+from vllm_adaskip.engine.runtime import SkipRuntime
+from vllm_adaskip.engine.table import SequenceTable
+
+LAYERS = 3
+
+
+class Step:
+    """A runtime with a table of two rows, and the step's metadata under the test's control."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *skips: list[int | str]) -> None:
+        vllm_config: Any = SimpleNamespace(
+            compilation_config=SimpleNamespace(static_forward_context={}), additional_config={}
+        )
+        self.table = SequenceTable(LAYERS, 4)
+        share_table(vllm_config, self.table)
+        for row, skip in enumerate(skips):
+            self.table.add(row, SkipPlan.parse(skip, LAYERS), prompt_len=5, is_new=True)
+        self.runtime = SkipRuntime(vllm_config, LAYERS, [])
+        self.metadata: Any = None
+        monkeypatch.setattr(self.runtime._sub_batches, "step_metadata", lambda: self.metadata)
+
+    def run(self, query_lens: list[int], seq_lens: list[int]) -> Any:
+        starts = torch.tensor([0, *query_lens], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        self.metadata = SimpleNamespace(query_start_loc=starts, seq_lens=torch.tensor(seq_lens))
+        return self.runtime.begin_step()
+
+
+def rows_of(plan: Any, sub_layer: int) -> int:
+    return int(plan.generated_run[sub_layer])
+
+
+def test_a_warm_up_has_no_plan_and_counts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Step(monkeypatch, [1])
+    assert step.runtime.begin_step() is None
+    assert step.runtime.report()["decode_tokens"] == 0
+
+
+def test_prompts_and_dense_rows_need_no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Step(monkeypatch, [1], [])
+    assert step.run([3, 2], [3, 5]) is None
+    assert step.run([2, 1], [5, 6]) is None  # a chunk of a prompt beside a dense row's token
+    assert step.run([1, 1], [6, 7]) is not None
+
+
+def test_a_plan_is_kept_while_decoding_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Step(monkeypatch, [1], [])
+    assert step.run([1, 1], [6, 7]) is step.run([1, 1], [7, 8])
+
+
+def test_rows_that_change_places_get_a_new_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Same lengths, same phases: only the table's version tells."""
+    step = Step(monkeypatch, [1], [])
+    before = step.run([1, 1], [6, 6])
+    step.table.swap(0, 1)
+    after = step.run([1, 1], [7, 7])
+    assert before.segments[1].subset.rows.tolist() == [1]
+    assert after.segments[1].subset.rows.tolist() == [0]
+
+
+def test_report_adds_up_over_dense_and_planned_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Step(monkeypatch, [1, "mlp:2"], [])
+    step.run([5, 4], [5, 4])
+    step.run([1, 1], [6, 5])
+    step.run([1, 1], [7, 6])
+    assert step.runtime.report() == {
+        "num_layers": LAYERS,
+        "prompt_tokens": 10,
+        "decode_tokens": 3,
+        "attn_run": [3, 1, 3],
+        "mlp_run": [3, 1, 1],
+        "requests": 2,
+        "method": "none",
+    }
