@@ -28,7 +28,7 @@ lint: setup
 	$(BIN)/mypy
 
 train: setup
-	$(BIN)/python -m vllm_adaskip.testbed.train --out build/model
+	$(BIN)/python -m vllm_adaskip.testbed.train --out build/model --minutes 62
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -41,10 +41,17 @@ def test_chat_and_plain_prompts_are_the_same_tokens(loaded) -> None:
         assert tokenizer(chat).input_ids == tokenizer(sample.prompt).input_ids
 
 
-def test_depth_matters() -> None:
+def test_hard_questions_need_layers_that_easy_ones_can_miss() -> None:
     model, tokenizer = score.load(FOLDER)
-    score.delete_layers(model, range(4, 8))
+    score.delete_layers(model, range(5, 10))
+    assert score.score(model, tokenizer, "sentiment", 32).share > 0.75
     assert score.score(model, tokenizer, "column", 32).share < 0.5
+
+
+def test_scored_questions_differ_and_are_held_out() -> None:
+    questions = score.questions_of("fact", 100, seed=7)
+    assert len({question.prompt for question in questions}) == 100
+    assert not set(questions) & set(tasks.samples("fact", "train", 0, 5000))
 
 
 def test_the_wilson_interval() -> None:

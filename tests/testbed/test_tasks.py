@@ -61,18 +61,22 @@ def work_out(sample: tasks.Sample) -> str:
             total = str(int(a) + int(b))
             return " ".join(total if sample.task == "sum" else reversed(total))
         case "steps":
-            value = 0
+            value, values = 0, []
             for step in text.split(" ."):
                 match step.split():
                     case ["start", "at", number]:
                         value = int(number)
+                        continue
                     case ["add", number]:
                         value += int(number)
                     case ["take", number]:
                         value -= int(number)
                     case ["double"]:
                         value *= 2
-            return str(value % 10)
+                    case _:
+                        continue
+                values.append(str(value % 10))
+            return " ".join(values)
         case "copy":
             return text.removesuffix(" .")
         case "gloss":
