@@ -2,12 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo test lint train clean
+# Rounds of `make bench`.
+ROUNDS ?= 25
+
+.PHONY: help setup demo test lint bench train clean
 
 help:
 	@echo "make demo   set up .venv and run the bundled model, a skip plan per sequence"
 	@echo "make test   set up .venv and run the tests"
 	@echo "make lint   ruff and mypy"
+	@echo "make bench  stock vLLM beside the plugin with nothing skipped"
 	@echo "make train  train the bundled model again, into build/model (about an hour)"
 	@echo "make clean  remove .venv and caches"
 
@@ -26,6 +30,9 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python benchmarks/off_is_free.py --rounds $(ROUNDS)
 
 train: setup
 	$(BIN)/python -m vllm_adaskip.testbed.train --out build/model --minutes 62

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stock vLLM beside the plugin with nothing skipped: what having it loaded costs.
 
-Both engines live in one process and take turns, round by round, so that drift of the
-machine falls on both. Prints the ratio of stock's time to the plugin's (1.00: no cost).
+The engines live in one process and take turns, round by round, so that drift of the
+machine falls on all. Prints the ratio of stock's time to the plugin's (1.00: no cost), and
+as a control that of stock's time to a second stock engine's: what the noise alone gives.
 
     python benchmarks/off_is_free.py --rounds 15
 """
@@ -51,24 +52,33 @@ def main(rounds: Annotated[int, typer.Option(min=3)] = 15, model: str = "") -> N
         "distributed_executor_backend": "uni",
     }
     path = model or bundled_model()
-    engines = {"stock": LLM(path, **common), "plugin": LLM(path, **common, **engine_args())}
+    engines = {
+        "stock": LLM(path, **common),
+        "plugin": LLM(path, **common, **engine_args()),
+        "stock again": LLM(path, **common),
+    }
     times: dict[str, list[dict[str, float]]] = {case: [] for case in CASES}
     for round_ in track(range(rounds + 1), "rounds"):
         for case, shape in CASES.items():
-            order = list(engines) if round_ % 2 else list(engines)[::-1]
+            order = list(engines) if round_ % 2 else reversed(engines)
             taken = {name: run(engines[name], *shape) for name in order}
             if round_:  # the first warms up
                 times[case].append(taken)
-    table = Table("case", "stock", "plugin", "stock / plugin", "quartiles", title=path)
+    table = Table(
+        "case", "stock", "stock / plugin", "stock / stock again", title="medians, quartiles"
+    )
     for case, taken_in_rounds in times.items():
-        ratios = [taken["stock"] / taken["plugin"] for taken in taken_in_rounds]
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        medians = [
-            statistics.median(taken[name] for taken in taken_in_rounds) * 1e3 for name in engines
-        ]
-        cells = [f"{medians[0]:.1f} ms", f"{medians[1]:.1f} ms"]
-        table.add_row(case, *cells, f"{middle:.3f}", f"{low:.3f} to {high:.3f}")
+        stock = statistics.median(taken["stock"] for taken in taken_in_rounds)
+        ratios = [ratio(taken_in_rounds, name) for name in ("plugin", "stock again")]
+        table.add_row(case, f"{stock * 1e3:.1f} ms", *ratios)
     Console().print(table)
+
+
+def ratio(taken_in_rounds: list[dict[str, float]], name: str) -> str:
+    """Give stock's time over another's, round by round: median and quartiles."""
+    ratios = [taken["stock"] / taken[name] for taken in taken_in_rounds]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return f"{middle:.3f} ({low:.3f} to {high:.3f})"
 
 
 def run(llm: Any, sequences: int, prompt: int, generated: int) -> float:

@@ -3,10 +3,19 @@
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+#: As in a user's shell: `vllm`, `adaskip` and `python` of the environment that runs the
+#: tests, and vLLM with processes of its own.
+ENVIRONMENT = {
+    **{key: value for key, value in os.environ.items() if key != "VLLM_ENABLE_V1_MULTIPROCESSING"},
+    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    "VLLM_LOGGING_LEVEL": "INFO",
+}
 
 
 def blocks(language: str) -> list[str]:

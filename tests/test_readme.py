@@ -3,14 +3,12 @@
 
 from __future__ import annotations
 
-import os
+import ast
 import subprocess
 import sys
 from pathlib import Path
 
-from readme import ROOT, block, blocks
-
-PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+from readme import ENVIRONMENT, ROOT, block, blocks
 
 
 def test_every_shell_command_has_somebody_who_runs_it() -> None:
@@ -27,7 +25,7 @@ def test_every_shell_command_has_somebody_who_runs_it() -> None:
 def test_doctor_finds_all_well_where_the_tests_run() -> None:
     done = subprocess.run(
         ["bash", "-c", block("adaskip doctor")],
-        env={**os.environ, "PATH": PATH, "COLUMNS": "200"},
+        env={**ENVIRONMENT, "COLUMNS": "200"},
         capture_output=True,
         text=True,
         check=False,
@@ -37,10 +35,19 @@ def test_doctor_finds_all_well_where_the_tests_run() -> None:
         assert word in done.stdout
 
 
-def test_the_offline_example_runs_and_reports() -> None:
+def test_the_offline_example_runs_and_reports(tmp_path: Path) -> None:
     (code,) = blocks("python")
+    script = tmp_path / "example.py"
+    script.write_text(code)
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd="/", capture_output=True, text=True, check=False
+        [sys.executable, script], env=ENVIRONMENT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "'method': 'static', " in done.stdout or "'method': 'static'}" in done.stdout
+    printed = [line for line in done.stdout.splitlines() if line.startswith("[")]
+    answers, reports = map(ast.literal_eval, printed)
+    (report,) = reports
+    assert answers[1] == " skwyn wyndrosk drodroeth ornull wyneth ullull etheth"
+    assert report["method"] == "static" and report["requests"] == 3
+    generated = report["decode_tokens"]
+    assert 0 < report["attn_run"][5] < report["attn_run"][4] == generated
+    assert report["mlp_run"][5] < report["attn_run"][5]  # the third request skips it too

@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,20 +15,10 @@ from typing import Any
 
 import httpx
 import pytest
-from readme import block
+from readme import ENVIRONMENT, block
 
 URL = "http://127.0.0.1:8000"
 LAYERS = 12
-#: The commands find `vllm`, `adaskip` and `python` of the environment that runs the tests.
-ENVIRONMENT = {
-    **{
-        name: value
-        for name, value in os.environ.items()
-        if name != "VLLM_ENABLE_V1_MULTIPROCESSING"
-    },
-    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    "VLLM_LOGGING_LEVEL": "INFO",
-}
 
 
 @pytest.fixture(scope="module")

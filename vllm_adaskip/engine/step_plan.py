@@ -43,8 +43,10 @@ class Layout:
             prompt_lens: ``[rows]`` tokens of the prompt.
 
         """
-        query_lens = np.diff(query_start_loc)
-        return cls(query_lens, np.clip(seq_lens - prompt_lens, 0, query_lens))
+        # Plain ufuncs: this runs in every step, and np.diff and np.clip cost twice as much.
+        query_lens = query_start_loc[1:] - query_start_loc[:-1]
+        past_prompt = np.maximum(seq_lens - prompt_lens, 0)
+        return cls(query_lens, np.minimum(past_prompt, query_lens))
 
     def equals(self, other: Layout) -> bool:
         """Tell whether both split the same rows in the same way."""
