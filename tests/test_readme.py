@@ -16,6 +16,9 @@ def test_every_shell_command_has_somebody_who_runs_it() -> None:
     for text in blocks("bash"):
         if text.startswith("make"):
             assert all(line in ci for line in text.splitlines())
+        elif text.startswith("export"):
+            name, value = text.removeprefix("export ").strip().split("=")
+            assert ENVIRONMENT[name] == value
         else:
             assert text.startswith(
                 ("vllm serve", "curl -s http://127.0.0.1:8000/", "adaskip doctor")

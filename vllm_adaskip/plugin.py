@@ -32,11 +32,11 @@ def _register() -> None:
 
     from vllm_adaskip.engine.compat import extend_parser, register_config_hook
     from vllm_adaskip.model_executors.registry import FAMILIES
-    from vllm_adaskip.startup import AdaSkipStartup
+    from vllm_adaskip.startup import prepare
 
     for family in FAMILIES.values():
         ModelRegistry.register_model(family.architecture, family.target)
-        register_config_hook(family.architecture, AdaSkipStartup)
+        register_config_hook(family.architecture, prepare)
     extend_parser(_add_arguments, _finish)
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What happens when an engine starts with one of our architectures.
 
-vLLM calls `AdaSkipStartup.verify_and_update_config` once per engine, for our
-architectures only. Set-ups in which plans would be wrong or silently ignored are refused
-here, each with the option to change (invariant 10).
+vLLM calls `prepare` once per engine, for our architectures only. Set-ups in which plans
+would be wrong or silently ignored are refused here, each with the option to change
+(invariant 10).
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
-from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from vllm_adaskip.config import AdaSkipConfig
 from vllm_adaskip.engine.v1_feeder import class_path
@@ -26,29 +25,31 @@ logger = init_logger("vllm.adaskip")
 _WORKER_EXTENSION = "vllm_adaskip.engine.worker_extension.AdaSkipWorkerExtension"
 
 
-class AdaSkipStartup(VerifyAndUpdateConfig):
-    """Checks an engine's config and adds what skipping needs to it."""
+def prepare(vllm_config: VllmConfig) -> None:
+    """Check an engine's config and add what skipping needs: feeder and worker extension.
 
-    @staticmethod
-    def verify_and_update_config(vllm_config: VllmConfig) -> None:
-        """Refuse what is not supported (`ValueError`), then add feeder and worker extension."""
-        if problems := list(_unsupported(vllm_config)):
-            raise ValueError("\n- ".join(["vllm-adaskip cannot run with this set-up:", *problems]))
-        model = vllm_config.model_config
-        family = family_of(model.architecture)
-        assert family is not None
-        config = AdaSkipConfig.parse(vllm_config.additional_config.setdefault("adaskip", {}))
-        feeder = class_path(config.planner_config(family.shape(model.hf_config)))
-        model.logits_processors = [*(model.logits_processors or []), feeder]
-        vllm_config.parallel_config.worker_extension_cls = _WORKER_EXTENSION
-        _switch_prefix_caching_off(vllm_config)
-        logger.info(
-            "vllm-adaskip: %s, method %s%s, budget %g",
-            family.architecture,
-            config.method,
-            "".join(f", {key} {value}" for key, value in config.method_options.items()),
-            config.budget,
-        )
+    Raises:
+        ValueError: a set-up that is not supported, or options that do not fit the model.
+
+    """
+    if problems := list(_unsupported(vllm_config)):
+        raise ValueError("\n- ".join(["vllm-adaskip cannot run with this set-up:", *problems]))
+    model = vllm_config.model_config
+    family = family_of(model.architecture)
+    assert family is not None
+    config = AdaSkipConfig.parse(vllm_config.additional_config.setdefault("adaskip", {}))
+    feeder = class_path(config.planner_config(family.shape(model.hf_config)))
+    model.logits_processors = [*(model.logits_processors or []), feeder]
+    vllm_config.parallel_config.worker_extension_cls = _WORKER_EXTENSION
+    _switch_prefix_caching_off(vllm_config)
+    options = "".join(f", {key} {value}" for key, value in config.method_options.items())
+    logger.info(
+        "vllm-adaskip: %s, method %s%s, budget %g",
+        family.architecture,
+        config.method,
+        options,
+        config.budget,
+    )
 
 
 def _unsupported(vllm_config: VllmConfig) -> Iterator[str]:

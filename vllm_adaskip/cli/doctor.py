@@ -144,6 +144,9 @@ def _cpu() -> Iterator[Finding]:
     }
     has = [name for name, test in tests.items() if test()]
     yield Finding("CPU", f"{os.cpu_count()} cores; {', '.join(has) or 'no vector extensions'}")
+    space = os.environ.get("VLLM_CPU_KVCACHE_SPACE")
+    found = f"{space} GiB" if space else "nearly all memory; set VLLM_CPU_KVCACHE_SPACE for less"
+    yield Finding("KV cache", found)
 
 
 def _model() -> Iterator[Finding]:

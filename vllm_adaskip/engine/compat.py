@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -58,14 +59,17 @@ def shared_table(vllm_config: VllmConfig) -> SequenceTable:
     return table
 
 
-def register_config_hook(architecture: str, hook: type) -> None:
-    """Have ``hook.verify_and_update_config`` check every engine of one architecture.
+def register_config_hook(architecture: str, prepare: Callable[[VllmConfig], None]) -> None:
+    """Have ``prepare`` check and complete the config of every engine of one architecture.
 
     Since 0.26. Remove when `ModelRegistry.register_model` takes a config hook.
     """
-    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 
-    MODELS_CONFIG_MAP[architecture] = hook
+    class Hook(VerifyAndUpdateConfig):
+        verify_and_update_config = staticmethod(prepare)
+
+    MODELS_CONFIG_MAP[architecture] = Hook
 
 
 def extend_parser(
@@ -154,6 +158,14 @@ class SubBatches:
 
         metadata = get_forward_context().attn_metadata
         return metadata[self._names[0]] if isinstance(metadata, dict) else None
+
+    @staticmethod
+    def enter(context: ForwardContext) -> AbstractContextManager[Any]:
+        """Make a forward context the current one for a while."""
+        from vllm.forward_context import override_forward_context
+
+        entered: AbstractContextManager[Any] = override_forward_context(context)
+        return entered
 
     def context(self, subset: Subset) -> ForwardContext:
         """Give the current forward context narrowed to a subset of its tokens."""

@@ -62,15 +62,12 @@ class SkipRuntime:
         Metadata are built once per subset and step, however many segments share it, and
         not at all for segments of MLPs, which do not look at them.
         """
-        from vllm.forward_context import override_forward_context
-
         subset = segment.subset
         if subset is None or not segment.runs_attention:
             return nullcontext()
         if id(subset) not in self._contexts:
             self._contexts[id(subset)] = self._sub_batches.context(subset)
-        context: AbstractContextManager[Any] = override_forward_context(self._contexts[id(subset)])
-        return context
+        return self._sub_batches.enter(self._contexts[id(subset)])
 
     def report(self) -> dict[str, Any]:
         """Give cumulative counters; ``*_run[l]`` counts generated tokens through sub-layer l."""
