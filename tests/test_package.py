@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ast
 import shutil
 import subprocess
 import sys
@@ -99,3 +100,20 @@ def test_the_wheel_holds_every_module_and_the_bundled_model(wheel: zipfile.ZipFi
     assert "vllm_adaskip/py.typed" in names
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"vllm_adaskip"}
+
+
+def test_nothing_that_serves_can_unpickle_or_run_what_it_reads() -> None:
+    """Invariant 9; training, in the testbed, may read its own checkpoints."""
+    forbidden = {"pickle", "cloudpickle", "dill", "joblib", "skops", "marshal", "shelve"}
+    folders = [ROOT / "classifiers", ROOT / "model_executors", ROOT / "vllm_adaskip"]
+    sources = [path for folder in folders for path in folder.rglob("*.py")]
+    assert len(sources) > 25
+    for path in sources:
+        if "testbed" in path.parts:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                module = node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
+                assert (module or "").split(".")[0] not in forbidden, path
+            if isinstance(node, ast.Call):
+                assert ast.unparse(node.func) not in ("eval", "exec", "torch.load"), path
