@@ -35,7 +35,7 @@ bench: setup
 	$(BIN)/python benchmarks/off_is_free.py --rounds $(ROUNDS)
 
 train: setup
-	$(BIN)/python -m vllm_adaskip.testbed.train --out build/model --minutes 62
+	$(BIN)/python -m vllm_adaskip.testbed.train --out build/model
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -33,8 +33,7 @@ class SkippingDecoder(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any) -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
         compat.enable_amx()
-        layers = self.model.layers
-        self.adaskip = SkipRuntime(vllm_config, len(layers), map(self.attention_of, layers))
+        self.adaskip = SkipRuntime(vllm_config, map(self.attention_of, self.model.layers))
 
     @abstractmethod
     def attention_of(self, layer: Any) -> Any:

@@ -28,7 +28,7 @@ class Step:
         share_table(vllm_config, self.table)
         for row, skip in enumerate(skips):
             self.table.add(row, SkipPlan.parse(skip, LAYERS), prompt_len=5, is_new=True)
-        self.runtime = SkipRuntime(vllm_config, LAYERS, [])
+        self.runtime = SkipRuntime(vllm_config, [])
         self.metadata: Any = None
         monkeypatch.setattr(self.runtime._sub_batches, "step_metadata", lambda: self.metadata)
 

@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -65,7 +66,7 @@ def demo(
         shape = _shape(llm)
         progress.update(step, description="answering one batch of questions, a plan each")
         questions = _questions()
-        plans = [PLANS[index % len(PLANS)] for index in range(len(questions))]
+        plans = _deal(len(questions))
         answers = _generate(llm, [question.prompt for question in questions], plans)
         report = llm.collective_rpc("adaskip_report")[0]
         progress.update(step, description=f"timing {rounds} rounds of 3 variants, in turn")
@@ -108,6 +109,10 @@ def _questions(count: int | None = None) -> list[Sample]:
     return [questions[index] for index in range(per_task) for questions in drawn][:count]
 
 
+def _deal(count: int) -> list[Entries]:
+    return list(islice(cycle(PLANS), count))
+
+
 def _generate(
     llm: LLM, prompts: Sequence[str], plans: Sequence[Entries], **sampling: Any
 ) -> list[str]:
@@ -130,12 +135,11 @@ def _time(
     llm: LLM, shape: DecoderShape, prompts: list[str], rounds: int, tokens: int
 ) -> list[Timing]:
     """Run the variants in turn, so that a noisy machine favours none."""
-    mixed = [PLANS[index % len(PLANS)] for index in range(len(prompts))]
-    shared = [PLANS[-1]] * len(prompts)
+    dense, shared = PLANS[0], PLANS[-1]
     variants = {
-        "everybody dense": [PLANS[0]] * len(prompts),
-        f"everybody '{SkipPlan.parse(PLANS[-1], shape.num_layers)}'": shared,
-        f"{len(PLANS)} plans mixed": mixed,
+        "everybody dense": [dense] * len(prompts),
+        f"everybody '{SkipPlan.parse(shared, shape.num_layers)}'": [shared] * len(prompts),
+        f"{len(PLANS)} plans mixed": _deal(len(prompts)),
     }
     timings = [Timing(name, _kept(plans, shape), []) for name, plans in variants.items()]
     for round_ in range(rounds + 1):

@@ -91,13 +91,12 @@ def _vllm() -> Iterator[Finding]:
 
 
 def _companions() -> Iterator[Finding]:
-    for name in ("torch", "transformers"):
-        yield Finding(
-            name, _version(name) or "not installed", "" if _version(name) else "install it"
-        )
+    torch = _version("torch")
+    for name, version in (("torch", torch), ("transformers", _version("transformers"))):
+        yield Finding(name, version or "not installed", "" if version else "install it")
     for name in ("torchvision", "torchaudio", "torchcodec"):
-        version, torch = _version(name), _version("torch") or ""
-        if version and "+cpu" in torch and "+cpu" not in version:
+        version = _version(name)
+        if version and torch and "+cpu" in torch and "+cpu" not in version:
             yield Finding(
                 name,
                 f"{version}, not built for {torch}; breaks `import transformers`",

@@ -104,7 +104,7 @@ def extend_parser(
         return parser
 
     add_cli_args._adaskip = True  # type: ignore[attr-defined]
-    EngineArgs.add_cli_args = staticmethod(add_cli_args)  # type: ignore[method-assign,assignment]
+    EngineArgs.add_cli_args = staticmethod(add_cli_args)
 
 
 def is_probe(hf_config: Any) -> bool:
@@ -173,8 +173,8 @@ class SubBatches:
         from vllm.v1.attention.backend import CommonAttentionMetadata
 
         step = get_forward_context()
-        whole = self.step_metadata()
-        slots = step.slot_mapping[self._names[0]][subset.tokens]  # type: ignore[call-overload]
+        whole = step.attn_metadata[self._names[0]]
+        slots = step.slot_mapping[self._names[0]][subset.tokens]
         if self._builder is None:
             self._builder = self._make_builder(step)
         part = self._builder.build(
@@ -182,12 +182,12 @@ class SubBatches:
             CommonAttentionMetadata(
                 query_start_loc=subset.query_start_loc,
                 query_start_loc_cpu=subset.query_start_loc,
-                seq_lens=whole.seq_lens[subset.rows] - subset.dropped,  # type: ignore[union-attr]
+                seq_lens=whole.seq_lens[subset.rows] - subset.dropped,
                 num_reqs=len(subset.rows),
                 num_actual_tokens=subset.num_tokens,
                 max_query_len=subset.max_query_len,
-                max_seq_len=whole.max_seq_len,  # type: ignore[union-attr]
-                block_table_tensor=whole.block_table[subset.rows],  # type: ignore[union-attr]
+                max_seq_len=whole.max_seq_len,
+                block_table_tensor=whole.block_table[subset.rows],
                 slot_mapping=slots,
                 causal=True,
             ),

@@ -21,10 +21,7 @@ if TYPE_CHECKING:
 class SkipRuntime:
     """One engine's plans, step by step, and the counters of its report."""
 
-    def __init__(
-        self, vllm_config: VllmConfig, num_layers: int, attention: Iterable[Attention]
-    ) -> None:
-        self.num_layers = num_layers
+    def __init__(self, vllm_config: VllmConfig, attention: Iterable[Attention]) -> None:
         self.table = compat.shared_table(vllm_config)
         self._sub_batches = compat.SubBatches(vllm_config, attention)
         self._layout: Layout | None = None
@@ -34,7 +31,7 @@ class SkipRuntime:
         self._method = vllm_config.additional_config.get("adaskip", {}).get("method", "none")
         self._prompt_tokens = 0
         self._generated_tokens = 0
-        self._generated_run = np.zeros(2 * num_layers, dtype=np.int64)
+        self._generated_run = np.zeros(2 * self.table.num_layers, dtype=np.int64)
 
     def begin_step(self) -> StepPlan | None:
         """Plan the forward that starts now; None when every token goes through everything.
@@ -73,7 +70,7 @@ class SkipRuntime:
         """Give cumulative counters; ``*_run[l]`` counts generated tokens through sub-layer l."""
         run = self._generated_run.tolist()
         return {
-            "num_layers": self.num_layers,
+            "num_layers": self.table.num_layers,
             "prompt_tokens": self._prompt_tokens,
             "decode_tokens": self._generated_tokens,
             "attn_run": run[0::2],

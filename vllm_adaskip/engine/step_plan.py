@@ -107,7 +107,7 @@ class Segment:
     sub_layers: tuple[int, ...]
     subset: Subset | None
 
-    @property
+    @cached_property
     def runs_attention(self) -> bool:
         """True when an attention sub-layer is among them."""
         return any(sub_layer % 2 == 0 for sub_layer in self.sub_layers)
