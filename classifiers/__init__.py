@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Methods that decide skip plans. Never imports vLLM."""
 
-from vllm_adaskip.classifiers.base import Classifier, MethodOptions
+from vllm_adaskip.classifiers.base import Classifier, MethodOptions, PromptStatistics
 from vllm_adaskip.classifiers.dense import Dense
 from vllm_adaskip.classifiers.plan import DecoderShape, PlanError, SkipPlan
 from vllm_adaskip.classifiers.static import Static
@@ -15,5 +15,6 @@ __all__ = [
     "DecoderShape",
     "MethodOptions",
     "PlanError",
+    "PromptStatistics",
     "SkipPlan",
 ]

@@ -4,11 +4,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from vllm_adaskip.classifiers.plan import DecoderShape, SkipPlan
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class MethodOptions(BaseModel):
@@ -17,23 +23,41 @@ class MethodOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
+@dataclass(frozen=True)
+class PromptStatistics:
+    """What a method observed over a whole prompt.
+
+    Attributes:
+        tokens: tokens of the prompt, at least 1.
+        mean: ``[width]`` float64, mean over these tokens of what `Classifier.observe` wrote.
+
+    """
+
+    tokens: int
+    mean: NDArray[np.float64]
+
+
 class Classifier(ABC):
     """Decides, at prefill, the plan that a sequence follows while it decodes.
 
     A method is one file with a subclass: its ``Options`` (what the server may set), a
-    constructor that refuses options which do not fit the model (`ValueError`), and
-    `decide`, a pure function, so that every tensor-parallel rank and every repetition of
-    a request gets the same plan.
+    constructor that refuses options which do not fit the model (`ValueError`), `check`
+    and `decide`. Both are pure functions, so that every tensor-parallel rank and every
+    repetition of a request gets the same plan. A method that reads the prompt sets
+    ``width`` and brings `observe`.
     """
 
     Options: ClassVar[type[MethodOptions]] = MethodOptions
+
+    #: float32 values kept of each prompt token; 0: the method does not read the prompt.
+    width: int = 0
 
     @abstractmethod
     def __init__(self, shape: DecoderShape, options: MethodOptions) -> None: ...
 
     @abstractmethod
-    def decide(self, budget: float) -> SkipPlan:
-        """Give the plan for a sequence.
+    def check(self, budget: float) -> None:
+        """Refuse, before the prompt is read, a budget that cannot be met.
 
         Args:
             budget: largest share of decoder compute the plan may keep, in (0, 1].
@@ -42,3 +66,25 @@ class Classifier(ABC):
             PlanError: the method has no plan within the budget.
 
         """
+
+    @abstractmethod
+    def decide(self, budget: float, prompt: PromptStatistics | None) -> SkipPlan:
+        """Give the plan for a sequence, within a budget that `check` let pass.
+
+        Args:
+            budget: as in `check`.
+            prompt: what was observed of the prompt; None where ``width`` is 0.
+
+        """
+
+    def observe(self, sub_layer: int, before: Tensor, after: Tensor, values: Tensor) -> None:
+        """Write what is kept of each token at one sub-layer.
+
+        Args:
+            sub_layer: attention ``2 * l``, MLP ``2 * l + 1``; each is shown once per token.
+            before: ``[tokens, hidden]`` residual stream before the sub-layer, model's dtype.
+            after: ``[tokens, hidden]`` residual stream after it.
+            values: ``[tokens, width]`` float32, zeros at first; write into it.
+
+        """
+        raise NotImplementedError(f"{type(self).__name__} has width {self.width} but no observe()")

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from vllm_adaskip.classifiers.base import Classifier, MethodOptions
+from vllm_adaskip.classifiers.base import Classifier, MethodOptions, PromptStatistics
 from vllm_adaskip.classifiers.plan import DecoderShape, PlanError, SkipPlan
 
 
@@ -13,11 +13,14 @@ class Dense(Classifier):
     def __init__(self, shape: DecoderShape, options: MethodOptions) -> None:
         self._plan = SkipPlan(shape.num_layers)
 
-    def decide(self, budget: float) -> SkipPlan:
-        """Give the dense plan, which fits no budget below 1."""
+    def check(self, budget: float) -> None:
+        """Refuse every budget below 1."""
         if budget < 1.0:
             raise PlanError(
                 f"a budget of {budget:g} cannot be met: method 'none' skips nothing; start the "
                 "server with a method, or name a plan in adaskip_skip"
             )
+
+    def decide(self, budget: float, prompt: PromptStatistics | None) -> SkipPlan:
+        """Give the dense plan."""
         return self._plan

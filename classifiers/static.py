@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from vllm_adaskip.classifiers.base import Classifier, MethodOptions
+from vllm_adaskip.classifiers.base import Classifier, MethodOptions, PromptStatistics
 from vllm_adaskip.classifiers.plan import DecoderShape, PlanError, SkipPlan
 
 
@@ -23,11 +23,14 @@ class Static(Classifier):
         self._plan = SkipPlan.parse(options.skip, shape.num_layers)
         self._share = self._plan.share(shape)
 
-    def decide(self, budget: float) -> SkipPlan:
-        """Give the fixed plan, or refuse a budget below what it keeps."""
+    def check(self, budget: float) -> None:
+        """Refuse a budget below what the plan keeps."""
         if self._share > budget:
             raise PlanError(
                 f"a budget of {budget:g} cannot be met: method 'static' has the one plan "
                 f"'{self._plan}', which keeps {self._share:.3f} of the decoder's compute"
             )
+
+    def decide(self, budget: float, prompt: PromptStatistics | None) -> SkipPlan:
+        """Give the fixed plan."""
         return self._plan

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from vllm_adaskip.engine import compat
+from vllm_adaskip.engine.layout import Subset
 from vllm_adaskip.engine.runtime import SkipRuntime
-from vllm_adaskip.engine.step_plan import Segment, StepPlan
+from vllm_adaskip.engine.step_plan import Passing, Segment, StepPlan
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -47,6 +48,10 @@ class SkippingDecoder(nn.Module):
     def run_mlp(self, layer: Any, stream: Stream) -> Stream:
         """Run a layer's norm and MLP."""
 
+    @abstractmethod
+    def project_kv(self, layer: Any, positions: Tensor, stream: Stream) -> tuple[Tensor, Tensor]:
+        """Give a layer's K and V ``[tokens, kv_heads * head_size]``, as its attention would."""
+
     def forward(
         self,
         input_ids: Tensor | None,
@@ -64,17 +69,32 @@ class SkippingDecoder(nn.Module):
 
     def _run_step(self, step: StepPlan, positions: Tensor, embeddings: Tensor) -> Tensor:
         stream: Stream = (embeddings, None)
-        for segment in step.segments:
-            with self.adaskip.using(segment):
-                if segment.subset is None:
-                    stream = self._run_segment(segment, positions, stream)
-                    continue
-                tokens = segment.subset.tokens
-                part = _gather(stream, tokens)
-                part = self._run_segment(segment, positions[tokens], part)
-                stream = _scatter(stream, tokens, part)
+        for piece in step.pieces:
+            if isinstance(piece, Passing):
+                self._pass_by(piece, positions, stream)
+            elif piece.subset is None:
+                stream = self._run_segment(piece, positions, stream)
+            else:
+                stream = self._run_subset(piece, piece.subset, positions, stream)
+        self.adaskip.kv_fill.finish()
         hidden: Tensor = self.model.norm(*stream)[0]
         return hidden
+
+    def _run_subset(
+        self, segment: Segment, subset: Subset, positions: Tensor, stream: Stream
+    ) -> Stream:
+        with self.adaskip.using(segment):
+            part = _gather(stream, subset.tokens)
+            part = self._run_segment(segment, positions[subset.tokens], part)
+        return _scatter(stream, subset.tokens, part)
+
+    def _pass_by(self, passing: Passing, positions: Tensor, stream: Stream) -> None:
+        layer, tokens = self.model.layers[passing.layer], passing.tokens
+        hidden, residual = _gather(stream, tokens)
+        if residual is not None and isinstance(tokens, slice):
+            hidden, residual = hidden.clone(), residual.clone()  # vLLM's norm works in place
+        key, value = self.project_kv(layer, positions[tokens], (hidden, residual))
+        self.adaskip.kv_fill.write(passing, key, value)
 
     def _run_segment(self, segment: Segment, positions: Tensor, stream: Stream) -> Stream:
         for index, part in segment.parts:

@@ -23,6 +23,15 @@ class AdaSkipLlamaForCausalLM(SkippingDecoder, LlamaForCausalLM):
         normed, residual = add_and_norm(layer.input_layernorm, stream)
         return layer.self_attn(positions=positions, hidden_states=normed), residual
 
+    def project_kv(self, layer: Any, positions: Tensor, stream: Stream) -> tuple[Tensor, Tensor]:
+        """Run input norm, q/k/v projection and rotary embedding; the query is left over."""
+        attention = layer.self_attn
+        normed, _ = add_and_norm(layer.input_layernorm, stream)
+        sizes = [attention.q_size, attention.kv_size, attention.kv_size]
+        query, key, value = attention.qkv_proj(normed)[0].split(sizes, dim=-1)
+        _, key = attention.rotary_emb(positions, query, key)
+        return key, value
+
     def run_mlp(self, layer: Any, stream: Stream) -> Stream:
         """Run post-attention norm and MLP."""
         normed, residual = add_and_norm(layer.post_attention_layernorm, stream)

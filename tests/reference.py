@@ -2,15 +2,18 @@
 """What a plan means, as a plain float32 transformers loop at batch size one.
 
 The prompt runs at full depth. Each generated token then runs exactly the sub-layers that
-its plan keeps; a skipped attention sub-layer writes no key and no value.
+its plan keeps; a skipped attention sub-layer writes no key and no value, or what `kv_fill`
+says.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from vllm_adaskip import SkipPlan
 
@@ -26,12 +29,19 @@ class Reference:
 
     @torch.inference_mode()
     def generate(
-        self, prompt: Sequence[int], skip: Sequence[int | str], max_tokens: int
+        self,
+        prompt: Sequence[int],
+        skip: Sequence[int | str],
+        max_tokens: int,
+        *,
+        kv_fill: str = "none",
+        then: tuple[int, Sequence[int | str]] | None = None,
     ) -> tuple[list[int], float]:
         """Give greedy tokens, and the smallest gap between the two best logits on the way.
 
         A gap near float32 rounding means that another order of summation may rightly
-        choose another token; callers check it.
+        choose another token; callers check it. ``then=(n, other)`` follows another plan
+        once ``n`` tokens are there.
         """
         plan = SkipPlan.parse(skip, self.num_layers)
         cache = DynamicCache(config=self.model.config)
@@ -43,9 +53,14 @@ class Reference:
             tokens.append(int(logits.argmax()))
             if len(tokens) == max_tokens:
                 return tokens, gap
-            logits = self._step(tokens[-1], len(prompt) + len(tokens) - 1, plan, cache)
+            if then and len(tokens) == then[0]:
+                plan = SkipPlan.parse(then[1], self.num_layers)
+            position = len(prompt) + len(tokens) - 1
+            logits = self._step(tokens[-1], position, plan, cache, kv_fill)
 
-    def _step(self, token: int, position: int, plan: SkipPlan, cache: DynamicCache) -> torch.Tensor:
+    def _step(
+        self, token: int, position: int, plan: SkipPlan, cache: DynamicCache, kv_fill: str
+    ) -> torch.Tensor:
         decoder = self.model.model
         hidden = decoder.embed_tokens(torch.tensor([[token]]))
         rotary = decoder.rotary_emb(hidden, torch.tensor([[position]]))
@@ -58,6 +73,27 @@ class Reference:
                     past_key_values=cache,
                 )
                 hidden = hidden + update
+            elif kv_fill == "project":
+                self._project(index, layer.input_layernorm(hidden), rotary, cache)
             if not plan.mlp >> index & 1:
                 hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        if kv_fill == "copy":
+            self._copy(plan, cache)
         return self.model.lm_head(decoder.norm(hidden))[0, -1]
+
+    def _project(self, index: int, normed: torch.Tensor, rotary: Any, cache: DynamicCache) -> None:
+        attention = self.model.model.layers[index].self_attn
+        shape = (1, 1, -1, attention.head_dim)
+        query, key, value = (
+            project(normed).view(shape).transpose(1, 2)
+            for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        _, key = apply_rotary_pos_emb(query, key, *rotary)
+        cache.update(key, value, index)
+
+    def _copy(self, plan: SkipPlan, cache: DynamicCache) -> None:
+        ran = [index for index in range(self.num_layers) if not plan.attention >> index & 1]
+        for index in set(range(self.num_layers)) - set(ran) if ran else ():
+            below = [layer for layer in ran if layer < index]
+            source = cache.layers[below[-1] if below else ran[0]]
+            cache.update(source.keys[:, :, -1:], source.values[:, :, -1:], index)

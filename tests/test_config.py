@@ -24,6 +24,7 @@ def test_defaults_decide_nothing() -> None:
         ({"budget": 0}, ["budget", "0", "greater than 0"]),
         ({"budget": 1.5}, ["budget", "1.5"]),
         ({"budget": "0.5"}, ["budget", "'0.5'"]),
+        ({"kv_fill": "paste"}, ["kv_fill", "'paste'", "'copy', 'project' or 'none'"]),
         ({"method": "static"}, ["skip is missing", "static"]),
         ({"method": "static", "skip": "5"}, ["skip", "'5'", "list"]),
         ({"method": "static", "skip": [5.5]}, ["skip", "5.5"]),
@@ -50,6 +51,6 @@ def test_refuses_with_the_key_the_value_and_what_is_allowed(options: Any, words:
 )
 def test_refuses_what_does_not_fit_the_model(options: dict[str, Any], words: list[str]) -> None:
     with pytest.raises(ConfigError) as refusal:
-        AdaSkipConfig.parse(options).planner_config(SHAPE)
+        AdaSkipConfig.parse(options).facts(SHAPE)
     for word in words:
         assert word in str(refusal.value)

@@ -80,10 +80,9 @@ def test_the_readmes_completion_skips_what_it_names(server: str) -> None:
         assert ran == [0 if layer in skipped else generated for layer in range(LAYERS)]
 
 
-def test_the_start_says_what_is_in_force_and_that_prefix_caching_is_off(server: str) -> None:
+def test_the_start_says_what_is_in_force(server: str) -> None:
     log = Path(server).read_text()
-    assert "vllm-adaskip: AdaSkipLlamaForCausalLM, method none" in log
-    assert "prefix caching is switched off" in log
+    assert "vllm-adaskip: AdaSkipLlamaForCausalLM, method none, budget 1, kv_fill none" in log
 
 
 def test_chat_takes_plans_too(server: str) -> None:

@@ -57,7 +57,8 @@ def test_the_command_line_turns_it_on(tiny_llama: str, arguments: list[str]) -> 
         assert vllm_config.model_config.architecture == "AdaSkipLlamaForCausalLM"
         assert len(vllm_config.model_config.logits_processors) == 1
         assert "AdaSkipWorkerExtension" in vllm_config.parallel_config.worker_extension_cls
-        assert not vllm_config.cache_config.enable_prefix_caching
+        assert vllm_config.cache_config.enable_prefix_caching
+        assert "MarkingScheduler" in vllm_config.scheduler_config.scheduler_cls
         if "--hf-overrides" in arguments:
             assert vllm_config.model_config.hf_config.max_position_embeddings == 128
 
@@ -77,6 +78,14 @@ def test_the_users_own_overrides_and_processors_are_kept(tiny_llama: str) -> Non
     assert vllm_config.model_config.logits_processors[0] == theirs
 
 
+def test_without_prefix_caching_the_scheduler_is_the_users(tiny_llama: str) -> None:
+    theirs = "vllm.v1.core.sched.scheduler.Scheduler"
+    vllm_config = config(
+        tiny_llama, enable_prefix_caching=False, scheduler_cls=theirs, **engine_args()
+    )
+    assert vllm_config.scheduler_config.scheduler_cls == theirs
+
+
 @pytest.mark.parametrize(
     ("kwargs", "words"),
     [
@@ -89,6 +98,10 @@ def test_the_users_own_overrides_and_processors_are_kept(tiny_llama: str) -> Non
         (
             {"worker_extension_cls": "somebody.elses.Extension"},
             ["--worker-extension-cls", "somebody.elses.Extension"],
+        ),
+        (
+            {"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"},
+            ["--scheduler-cls", "--no-enable-prefix-caching"],
         ),
         ({"enable_prompt_embeds": True}, ["prompt embeddings", "--enable-prompt-embeds"]),
         (
@@ -197,7 +210,7 @@ def test_the_allow_list_of_the_user_is_left_alone(tiny_llama: str) -> None:
 
 def test_an_engine_that_nobody_feeds_is_refused(tiny_llama: str) -> None:
     """As when our architecture is named but the config hook did not run."""
-    from vllm_adaskip.engine.compat import shared_table
+    from vllm_adaskip.engine.compat import shared_state
 
     with pytest.raises(RuntimeError, match="would ignore every plan"):
-        shared_table(config(tiny_llama, **engine_args()))
+        shared_state(config(tiny_llama, **engine_args()))

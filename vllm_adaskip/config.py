@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from vllm_adaskip.classifiers import METHODS, DecoderShape
-from vllm_adaskip.engine.planner import Planner, PlannerConfig
+from vllm_adaskip.engine.facts import EngineFacts
+from vllm_adaskip.engine.planner import Planner
 
 
 class ConfigError(ValueError):
@@ -23,6 +24,8 @@ class AdaSkipConfig(BaseModel):
     Attributes:
         method: which classifier decides plans, ``none`` by default.
         budget: largest share of decoder compute a decided plan may keep, in (0, 1].
+        kv_fill: what is written into the KV cache where a generated token leaves out an
+            attention sub-layer.
 
     """
 
@@ -30,6 +33,7 @@ class AdaSkipConfig(BaseModel):
 
     method: str = "none"
     budget: float = Field(default=1.0, gt=0, le=1)
+    kv_fill: Literal["copy", "project", "none"] = "none"
 
     @field_validator("method")
     @classmethod
@@ -60,7 +64,7 @@ class AdaSkipConfig(BaseModel):
         """The method's own options."""
         return dict(self.model_extra or {})
 
-    def planner_config(self, shape: DecoderShape) -> PlannerConfig:
+    def facts(self, shape: DecoderShape) -> EngineFacts:
         """Bind the options to a model.
 
         Raises:
@@ -68,12 +72,12 @@ class AdaSkipConfig(BaseModel):
                 the method cannot meet).
 
         """
-        config = PlannerConfig(shape, self.method, self.method_options, self.budget)
+        facts = EngineFacts(shape, self.method, self.method_options, self.budget, self.kv_fill)
         try:
-            Planner(config)
+            Planner(facts)
         except ValueError as error:
             raise ConfigError(f"adaskip: {error}") from None
-        return config
+        return facts
 
 
 def _explain(error: ValidationError, options: Mapping[str, Any]) -> str:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.adaskip")
 
+_SCHEDULER = "vllm_adaskip.engine.compat.scheduler.MarkingScheduler"
 _WORKER_EXTENSION = "vllm_adaskip.engine.worker_extension.AdaSkipWorkerExtension"
 
 
@@ -38,17 +39,19 @@ def prepare(vllm_config: VllmConfig) -> None:
     family = family_of(model.architecture)
     assert family is not None
     config = AdaSkipConfig.parse(vllm_config.additional_config.setdefault("adaskip", {}))
-    feeder = class_path(config.planner_config(family.shape(model.hf_config)))
+    feeder = class_path(config.facts(family.shape(model.hf_config)))
     model.logits_processors = [*(model.logits_processors or []), feeder]
     vllm_config.parallel_config.worker_extension_cls = _WORKER_EXTENSION
-    _switch_prefix_caching_off(vllm_config)
+    if vllm_config.cache_config.enable_prefix_caching:
+        vllm_config.scheduler_config.scheduler_cls = _SCHEDULER
     options = "".join(f", {key} {value}" for key, value in config.method_options.items())
     logger.info(
-        "vllm-adaskip: %s, method %s%s, budget %g",
+        "vllm-adaskip: %s, method %s%s, budget %g, kv_fill %s",
         family.architecture,
         config.method,
         options,
         config.budget,
+        config.kv_fill,
     )
 
 
@@ -81,16 +84,12 @@ def _unsupported(vllm_config: VllmConfig) -> Iterator[str]:
         yield "prompt embeddings are not supported; remove --enable-prompt-embeds"
     if model.get_sliding_window() is not None:
         yield "sliding-window attention is not supported; use a model without it"
+    scheduler = vllm_config.scheduler_config.scheduler_cls
+    if scheduler and scheduler != _SCHEDULER and vllm_config.cache_config.enable_prefix_caching:
+        yield (
+            f"--scheduler-cls {scheduler!r} would share blocks under plans with everybody; remove "
+            "it, or add --no-enable-prefix-caching"
+        )
     extension = parallel.worker_extension_cls
     if extension and extension != _WORKER_EXTENSION:
         yield f"--worker-extension-cls {extension!r} takes the place of ours; remove it"
-
-
-def _switch_prefix_caching_off(vllm_config: VllmConfig) -> None:
-    """Blocks with generated tokens of a planned sequence have holes nobody else may read."""
-    if vllm_config.cache_config.enable_prefix_caching:
-        vllm_config.cache_config.enable_prefix_caching = False
-        logger.warning(
-            "vllm-adaskip: prefix caching is switched off, because cached blocks of planned "
-            "requests would not be safe to share yet"
-        )

@@ -17,19 +17,21 @@ EXAMPLES: dict[str, dict[str, object]] = {"none": {}, "static": {"skip": [1, "at
 def test_every_method_decides_the_same_plan_again_within_its_budget(name: str) -> None:
     method = METHODS[name]
     classifier = method(SHAPE, method.Options.model_validate(EXAMPLES[name]))
-    plan = classifier.decide(1.0)
-    assert plan == classifier.decide(1.0)
+    classifier.check(1.0)
+    plan = classifier.decide(1.0, None)
+    assert plan == classifier.decide(1.0, None)
     assert plan.num_layers == SHAPE.num_layers and not plan.skips_everything
     with pytest.raises(PlanError, match=r"budget of 0\.01 cannot be met"):
-        classifier.decide(0.01)
+        classifier.check(0.01)
 
 
 def test_static_meets_exactly_the_budget_its_plan_keeps() -> None:
     static = Static(SHAPE, StaticOptions(skip=[1, "attn:2"]))
     kept = 1 - 5 / 16
-    assert static.decide(kept).share(SHAPE) == kept
+    static.check(kept)
+    assert static.decide(kept, None).share(SHAPE) == kept
     with pytest.raises(PlanError, match=r"keeps 0\.688"):
-        static.decide(kept - 1e-9)
+        static.check(kept - 1e-9)
 
 
 def test_classifiers_never_import_vllm() -> None:

@@ -126,6 +126,8 @@ def test_a_skipped_sub_layer_is_not_launched_and_some_rows_cost_those_rows(llm: 
 def test_report_counts_what_ran(engine: Callable[..., Any], tiny_llama: str) -> None:
     llm = engine(tiny_llama, **engine_args())
     greedy(llm, [[1, 2, 3], [4, 5]], [[5, 6, "attn:7"], [6]], max_tokens=5)
+    assert llm.collective_rpc("adaskip_report")[0]["live_rows"] == 2
+    llm.llm_engine.step()  # vLLM tells the worker who has finished with its next step
     report = llm.collective_rpc("adaskip_report")[0]
     assert report == {
         "num_layers": 8,
@@ -135,6 +137,7 @@ def test_report_counts_what_ran(engine: Callable[..., Any], tiny_llama: str) -> 
         "mlp_run": [8, 8, 8, 8, 8, 4, 0, 8],
         "requests": 2,
         "method": "none",
+        "live_rows": 0,
     }
 
 

@@ -4,12 +4,13 @@ from typing import Any
 import pytest
 
 from vllm_adaskip import DecoderShape
-from vllm_adaskip.engine.planner import Planner, PlannerConfig
+from vllm_adaskip.engine.facts import EngineFacts
+from vllm_adaskip.engine.planner import Planner
 from vllm_adaskip.engine.request import RequestError
 
 SHAPE = DecoderShape(8, attention_parameters=1, mlp_parameters=3)
-NONE = Planner(PlannerConfig(SHAPE))
-STATIC = Planner(PlannerConfig(SHAPE, "static", {"skip": [3, "attn:5"]}))
+NONE = Planner(EngineFacts(SHAPE))
+STATIC = Planner(EngineFacts(SHAPE, "static", {"skip": [3, "attn:5"]}))
 
 
 @pytest.mark.parametrize(
@@ -31,7 +32,7 @@ STATIC = Planner(PlannerConfig(SHAPE, "static", {"skip": [3, "attn:5"]}))
     ],
 )
 def test_plan_of_a_request(planner: Planner, args: dict[str, Any] | None, plan: str) -> None:
-    assert str(planner.plan_for(args)) == plan
+    assert str(planner.wanted(args).plan) == plan
 
 
 @pytest.mark.parametrize(
@@ -60,17 +61,17 @@ def test_refusal_names_key_value_and_what_is_allowed(
     args: dict[str, Any], words: list[str]
 ) -> None:
     with pytest.raises(RequestError) as refusal:
-        NONE.plan_for(args)
+        NONE.wanted(args)
     for word in words:
         assert word in str(refusal.value)
 
 
 def test_a_budget_below_what_static_keeps_is_refused() -> None:
     with pytest.raises(RequestError, match=r"adaskip_budget.*'static'.*keeps 0\.844"):
-        STATIC.plan_for({"adaskip_budget": 0.8})
+        STATIC.wanted({"adaskip_budget": 0.8})
 
 
 def test_planner_facts_survive_the_way_to_another_process() -> None:
-    again = PlannerConfig.from_json(STATIC.config.to_json())
-    assert again == STATIC.config
-    assert Planner(again).plan_for(None) == STATIC.plan_for(None)
+    again = EngineFacts.from_json(STATIC.facts.to_json())
+    assert again == STATIC.facts
+    assert Planner(again).wanted(None) == STATIC.wanted(None)

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_adaskip import SkipPlan
-from vllm_adaskip.engine.compat import share_table
+from vllm_adaskip import DecoderShape, SkipPlan
+from vllm_adaskip.engine.compat import share_state
+from vllm_adaskip.engine.facts import EngineFacts
+from vllm_adaskip.engine.planner import Planner
 from vllm_adaskip.engine.runtime import SkipRuntime
-from vllm_adaskip.engine.table import SequenceTable
+from vllm_adaskip.engine.state import SkipState
 
 LAYERS = 3
 
@@ -22,10 +24,11 @@ class Step:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *skips: list[int | str]) -> None:
         vllm_config: Any = SimpleNamespace(
-            compilation_config=SimpleNamespace(static_forward_context={}), additional_config={}
+            compilation_config=SimpleNamespace(static_forward_context={})
         )
-        self.table = SequenceTable(LAYERS, 4)
-        share_table(vllm_config, self.table)
+        state = SkipState(Planner(EngineFacts(DecoderShape(LAYERS, 1, 3))), 4)
+        self.table = state.table
+        share_state(vllm_config, state)
         for row, skip in enumerate(skips):
             self.table.add(row, SkipPlan.parse(skip, LAYERS), prompt_len=5, is_new=True)
         self.runtime = SkipRuntime(vllm_config, [])
@@ -66,8 +69,8 @@ def test_rows_that_change_places_get_a_new_plan(monkeypatch: pytest.MonkeyPatch)
     before = step.run([1, 1], [6, 6])
     step.table.swap(0, 1)
     after = step.run([1, 1], [7, 7])
-    assert before.segments[1].subset.rows.tolist() == [1]
-    assert after.segments[1].subset.rows.tolist() == [0]
+    assert before.pieces[1].subset.rows.tolist() == [1]
+    assert after.pieces[1].subset.rows.tolist() == [0]
 
 
 def test_report_adds_up_over_dense_and_planned_steps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,4 +86,5 @@ def test_report_adds_up_over_dense_and_planned_steps(monkeypatch: pytest.MonkeyP
         "mlp_run": [3, 1, 1],
         "requests": 2,
         "method": "none",
+        "live_rows": 2,
     }

@@ -6,7 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_adaskip.engine.step_plan import Layout, StepPlan
+from vllm_adaskip.engine.kv_copies import Copies
+from vllm_adaskip.engine.layout import Layout
+from vllm_adaskip.engine.step_plan import Passing, StepPlan
 
 LAYERS = 3
 
@@ -20,11 +22,12 @@ rows = st.tuples(
 )
 
 
-def plan_of(batch: list[Row]) -> tuple[StepPlan, Layout]:
+def plan_of(batch: list[Row], *, with_passing: bool = False) -> tuple[StepPlan, Layout]:
     computed, query, prompts = (np.array([row[i] for row in batch]) for i in range(3))
     starts = np.concatenate(([0], np.cumsum(query)))
     layout = Layout.of(starts, computed + query, prompts)
-    return StepPlan.build(np.array([row[3] for row in batch]), layout), layout
+    skips = np.array([row[3] for row in batch])
+    return StepPlan.build(skips, layout, with_passing=with_passing), layout
 
 
 def expected_tokens(batch: list[Row], sub_layer: int) -> list[int]:
@@ -45,7 +48,7 @@ def test_each_sub_layer_gets_exactly_its_tokens_in_order(batch: list[Row]) -> No
     total = sum(row[1] for row in batch)
     ran: dict[int, list[int]] = {}
     order = []
-    for segment in plan.segments:
+    for segment in plan.pieces:
         everything = torch.arange(total)
         tokens = everything if segment.subset is None else everything[segment.subset.tokens]
         for sub_layer in segment.sub_layers:
@@ -60,7 +63,7 @@ def test_each_sub_layer_gets_exactly_its_tokens_in_order(batch: list[Row]) -> No
 @given(st.lists(rows, min_size=1, max_size=8))
 def test_a_subset_describes_the_sub_batch(batch: list[Row]) -> None:
     plan, layout = plan_of(batch)
-    for segment in plan.segments:
+    for segment in plan.pieces:
         if (subset := segment.subset) is None:
             continue
         kept = layout.query_lens[subset.rows.numpy()] - subset.dropped.numpy()
@@ -83,12 +86,62 @@ def test_counts_generated_tokens_that_run(batch: list[Row]) -> None:
         assert plan.generated_run[sub_layer] == want
 
 
+@settings(deadline=None)
+@given(st.lists(rows, min_size=1, max_size=8))
+def test_who_passes_by_an_attention_is_met_between_what_it_runs(batch: list[Row]) -> None:
+    """Each token, at each attention it leaves out, once, after all it ran below, before above."""
+    plan, _ = plan_of(batch, with_passing=True)
+    total = sum(row[1] for row in batch)
+    everything = torch.arange(total)
+    met: dict[int, list[int]] = {}
+    last = [-1] * total  # the sub-layer each token went through or passed by last
+    for piece in plan.pieces:
+        if isinstance(piece, Passing):
+            for token in everything[piece.tokens].tolist():
+                assert last[token] < 2 * piece.layer
+                last[token] = 2 * piece.layer
+                met.setdefault(piece.layer, []).append(token)
+            continue
+        tokens = everything if piece.subset is None else everything[piece.subset.tokens]
+        for token in tokens.tolist():
+            assert last[token] < piece.sub_layers[0]
+            last[token] = piece.sub_layers[-1]
+    for layer in range(LAYERS):
+        ran = set(expected_tokens(batch, 2 * layer))
+        assert met.get(layer, []) == [token for token in range(total) if token not in ran]
+
+
+@settings(deadline=None)
+@given(st.lists(rows, min_size=1, max_size=8))
+def test_copies_come_from_the_nearest_attention_that_ran(batch: list[Row]) -> None:
+    plan, layout = plan_of(batch)
+    copies = Copies.build(plan, np.array([row[3] for row in batch]), layout)
+    row_of = [index for index, row in enumerate(batch) for _ in range(row[1])]
+    want = set()
+    for token, row in enumerate(row_of):
+        ran = [layer for layer in range(LAYERS) if not batch[row][3][2 * layer]]
+        for layer in range(LAYERS):
+            if ran and token not in expected_tokens(batch, 2 * layer):
+                below = [one for one in ran if one < layer]
+                want.add((below[-1] if below else ran[0], token, layer))
+    got, start = set(), 0
+    for source, places in copies.sources.items() if copies else ():
+        went_through = expected_tokens(batch, 2 * source)
+        for index, place in enumerate(places.tolist(), start):
+            assert copies is not None
+            token = int(copies.tokens[index])
+            assert went_through[place] == token  # the row of this very token
+            got.add((source, token, int(copies.layers[index])))
+        start += len(places)
+    assert got == want
+
+
 def test_a_sub_layer_that_nobody_needs_is_in_no_segment() -> None:
     skips = [False, False, True, True, False, True]
     plan, _ = plan_of([(9, 1, 4, skips), (7, 1, 2, skips)])
-    assert [segment.sub_layers for segment in plan.segments] == [(0, 1, 4)]
-    assert plan.segments[0].subset is None
-    assert plan.segments[0].parts == ((0, "layer"), (2, "attention"))
+    assert [segment.sub_layers for segment in plan.pieces] == [(0, 1, 4)]
+    assert plan.pieces[0].subset is None
+    assert plan.pieces[0].parts == ((0, "layer"), (2, "attention"))
 
 
 def test_prompts_run_dense_whatever_their_plan() -> None:
@@ -100,13 +153,13 @@ def test_neighbours_in_the_batch_are_a_slice_and_others_a_gather() -> None:
     keep, leave = [False] * 6, [True, True] + [False] * 4
     together, _ = plan_of([(5, 1, 2, leave), (5, 1, 2, keep), (5, 1, 2, keep)])
     apart, _ = plan_of([(5, 1, 2, keep), (5, 1, 2, leave), (5, 1, 2, keep)])
-    assert together.segments[0].subset is not None and apart.segments[0].subset is not None
-    assert together.segments[0].subset.tokens == slice(1, 3)
-    assert isinstance(apart.segments[0].subset.tokens, torch.Tensor)
+    assert together.pieces[0].subset is not None and apart.pieces[0].subset is not None
+    assert together.pieces[0].subset.tokens == slice(1, 3)
+    assert isinstance(apart.pieces[0].subset.tokens, torch.Tensor)
 
 
 def test_sub_layers_with_the_same_tokens_share_one_subset() -> None:
     one, two = [True, False] * 3, [False] * 6
     plan, _ = plan_of([(5, 1, 2, one), (5, 1, 2, two)])
-    subsets = [segment.subset for segment in plan.segments if segment.subset]
+    subsets = [segment.subset for segment in plan.pieces if segment.subset]
     assert len(subsets) == 3 and len({id(subset) for subset in subsets}) == 1

@@ -14,15 +14,15 @@ from vllm.v1.sample.logits_processor import _load_logitsprocs_by_fqcns as load
 
 from vllm_adaskip import DecoderShape
 from vllm_adaskip.engine import v1_feeder
-from vllm_adaskip.engine.compat import shared_table
-from vllm_adaskip.engine.planner import PlannerConfig
+from vllm_adaskip.engine.compat import shared_state
+from vllm_adaskip.engine.facts import EngineFacts
 from vllm_adaskip.engine.table import SequenceTable
 
 SHAPE = DecoderShape(4, attention_parameters=1, mlp_parameters=3)
-CONFIG = PlannerConfig(SHAPE, "static", {"skip": [1, "attn:2"]})
+CONFIG = EngineFacts(SHAPE, "static", {"skip": [1, "attn:2"]})
 
 
-def fed_table(config: PlannerConfig = CONFIG) -> tuple[Any, SequenceTable]:
+def fed_table(config: EngineFacts = CONFIG) -> tuple[Any, SequenceTable]:
     """Make a feeder by name, as vLLM does, and give it with the table the model would find."""
     (feeder_class,) = load([v1_feeder.class_path(config)])
     vllm_config: Any = SimpleNamespace(
@@ -30,7 +30,7 @@ def fed_table(config: PlannerConfig = CONFIG) -> tuple[Any, SequenceTable]:
         scheduler_config=SimpleNamespace(max_num_seqs=8),
     )
     feeder: Any = feeder_class(vllm_config, torch.device("cpu"), False)
-    return feeder, shared_table(vllm_config)
+    return feeder, shared_state(vllm_config).table
 
 
 def added(row: int, skip: list[int | str] | None, prompt: int, output: int = 0) -> Any:

@@ -3,52 +3,46 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-from vllm_adaskip.classifiers import METHODS, Classifier, DecoderShape, PlanError, SkipPlan
+from vllm_adaskip.classifiers import METHODS, Classifier, PlanError, SkipPlan
+from vllm_adaskip.engine.facts import EngineFacts
 from vllm_adaskip.engine.request import RequestArgs, RequestError
 
 
-@dataclass(frozen=True)
-class PlannerConfig:
-    """Plain facts a `Planner` is made from, so that they can travel between processes."""
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a request's arguments come to.
 
-    shape: DecoderShape
-    method: str = "none"
-    method_options: Mapping[str, Any] | None = None
-    budget: float = 1.0
+    Attributes:
+        plan: its plan; None where the method reads the prompt first.
+        budget: largest share of decoder compute that a decided plan may keep.
 
-    def to_json(self) -> str:
-        """Write the facts as JSON text."""
-        return json.dumps(asdict(self), sort_keys=True)
+    """
 
-    @classmethod
-    def from_json(cls, text: str) -> PlannerConfig:
-        """Read what `to_json` wrote."""
-        facts = json.loads(text)
-        return cls(**{**facts, "shape": DecoderShape(**facts["shape"])})
+    plan: SkipPlan | None
+    budget: float
 
 
 class Planner:
     """Gives each request its plan: its own, or what the server's method decides.
 
-    A plan is a function of the request's arguments and the server's options alone
+    What is wanted is a function of the request's arguments and the server's options alone
     (purity, invariant 5), so the front end can refuse what a worker would refuse.
     """
 
-    def __init__(self, config: PlannerConfig) -> None:
-        method = METHODS[config.method]
-        options = method.Options.model_validate(dict(config.method_options or {}))
-        self.config = config
-        self.dense = SkipPlan(config.shape.num_layers)
-        self._classifier: Classifier = method(config.shape, options)
-        self._default = self._classifier.decide(config.budget)
+    def __init__(self, facts: EngineFacts) -> None:
+        method = METHODS[facts.method]
+        options = method.Options.model_validate(dict(facts.method_options or {}))
+        self.facts = facts
+        self.dense = SkipPlan(facts.shape.num_layers)
+        self.classifier: Classifier = method(facts.shape, options)
+        self._default = self._decided(facts.budget)
 
-    def plan_for(self, extra_args: Mapping[str, Any] | None) -> SkipPlan:
-        """Give the plan of a request.
+    def wanted(self, extra_args: Mapping[str, Any] | None) -> Wanted:
+        """Read a request's arguments.
 
         Raises:
             RequestError: an argument that is not allowed, or a plan that keeps more
@@ -57,23 +51,29 @@ class Planner:
         """
         args = RequestArgs.parse(extra_args)
         if args.off:
-            return self.dense
+            return Wanted(self.dense, 1.0)
         if args.skip is not None:
-            return self._explicit(args.skip, args.budget)
+            return Wanted(self._explicit(args.skip, args.budget), 1.0)
         if args.budget is None:
             return self._default
         try:
-            return self._classifier.decide(min(args.budget, self.config.budget))
+            return self._decided(min(args.budget, self.facts.budget))
         except PlanError as error:
             raise RequestError(f"adaskip_budget: {error}") from None
+
+    def _decided(self, budget: float) -> Wanted:
+        """Let the method decide at once, unless it reads the prompt."""
+        self.classifier.check(budget)
+        reads = self.classifier.width > 0
+        return Wanted(None if reads else self.classifier.decide(budget, None), budget)
 
     def _explicit(self, skip: object, budget: float | None) -> SkipPlan:
         """Give the plan a request names itself; the server's budget does not bind it."""
         try:
-            plan = SkipPlan.parse(skip, self.config.shape.num_layers)
+            plan = SkipPlan.parse(skip, self.facts.shape.num_layers)
         except PlanError as error:
             raise RequestError(f"adaskip_skip: {error}") from None
-        kept = plan.share(self.config.shape)
+        kept = plan.share(self.facts.shape)
         if budget is not None and kept > budget:
             raise RequestError(
                 f"adaskip_budget: {budget:g} is below what adaskip_skip keeps: '{plan}' keeps "

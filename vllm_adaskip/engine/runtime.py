@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vllm_adaskip.engine import compat
-from vllm_adaskip.engine.step_plan import Layout, Segment, StepPlan
+from vllm_adaskip.engine.compat.kv_cache import KvCache
+from vllm_adaskip.engine.kv_fill import KV_FILLS
+from vllm_adaskip.engine.layout import Layout
+from vllm_adaskip.engine.step_plan import Segment, StepPlan
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -22,16 +25,20 @@ class SkipRuntime:
     """One engine's plans, step by step, and the counters of its report."""
 
     def __init__(self, vllm_config: VllmConfig, attention: Iterable[Attention]) -> None:
-        self.table = compat.shared_table(vllm_config)
-        self._sub_batches = compat.SubBatches(vllm_config, attention)
+        layers = list(attention)
+        self._state = compat.shared_state(vllm_config)
+        self._table = self._state.table
+        facts = self._state.planner.facts
+        self._sub_batches = compat.SubBatches(vllm_config, layers)
+        self.kv_fill = KV_FILLS[facts.kv_fill](layers, KvCache(layers))
         self._layout: Layout | None = None
         self._version = -1
         self._plan: StepPlan | None = None
         self._contexts: dict[int, ForwardContext] = {}
-        self._method = vllm_config.additional_config.get("adaskip", {}).get("method", "none")
+        self._method = facts.method
         self._prompt_tokens = 0
         self._generated_tokens = 0
-        self._generated_run = np.zeros(2 * self.table.num_layers, dtype=np.int64)
+        self._generated_run = np.zeros(2 * self._table.num_layers, dtype=np.int64)
 
     def begin_step(self) -> StepPlan | None:
         """Plan the forward that starts now; None when every token goes through everything.
@@ -44,13 +51,16 @@ class SkipRuntime:
             return None
         query_start_loc, seq_lens = compat.step_lengths(metadata)
         rows = len(seq_lens)
-        layout = Layout.of(query_start_loc, seq_lens, self.table.prompt_lens[:rows])
+        layout = Layout.of(query_start_loc, seq_lens, self._table.prompt_lens[:rows])
+        skips = self._table.skips[:rows]
         if self._is_stale(layout):
-            self._version, self._layout = self.table.version, layout
-            plan = StepPlan.build(self.table.skips[:rows], layout)
+            self._version, self._layout = self._table.version, layout
+            plan = StepPlan.build(skips, layout, with_passing=self.kv_fill.wants_passing)
             self._plan = None if plan.is_dense else plan
         self._contexts.clear()
         self._count(layout)
+        if self._plan is not None:
+            self.kv_fill.begin(self._plan, skips, layout)
         return self._plan
 
     def using(self, segment: Segment) -> AbstractContextManager[Any]:
@@ -67,20 +77,24 @@ class SkipRuntime:
         return self._sub_batches.enter(self._contexts[id(subset)])
 
     def report(self) -> dict[str, Any]:
-        """Give cumulative counters; ``*_run[l]`` counts generated tokens through sub-layer l."""
+        """Give cumulative counters, and how many sequences are in the batch now.
+
+        ``*_run[l]`` counts generated tokens that went through sub-layer l.
+        """
         run = self._generated_run.tolist()
         return {
-            "num_layers": self.table.num_layers,
+            "num_layers": self._table.num_layers,
             "prompt_tokens": self._prompt_tokens,
             "decode_tokens": self._generated_tokens,
             "attn_run": run[0::2],
             "mlp_run": run[1::2],
-            "requests": self.table.requests,
+            "requests": self._table.requests,
             "method": self._method,
+            "live_rows": self._table.live_rows,
         }
 
     def _is_stale(self, layout: Layout) -> bool:
-        if self._layout is None or self._version != self.table.version:
+        if self._layout is None or self._version != self._table.version:
             return True
         return not layout.equals(self._layout)
 

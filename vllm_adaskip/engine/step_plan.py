@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The step plan: for each sub-layer of one forward, which tokens go through it.
 
-Pure: made from arrays, without vLLM. Tokens of a step are flattened, row after row, as
-vLLM does; a row's query is its new tokens, prompt tokens first, generated tokens last
-(both at once only when a preempted request comes back).
+Pure: made from arrays, without vLLM.
 """
 
 from __future__ import annotations
@@ -13,85 +11,8 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-IntArray = NDArray[np.int64]
-BoolArray = NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where the tokens of a step come from; one entry per row of the batch.
-
-    Attributes:
-        query_lens: ``[rows]`` new tokens of the row in this step.
-        generated: ``[rows]`` how many of these, the last ones, are generated tokens; the
-            others belong to the prompt.
-
-    """
-
-    query_lens: IntArray
-    generated: IntArray
-
-    @classmethod
-    def of(cls, query_start_loc: IntArray, seq_lens: IntArray, prompt_lens: IntArray) -> Layout:
-        """Split each row's query at the end of its prompt.
-
-        Args:
-            query_start_loc: ``[rows + 1]`` start of each row's tokens in the step.
-            seq_lens: ``[rows]`` tokens of the sequence, this step's included.
-            prompt_lens: ``[rows]`` tokens of the prompt.
-
-        """
-        # Plain ufuncs: this runs in every step, and np.diff and np.clip cost twice as much.
-        query_lens = query_start_loc[1:] - query_start_loc[:-1]
-        past_prompt = np.maximum(seq_lens - prompt_lens, 0)
-        return cls(query_lens, np.minimum(past_prompt, query_lens))
-
-    def equals(self, other: Layout) -> bool:
-        """Tell whether both split the same rows in the same way."""
-        return np.array_equal(self.query_lens, other.query_lens) and np.array_equal(
-            self.generated, other.generated
-        )
-
-
-class Subset:
-    """The tokens that go through a sub-layer when not all of the step do.
-
-    Attributes:
-        tokens: index of these tokens in the step, a slice where they lie together and an
-            int64 tensor where they do not.
-        num_tokens: how many.
-        rows: int64 tensor ``[kept rows]``, batch rows with at least one such token.
-        query_start_loc: int32 tensor ``[kept rows + 1]``, their start in the sub-batch.
-        max_query_len: the longest query among them.
-        dropped: int32 tensor ``[kept rows]``, tokens at the end of the row's query that
-            leave the sub-layer out; what is kept is the beginning of the query.
-
-    """
-
-    def __init__(self, layout: Layout, skipping: BoolArray) -> None:
-        dropped = np.where(skipping, layout.generated, 0)
-        kept = layout.query_lens - dropped
-        rows = np.flatnonzero(kept)
-        starts = (np.cumsum(layout.query_lens) - layout.query_lens)[rows]
-        query_start_loc = np.concatenate(([0], np.cumsum(kept[rows])))
-        self.num_tokens = int(query_start_loc[-1])
-        self.tokens = _token_index(starts, kept[rows], query_start_loc)
-        self.rows = torch.from_numpy(rows)
-        self.query_start_loc = torch.from_numpy(query_start_loc.astype(np.int32))
-        self.max_query_len = int(kept.max(initial=0))
-        self.dropped = torch.from_numpy(dropped[rows].astype(np.int32))
-
-
-def _token_index(
-    starts: IntArray, lengths: IntArray, query_start_loc: IntArray
-) -> slice | torch.Tensor:
-    """Index of the tokens ``starts[i] .. starts[i] + lengths[i]`` of every row ``i``."""
-    if len(starts) and np.array_equal(starts[1:], starts[:-1] + lengths[:-1]):
-        return slice(int(starts[0]), int(starts[-1] + lengths[-1]))
-    offsets = np.repeat(starts - query_start_loc[:-1], lengths)
-    return torch.from_numpy(offsets + np.arange(query_start_loc[-1]))
+from vllm_adaskip.engine.layout import BoolArray, IntArray, Layout, Subset, generated_tokens
 
 
 @dataclass(frozen=True)
@@ -126,50 +47,74 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class Passing:
+    """Tokens that pass by a layer's attention, where `kv_fill` may give them K/V.
+
+    Attributes:
+        layer: the decoder layer.
+        tokens: index of these tokens in the step, as in `Subset`.
+
+    """
+
+    layer: int
+    tokens: slice | torch.Tensor
+
+
+@dataclass(frozen=True)
 class StepPlan:
     """What one forward runs.
 
     Attributes:
-        segments: in running order; a sub-layer in none of them is not launched.
+        pieces: in running order; a sub-layer in none of the segments is not launched. Each
+            `Passing` stands where its tokens' residual stream is that which the layer
+            would have seen.
         generated_run: ``[2 * num_layers]`` generated tokens that go through each sub-layer.
 
     """
 
-    segments: tuple[Segment, ...]
+    pieces: tuple[Segment | Passing, ...]
     generated_run: IntArray
 
     @property
     def is_dense(self) -> bool:
         """True when every token goes through every sub-layer."""
-        return len(self.segments) == 1 and self.segments[0] == Segment(
-            tuple(range(len(self.generated_run))), None
-        )
+        everything = Segment(tuple(range(len(self.generated_run))), None)
+        return self.pieces == (everything,)
 
     @classmethod
-    def build(cls, skips: BoolArray, layout: Layout) -> StepPlan:
+    def build(cls, skips: BoolArray, layout: Layout, *, with_passing: bool = False) -> StepPlan:
         """Plan a step.
 
         Args:
             skips: ``[rows, 2 * num_layers]``, True where the row leaves out the sub-layer.
             layout: the rows' tokens; prompt tokens go through everything whatever
                 ``skips`` says.
+            with_passing: also say where tokens pass by an attention sub-layer.
 
         """
         skipping = skips & (layout.generated > 0)[:, None]
         generated_run = layout.generated @ ~skipping
         num_tokens = int(layout.query_lens.sum())
         subsets: dict[bytes, Subset | None] = {}
-        segments: list[Segment] = []
+        pieces: list[Segment | Passing] = []
         for sub_layer, column in enumerate(np.ascontiguousarray(skipping.T)):
             key = column.tobytes()
             if key not in subsets:
                 subset = Subset(layout, column)
                 subsets[key] = None if subset.num_tokens == num_tokens else subset
             chosen = subsets[key]
+            last = pieces[-1] if pieces else None
+            goes_on = isinstance(last, Segment) and last.subset is chosen
+            if with_passing and chosen is not None and sub_layer % 2 == 0:
+                # Who passes by here ran nothing of a segment that goes on: before or after
+                # it is the same to them, and before it leaves the segment in one piece.
+                at = len(pieces) - 1 if goes_on else len(pieces)
+                pieces.insert(at, Passing(sub_layer // 2, generated_tokens(layout, column)))
             if chosen is not None and chosen.num_tokens == 0:
                 continue
-            if segments and segments[-1].subset is chosen:
-                segments[-1] = Segment((*segments[-1].sub_layers, sub_layer), chosen)
+            if goes_on:
+                assert isinstance(last, Segment)
+                pieces[-1] = Segment((*last.sub_layers, sub_layer), chosen)
             else:
-                segments.append(Segment((sub_layer,), chosen))
-        return cls(tuple(segments), generated_run)
+                pieces.append(Segment((sub_layer,), chosen))
+        return cls(tuple(pieces), generated_run)

@@ -7,18 +7,35 @@ runner's, `v1_feeder`) keeps it in step; the model reads it at every forward.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from vllm_adaskip.classifiers import SkipPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Undecided:
+    """A sequence whose plan waits for its prompt to be read.
+
+    Attributes:
+        prompt_hash: digest of the prompt's token ids.
+        budget: largest share of decoder compute its plan may keep.
+
+    """
+
+    prompt_hash: bytes
+    budget: float
 
 
 class SequenceTable:
     """Rows of the persistent batch: prompt length and left-out sub-layers of each.
 
     Attributes:
-        prompt_lens: ``[capacity]`` int64, tokens of the row's prompt.
+        prompt_lens: ``[capacity]`` int64, tokens of the row's prompt; 0 where the row is empty.
         skips: ``[capacity, 2 * num_layers]`` bool, True where the row leaves out the
             sub-layer, in running order attention 0, MLP 0, attention 1, ...
+        undecided: rows that have no plan yet.
         version: grows with every change of a row, so that readers know when a step plan
             they kept is stale.
         requests: sequences that entered so far.
@@ -29,31 +46,55 @@ class SequenceTable:
         self.num_layers = num_layers
         self.prompt_lens = np.zeros(capacity, dtype=np.int64)
         self.skips = np.zeros((capacity, 2 * num_layers), dtype=np.bool_)
+        self.undecided: dict[int, Undecided] = {}
         self.version = 0
         self.requests = 0
 
-    def add(self, row: int, plan: SkipPlan, prompt_len: int, *, is_new: bool) -> None:
+    @property
+    def live_rows(self) -> int:
+        """Rows that hold a sequence."""
+        return int(np.count_nonzero(self.prompt_lens))
+
+    def add(
+        self, row: int, plan: SkipPlan | Undecided, prompt_len: int, *, is_new: bool = True
+    ) -> None:
         """Put a sequence into a row; ``is_new`` is False for one that comes back."""
+        self.remove(row)
         self.prompt_lens[row] = prompt_len
-        self.skips[row] = plan.mask()
         self.requests += is_new
+        if isinstance(plan, Undecided):
+            self.undecided[row] = plan
+        else:
+            self.follow(row, plan)
+
+    def follow(self, row: int, plan: SkipPlan) -> None:
+        """Let a row's sequence follow a plan from its next generated token on.
+
+        A sequence that runs an attention sub-layer again which it left out before reads
+        there what `kv_fill` wrote in the meantime, so that must not be ``none``.
+        """
+        self.undecided.pop(row, None)
+        self.skips[row] = plan.mask()
         self.version += 1
 
     def remove(self, row: int) -> None:
         """Empty a row."""
         self.prompt_lens[row] = 0
         self.skips[row] = False
+        self.undecided.pop(row, None)
         self.version += 1
 
     def move(self, source: int, target: int) -> None:
         """Move a sequence to another row, whose own sequence is gone."""
-        self.prompt_lens[target] = self.prompt_lens[source]
-        self.skips[target] = self.skips[source]
-        self.remove(source)
+        self.remove(target)
+        self.swap(source, target)
 
     def swap(self, one: int, other: int) -> None:
         """Exchange the sequences of two rows."""
         pair, swapped = [one, other], [other, one]
         self.prompt_lens[pair] = self.prompt_lens[swapped]
         self.skips[pair] = self.skips[swapped]
+        waiting = {row: self.undecided.pop(row) for row in pair if row in self.undecided}
+        for row, undecided in waiting.items():
+            self.undecided[other if row == one else one] = undecided
         self.version += 1

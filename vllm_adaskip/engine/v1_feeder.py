@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, ClassVar
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
 from vllm_adaskip.engine import compat
-from vllm_adaskip.engine.planner import Planner, PlannerConfig
-from vllm_adaskip.engine.table import SequenceTable
+from vllm_adaskip.engine.facts import EngineFacts
+from vllm_adaskip.engine.planner import Planner
+from vllm_adaskip.engine.state import SkipState
 
 if TYPE_CHECKING:
     import torch
@@ -32,9 +33,19 @@ if TYPE_CHECKING:
 _PREFIX = "V1Feeder_"
 
 
-def class_path(config: PlannerConfig) -> str:
-    """Give the ``module:Class`` by which an engine with this planner names its feeder."""
-    return f"{__name__}:{_PREFIX}{config.to_json().encode().hex()}"
+def class_path(facts: EngineFacts) -> str:
+    """Give the ``module:Class`` by which an engine with these facts names its feeder."""
+    return f"{__name__}:{_PREFIX}{facts.to_json().encode().hex()}"
+
+
+def planner_of(vllm_config: VllmConfig) -> Planner:
+    """Give the planner of the feeder that an engine names."""
+    (path,) = [
+        one
+        for one in vllm_config.model_config.logits_processors or ()
+        if isinstance(one, str) and one.startswith(f"{__name__}:{_PREFIX}")
+    ]
+    return __getattr__(path.partition(":")[2]).planner
 
 
 def __getattr__(name: str) -> type[V1Feeder]:
@@ -45,7 +56,7 @@ def __getattr__(name: str) -> type[V1Feeder]:
 
 @functools.lru_cache(maxsize=64)
 def _feeder_class(facts: str) -> type[V1Feeder]:
-    planner = Planner(PlannerConfig.from_json(facts))
+    planner = Planner(EngineFacts.from_json(facts))
     return type("V1Feeder", (V1Feeder,), {"planner": planner})
 
 
@@ -55,14 +66,14 @@ class V1Feeder(LogitsProcessor):
     planner: ClassVar[Planner]
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
-        num_layers = self.planner.config.shape.num_layers
-        self._table = SequenceTable(num_layers, vllm_config.scheduler_config.max_num_seqs)
-        compat.share_table(vllm_config, self._table)
+        self._state = SkipState(self.planner, vllm_config.scheduler_config.max_num_seqs)
+        self._table = self._state.table
+        compat.share_state(vllm_config, self._state)
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
         """Refuse, in the front end, a request whose arguments are not allowed."""
-        cls.planner.plan_for(sampling_params.extra_args)
+        cls.planner.wanted(sampling_params.extra_args)
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
         """Follow the batch: removed, then added, then moved rows, as vLLM prescribes."""
@@ -71,8 +82,7 @@ class V1Feeder(LogitsProcessor):
         for row in batch_update.removed:
             self._table.remove(row)
         for row, params, prompt, output in batch_update.added:
-            plan = self.planner.plan_for(params.extra_args)
-            self._table.add(row, plan, len(prompt or ()), is_new=not output)
+            self._state.enter(row, params.extra_args, prompt or (), generated=len(output))
         for source, target, direction in batch_update.moved:
             if direction is MoveDirectionality.SWAP:
                 self._table.swap(source, target)

@@ -1,130 +1,54 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every vLLM name that vLLM does not document, in one place.
-
-Each carries *since* (first release it was seen in, of those we support, 0.26 to 0.33) and
-*remove when*. Nothing here changes vLLM but `extend_parser`, which wraps the argument
-parser's builder once.
-"""
+"""While a forward runs: the engine's table, the step's metadata, and parts of its batch."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-from vllm_adaskip.engine.step_plan import IntArray, Subset
-from vllm_adaskip.engine.table import SequenceTable
+from vllm_adaskip.engine.layout import IntArray, Subset
+from vllm_adaskip.engine.state import SkipState
 
 if TYPE_CHECKING:
-    from argparse import Namespace
-
     from vllm.config import VllmConfig
     from vllm.forward_context import ForwardContext
     from vllm.model_executor.layers.attention import Attention
 
-_TABLE_KEY = "adaskip.sequence_table"
+_STATE_KEY = "adaskip.state"
 
 
-def share_table(vllm_config: VllmConfig, table: SequenceTable) -> None:
-    """Put the feeder's table where the model of the same engine finds it.
+def share_state(vllm_config: VllmConfig, state: SkipState) -> None:
+    """Put the feeder's state where the model of the same engine finds it.
 
     The runner's logits processor and the model meet at nothing but the engine's own
     config object; its ``static_forward_context`` holds "layer objects that need to be
     accessed outside model code" and dies with the engine, so two engines in one process
-    never share a table.
+    never share one.
 
     Since 0.26. Remove when the runner hands its model per-request state (V2 does).
     """
-    vllm_config.compilation_config.static_forward_context[_TABLE_KEY] = table
+    vllm_config.compilation_config.static_forward_context[_STATE_KEY] = state
 
 
-def shared_table(vllm_config: VllmConfig) -> SequenceTable:
-    """Give the table of this engine; the runner makes its feeder before its model.
+def shared_state(vllm_config: VllmConfig) -> SkipState:
+    """Give the state of this engine; the runner makes its feeder before its model.
 
     Raises:
         RuntimeError: nobody feeds plans to this engine, which would be silently dense.
 
-    Since and remove when: see `share_table`.
+    Since and remove when: see `share_state`.
     """
-    table = vllm_config.compilation_config.static_forward_context.get(_TABLE_KEY)
-    if not isinstance(table, SequenceTable):
+    state = vllm_config.compilation_config.static_forward_context.get(_STATE_KEY)
+    if not isinstance(state, SkipState):
         raise RuntimeError(
             "vllm-adaskip: no feeder runs in this engine, so it would ignore every plan; "
             "start it with --plugin adaskip, or with vllm_adaskip.engine_args()"
         )
-    return table
-
-
-def register_config_hook(architecture: str, prepare: Callable[[VllmConfig], None]) -> None:
-    """Have ``prepare`` check and complete the config of every engine of one architecture.
-
-    Since 0.26. Remove when `ModelRegistry.register_model` takes a config hook.
-    """
-    from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
-
-    class Hook(VerifyAndUpdateConfig):
-        verify_and_update_config = staticmethod(prepare)
-
-    MODELS_CONFIG_MAP[architecture] = Hook
-
-
-def extend_parser(
-    add_arguments: Callable[[Any], None], finish: Callable[[Namespace], None]
-) -> None:
-    """Add arguments to vLLM's engine parser, and a last look at what was parsed.
-
-    ``finish`` runs when all arguments are known, so that their order does not matter; its
-    ValueError becomes the parser's usage error.
-    Safe to call twice. Since 0.26. Remove when plugins may add engine arguments.
-    """
-    from vllm.engine.arg_utils import EngineArgs
-
-    build = EngineArgs.add_cli_args
-    if getattr(build, "_adaskip", False):
-        return
-
-    def add_cli_args(parser: Any) -> Any:
-        parser = build(parser)
-        add_arguments(parser)
-        parse = parser.parse_known_args
-
-        def parse_known_args(args: Any = None, namespace: Any = None) -> Any:
-            namespace, rest = parse(args, namespace)
-            try:
-                finish(namespace)
-            except ValueError as error:
-                parser.error(str(error))
-            return namespace, rest
-
-        parser.parse_known_args = parse_known_args
-        return parser
-
-    add_cli_args._adaskip = True  # type: ignore[attr-defined]
-    EngineArgs.add_cli_args = staticmethod(add_cli_args)
-
-
-def is_probe(hf_config: Any) -> bool:
-    """Tell whether a config is the made-up one by which vLLM asks what an override does.
-
-    Since 0.29. Remove when vLLM stops calling ``hf_overrides`` on a config of its own.
-    """
-    return str(getattr(hf_config, "model_type", "")).startswith("dummy_")
-
-
-def enable_amx() -> None:
-    """Ask the kernel for AMX in this process, where the CPU attention kernel will use it.
-
-    Without it vLLM's bf16 attention dies with SIGILL. Since 0.26 (x86 with AMX only).
-    Remove when vLLM's CPU worker does it.
-    """
-    from vllm.platforms import current_platform
-
-    if current_platform.is_cpu() and torch.cpu._is_amx_tile_supported():
-        torch.cpu._init_amx()
+    return state
 
 
 def step_lengths(metadata: Any) -> tuple[IntArray, IntArray]:

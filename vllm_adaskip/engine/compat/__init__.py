@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every vLLM name that vLLM does not document, in one place.
+
+Each carries *since* (first release it was seen in, of those we support, 0.26 to 0.33) and
+*remove when*. Nothing here changes vLLM but `extend_parser`, which wraps the argument
+parser's builder once. `scheduler` and `kv_cache` are imported where they are used.
+"""
+
+from vllm_adaskip.engine.compat.forward import (
+    SubBatches,
+    share_state,
+    shared_state,
+    step_lengths,
+)
+from vllm_adaskip.engine.compat.startup import (
+    enable_amx,
+    extend_parser,
+    is_probe,
+    register_config_hook,
+)
+
+__all__ = [
+    "SubBatches",
+    "enable_amx",
+    "extend_parser",
+    "is_probe",
+    "register_config_hook",
+    "share_state",
+    "shared_state",
+    "step_lengths",
+]

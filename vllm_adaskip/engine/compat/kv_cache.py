@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The paged KV cache as the attention backend lays it out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.attention import Attention
+
+
+class KvCache:
+    """Writes K/V of tokens into chosen layers, by the backend's own cache-update op.
+
+    That op takes one layer's cache. vLLM gives all layers views of one allocation, evenly
+    spaced; where it does, and where no layer scales its K/V in its own way (fp8), one view
+    over all layers lets one call write to many.
+
+    Since 0.26 (`Attention.impl.do_kv_cache_update`, `Attention.kv_cache`, and the forward
+    context's `slot_mapping`). Remove when vLLM writes K/V without attention itself.
+    """
+
+    def __init__(self, layers: Sequence[Attention]) -> None:
+        self._layers = layers
+        self._joint: Tensor | None = None
+        self._joint_slots: Tensor | None = None
+        self._is_bound = False
+
+    @property
+    def geometry(self) -> tuple[int, int]:
+        """``(blocks, slots per block)`` of one layer's cache ``[blocks, heads, slots, size]``."""
+        blocks, _, slots, _ = self._layers[0].kv_cache.shape
+        return blocks, slots
+
+    def slots(self) -> Tensor:
+        """Give the slot of each token of the step that runs now, ``[tokens]`` int64."""
+        from vllm.forward_context import get_forward_context
+
+        mapping: Any = get_forward_context().slot_mapping
+        slots: Tensor = mapping[self._layers[0].layer_name]
+        return slots
+
+    def write(self, layer: int, key: Tensor, value: Tensor, slots: Tensor) -> None:
+        """Write K/V ``[tokens, kv_heads, head_size]`` (or flat) into one layer."""
+        self._update(layer, self._layers[layer].kv_cache, key, value, slots)
+
+    def write_many(self, layers: Tensor, key: Tensor, value: Tensor, slots: Tensor) -> None:
+        """Write K/V into several layers; ``layers`` ``[tokens]`` int64 names each token's."""
+        if not self._is_bound:
+            self._join()
+        if self._joint is not None and self._joint_slots is not None:
+            self._update(0, self._joint, key, value, slots + self._joint_slots[layers])
+            return
+        for layer in sorted(set(layers.tolist())):
+            chosen = layers == layer
+            self.write(layer, key[chosen], value[chosen], slots[chosen])
+
+    def _update(self, layer: int, cache: Tensor, key: Tensor, value: Tensor, slots: Tensor) -> None:
+        attention: Any = self._layers[layer]
+        shape = -1, attention.num_kv_heads, attention.head_size
+        attention.impl.do_kv_cache_update(
+            attention, key.reshape(shape), value.reshape(shape), cache, slots
+        )
+
+    def _join(self) -> None:
+        """Find the view over all layers, once the cache is bound; None if there is none."""
+        self._is_bound = True
+        caches = [layer.kv_cache for layer in self._layers]
+        first = caches[0]
+        offsets = torch.tensor([cache.storage_offset() for cache in caches])
+        blocks, slots = self.geometry
+        step = first.stride(0)
+        alike = all(
+            cache.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+            and cache.stride() == first.stride()
+            for cache in caches
+        )
+        scales = {(layer._k_scale_float, layer._v_scale_float) for layer in self._layers}
+        if not alike or len(scales) > 1 or (offsets % step != offsets[0] % step).any():
+            return
+        shift = (offsets - offsets.min()) // step  # in blocks
+        size = int(shift.max()) + blocks
+        self._joint = first.as_strided((size, *first.shape[1:]), first.stride(), int(offsets.min()))
+        self._joint_slots = (shift * slots).to(first.device)
+
+
+def keep_keys_and_values(
+    layers: Sequence[Attention], keep: Callable[[int, Tensor, Tensor], None]
+) -> None:
+    """Call ``keep(layer, key, value)`` whenever a layer's attention is about to run.
+
+    A forward pre-hook of `torch.nn.Module`. Since 0.26 (`Attention.forward` takes query, key
+    and value by position). Remove when vLLM hands out the K/V of a step.
+    """
+
+    def hook(layer: int) -> Callable[[Any, Any], None]:
+        return lambda module, args: keep(layer, args[1], args[2])
+
+    for index, layer in enumerate(layers):
+        layer.register_forward_pre_hook(hook(index))

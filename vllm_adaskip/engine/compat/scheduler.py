@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's scheduler, with marks in the hashes of blocks that hold generated tokens."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from vllm_adaskip.engine.block_mark import Mark, block_mark, unfindable
+from vllm_adaskip.engine.v1_feeder import planner_of
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.core.kv_cache_utils import BlockHash
+    from vllm.v1.request import Request
+
+    Hasher = Callable[[Request], list[BlockHash]]
+
+
+class MarkingScheduler(Scheduler):
+    """Named in one engine's ``scheduler_cls`` option, when prefix caching is on.
+
+    vLLM hashes a request's full prompt blocks when it makes the request, before it is added
+    here, and every later block by ``request._block_hasher`` when a token fills it. So
+    replacing that hasher reaches exactly the blocks with generated tokens.
+
+    Since 0.26 (`Request._block_hasher`, `Request.block_hashes`, `_preempt_request`). Remove
+    when a request can bring a salt for the blocks past its prompt. The synchronous scheduler
+    is the right base as long as we serve on the CPU alone, where vLLM schedules so.
+    """
+
+    def __init__(self, *args: Any, vllm_config: VllmConfig, **kwargs: Any) -> None:
+        super().__init__(*args, vllm_config=vllm_config, **kwargs)
+        self._planner = planner_of(vllm_config)
+
+    def add_request(self, request: Request) -> None:
+        """Have the request's later blocks marked, then add it."""
+        params, hasher = request.sampling_params, request._block_hasher
+        if hasher is not None and params is not None:
+            mark = block_mark(self._planner, params.extra_args, request.num_prompt_tokens)
+            if mark is not None:
+                request._block_hasher = _marking(hasher, mark)
+        super().add_request(request)
+
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        """Mark blocks with holes anew, so that not even their own sequence finds them."""
+        super()._preempt_request(request, *args, **kwargs)
+        if getattr(request._block_hasher, "mark", None) is unfindable:
+            del request.block_hashes[request.num_prompt_tokens // self.hash_block_size :]
+            request.update_block_hashes()
+
+
+def _marking(hasher: Hasher, mark: Mark) -> Hasher:
+    """Mix a mark into each hash; the next block's is chained to the mixed one."""
+
+    def marked(request: Request) -> list[BlockHash]:
+        return [hashlib.sha256(plain + mark()).digest() for plain in hasher(request)]
+
+    marked.mark = mark  # type: ignore[attr-defined]
+    return marked

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tokens of one step: whose they are, and parts of them.
+
+Pure: made from arrays, without vLLM. Tokens of a step are flattened, row after row, as
+vLLM does; a row's query is its new tokens, prompt tokens first, generated tokens last
+(both at once only when a preempted request comes back).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+IntArray = NDArray[np.int64]
+BoolArray = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the tokens of a step come from; one entry per row of the batch.
+
+    Attributes:
+        query_lens: ``[rows]`` new tokens of the row in this step.
+        generated: ``[rows]`` how many of these, the last ones, are generated tokens; the
+            others belong to the prompt.
+
+    """
+
+    query_lens: IntArray
+    generated: IntArray
+
+    @classmethod
+    def of(cls, query_start_loc: IntArray, seq_lens: IntArray, prompt_lens: IntArray) -> Layout:
+        """Split each row's query at the end of its prompt.
+
+        Args:
+            query_start_loc: ``[rows + 1]`` start of each row's tokens in the step.
+            seq_lens: ``[rows]`` tokens of the sequence, this step's included.
+            prompt_lens: ``[rows]`` tokens of the prompt.
+
+        """
+        # Plain ufuncs: this runs in every step, and np.diff and np.clip cost twice as much.
+        query_lens = query_start_loc[1:] - query_start_loc[:-1]
+        past_prompt = np.maximum(seq_lens - prompt_lens, 0)
+        return cls(query_lens, np.minimum(past_prompt, query_lens))
+
+    def equals(self, other: Layout) -> bool:
+        """Tell whether both split the same rows in the same way."""
+        return np.array_equal(self.query_lens, other.query_lens) and np.array_equal(
+            self.generated, other.generated
+        )
+
+
+class Subset:
+    """The tokens that go through a sub-layer when not all of the step do.
+
+    Attributes:
+        tokens: index of these tokens in the step, a slice where they lie together and an
+            int64 tensor where they do not.
+        num_tokens: how many.
+        rows: int64 tensor ``[kept rows]``, batch rows with at least one such token.
+        query_start_loc: int32 tensor ``[kept rows + 1]``, their start in the sub-batch.
+        max_query_len: the longest query among them.
+        dropped: int32 tensor ``[kept rows]``, tokens at the end of the row's query that
+            leave the sub-layer out; what is kept is the beginning of the query.
+
+    """
+
+    def __init__(self, layout: Layout, skipping: BoolArray) -> None:
+        dropped = np.where(skipping, layout.generated, 0)
+        kept = layout.query_lens - dropped
+        rows = np.flatnonzero(kept)
+        starts = (np.cumsum(layout.query_lens) - layout.query_lens)[rows]
+        query_start_loc = np.concatenate(([0], np.cumsum(kept[rows])))
+        self.num_tokens = int(query_start_loc[-1])
+        self.tokens = _token_index(starts, kept[rows], query_start_loc)
+        self.rows = torch.from_numpy(rows)
+        self.query_start_loc = torch.from_numpy(query_start_loc.astype(np.int32))
+        self.max_query_len = int(kept.max(initial=0))
+        self.dropped = torch.from_numpy(dropped[rows].astype(np.int32))
+
+
+def _token_index(
+    starts: IntArray, lengths: IntArray, query_start_loc: IntArray
+) -> slice | torch.Tensor:
+    """Index of the tokens ``starts[i] .. starts[i] + lengths[i]`` of every row ``i``."""
+    if len(starts) and np.array_equal(starts[1:], starts[:-1] + lengths[:-1]):
+        return slice(int(starts[0]), int(starts[-1] + lengths[-1]))
+    offsets = np.repeat(starts - query_start_loc[:-1], lengths)
+    return torch.from_numpy(offsets + np.arange(query_start_loc[-1]))
+
+
+def generated_tokens(layout: Layout, rows: BoolArray) -> slice | torch.Tensor:
+    """Index in the step of the generated tokens of some rows, as in `Subset`."""
+    lengths = np.where(rows, layout.generated, 0)
+    chosen = np.flatnonzero(lengths)
+    starts = (np.cumsum(layout.query_lens) - lengths)[chosen]
+    query_start_loc = np.concatenate(([0], np.cumsum(lengths[chosen])))
+    return _token_index(starts, lengths[chosen], query_start_loc)
