@@ -76,7 +76,7 @@ class SkippingDecoder(nn.Module):
                 stream = self._run_segment(piece, positions, stream)
             else:
                 stream = self._run_subset(piece, piece.subset, positions, stream)
-        self.adaskip.kv_fill.finish()
+        self.adaskip.end_step()
         hidden: Tensor = self.model.norm(*stream)[0]
         return hidden
 
@@ -97,6 +97,8 @@ class SkippingDecoder(nn.Module):
         self.adaskip.kv_fill.write(passing, key, value)
 
     def _run_segment(self, segment: Segment, positions: Tensor, stream: Stream) -> Stream:
+        if self.adaskip.observer.values is not None:
+            return self._run_observed(segment, positions, stream)
         for index, part in segment.parts:
             layer = self.model.layers[index]
             if part == "layer":
@@ -107,6 +109,21 @@ class SkippingDecoder(nn.Module):
                 stream = self.run_mlp(layer, stream)
         return stream
 
+    def _run_observed(self, segment: Segment, positions: Tensor, stream: Stream) -> Stream:
+        """Run one sub-layer after the other, and show the method what each changed."""
+        tokens = None if segment.subset is None else segment.subset.tokens
+        before = _sum(stream)
+        for sub_layer in segment.sub_layers:
+            layer = self.model.layers[sub_layer // 2]
+            if sub_layer % 2 == 0:
+                stream = self.run_attention(layer, positions, stream)
+            else:
+                stream = self.run_mlp(layer, stream)
+            after = _sum(stream)
+            self.adaskip.observer.observe(sub_layer, before, after, tokens)
+            before = after
+        return stream
+
 
 def add_and_norm(norm: nn.Module, stream: Stream) -> tuple[Tensor, Tensor]:
     """Give ``(normed, residual)``, as a vLLM layer makes them; the first has no residual yet."""
@@ -115,6 +132,12 @@ def add_and_norm(norm: nn.Module, stream: Stream) -> tuple[Tensor, Tensor]:
         return norm(hidden), hidden
     normed, residual = norm(hidden, residual)
     return normed, residual
+
+
+def _sum(stream: Stream) -> Tensor:
+    """Give the residual stream itself."""
+    hidden, residual = stream
+    return hidden if residual is None else hidden + residual
 
 
 def _gather(stream: Stream, tokens: slice | Tensor) -> Stream:

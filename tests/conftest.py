@@ -23,6 +23,8 @@ os.environ.update(
 sys.path.insert(0, str(Path(__file__).parent))
 
 TINY_LAYERS = 8
+#: Parameters of the tiny Llama's sub-layers, as `llama_shape` counts them.
+TINY_SHAPE = (TINY_LAYERS, 2 * 128 * 32 * (4 + 2), 3 * 128 * 256)
 
 
 @pytest.fixture(scope="session")

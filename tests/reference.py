@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from vllm_adaskip import SkipPlan
+from vllm_adaskip.classifiers import Classifier, PromptStatistics
 
 
 class Reference:
@@ -57,6 +58,26 @@ class Reference:
                 plan = SkipPlan.parse(then[1], self.num_layers)
             position = len(prompt) + len(tokens) - 1
             logits = self._step(tokens[-1], position, plan, cache, kv_fill)
+
+    @torch.inference_mode()
+    def observe(self, prompt: Sequence[int], classifier: Classifier) -> PromptStatistics:
+        """Give what a method observes of a prompt, in one piece."""
+        decoder = self.model.model
+        positions = torch.arange(len(prompt))[None]
+        hidden = decoder.embed_tokens(torch.tensor([prompt]))
+        rotary = decoder.rotary_emb(hidden, positions)
+        mask = torch.full((len(prompt), len(prompt)), float("-inf")).triu(1)[None, None]
+        values = torch.zeros(len(prompt), classifier.width)
+        for index, layer in enumerate(decoder.layers):
+            update, _ = layer.self_attn(
+                layer.input_layernorm(hidden), position_embeddings=rotary, attention_mask=mask
+            )
+            classifier.observe(2 * index, hidden[0], (hidden + update)[0], values)
+            hidden = hidden + update
+            update = layer.mlp(layer.post_attention_layernorm(hidden))
+            classifier.observe(2 * index + 1, hidden[0], (hidden + update)[0], values)
+            hidden = hidden + update
+        return PromptStatistics(len(prompt), values.double().mean(dim=0).numpy())
 
     def _step(
         self, token: int, position: int, plan: SkipPlan, cache: DynamicCache, kv_fill: str

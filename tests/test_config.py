@@ -18,7 +18,7 @@ def test_defaults_decide_nothing() -> None:
     ("options", "words"),
     [
         (["static"], ["['static']", "JSON object"]),
-        ({"method": "statik"}, ["method", "'statik'", "none, static"]),
+        ({"method": "statik"}, ["method", "'statik'", "none, similarity, static"]),
         ({"method": 3}, ["method", "3"]),
         ({"mehtod": "static"}, ["mehtod", "did you mean 'method'"]),
         ({"budget": 0}, ["budget", "0", "greater than 0"]),

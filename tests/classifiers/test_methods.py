@@ -2,27 +2,82 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import torch
 
-from vllm_adaskip.classifiers import METHODS, DecoderShape, PlanError
+from vllm_adaskip.classifiers import METHODS, Classifier, DecoderShape, PlanError, PromptStatistics
+from vllm_adaskip.classifiers.similarity import Similarity, SimilarityOptions
 from vllm_adaskip.classifiers.static import Static, StaticOptions
 
 SHAPE = DecoderShape(4, attention_parameters=1, mlp_parameters=3)
 
 #: Options with which every method can be made; a new method must be added here.
-EXAMPLES: dict[str, dict[str, object]] = {"none": {}, "static": {"skip": [1, "attn:2"]}}
+EXAMPLES: dict[str, dict[str, object]] = {
+    "none": {},
+    "similarity": {},
+    "static": {"skip": [1, "attn:2"]},
+}
+
+
+def made(name: str) -> Classifier:
+    method = METHODS[name]
+    return method(SHAPE, method.Options.model_validate(EXAMPLES[name]))
+
+
+def prompt_for(classifier: Classifier, seed: int = 0) -> PromptStatistics | None:
+    """Statistics as they might come, for a method that reads prompts."""
+    if not classifier.width:
+        return None
+    return PromptStatistics(5, np.random.default_rng(seed).normal(size=classifier.width))
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_decides_the_same_plan_again_within_its_budget(name: str) -> None:
-    method = METHODS[name]
-    classifier = method(SHAPE, method.Options.model_validate(EXAMPLES[name]))
-    classifier.check(1.0)
-    plan = classifier.decide(1.0, None)
-    assert plan == classifier.decide(1.0, None)
-    assert plan.num_layers == SHAPE.num_layers and not plan.skips_everything
+    classifier = made(name)
+    prompt = prompt_for(classifier)
+    for budget in (1.0, 0.8, 0.7):
+        try:
+            classifier.check(budget)
+        except PlanError:
+            continue
+        plan = classifier.decide(budget, prompt)
+        assert plan == classifier.decide(budget, prompt)
+        assert plan.num_layers == SHAPE.num_layers and not plan.skips_everything
+        assert plan.share(SHAPE) <= budget
     with pytest.raises(PlanError, match=r"budget of 0\.01 cannot be met"):
         classifier.check(0.01)
+
+
+def test_every_method_that_reads_prompts_observes_each_token_by_itself() -> None:
+    """Purity: the batch, or the chunk, that a token came in must not matter."""
+    for classifier in map(made, METHODS):
+        if not classifier.width:
+            continue
+        before, after = torch.randn(2, 6, 16)
+        whole = torch.zeros(6, classifier.width)
+        parts = torch.zeros(6, classifier.width)
+        for sub_layer in range(2 * SHAPE.num_layers):
+            classifier.observe(sub_layer, before, after, whole)
+            for chunk in (slice(0, 1), slice(1, 4), slice(4, 6)):
+                classifier.observe(sub_layer, before[chunk], after[chunk], parts[chunk])
+        assert torch.equal(whole, parts) and whole.any()
+
+
+def test_similarity_leaves_out_what_changed_the_prompt_least() -> None:
+    similarity = made("similarity")
+    mean = np.array([0.99, 0.99, 0.1, 0.9, 0.8, 0.3, 0.99, 0.99])  # ends are always kept
+    prompt = PromptStatistics(3, mean)
+    assert similarity.decide(1.0, prompt).is_dense
+    assert similarity.decide(0.9, prompt).entries() == ["mlp:1"]
+    assert similarity.decide(0.75, prompt).entries() == ["attn:2", "mlp:1"]
+    assert similarity.decide(0.5, prompt).entries() == [1, 2]
+
+
+@pytest.mark.parametrize("ends", [{"keep_first": 0, "keep_last": 0}, {"keep_first": 4}])
+def test_similarity_refuses_to_keep_nothing_or_all(ends: dict[str, int]) -> None:
+    with pytest.raises(PlanError, match="allowed: 1 to 3 in all, of 4"):
+        Similarity(SHAPE, SimilarityOptions(**ends))
 
 
 def test_static_meets_exactly_the_budget_its_plan_keeps() -> None:

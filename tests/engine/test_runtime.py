@@ -37,7 +37,9 @@ class Step:
 
     def run(self, query_lens: list[int], seq_lens: list[int]) -> Any:
         starts = torch.tensor([0, *query_lens], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        self.metadata = SimpleNamespace(query_start_loc=starts, seq_lens=torch.tensor(seq_lens))
+        self.metadata = SimpleNamespace(
+            query_start_loc=starts, seq_lens=torch.tensor(seq_lens), block_table=None
+        )
         return self.runtime.begin_step()
 
 

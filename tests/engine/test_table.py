@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The table against a dict that is moved about in the plainest way."""
 
+import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from vllm_adaskip import SkipPlan
-from vllm_adaskip.engine.table import SequenceTable
+from vllm_adaskip.engine.table import SequenceTable, Undecided
 
 LAYERS, ROWS = 3, 6
 rows = st.integers(0, ROWS - 1)
@@ -17,7 +18,7 @@ class TableFollowsBatch(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.table = SequenceTable(LAYERS, ROWS)
-        self.model: dict[int, tuple[SkipPlan, int]] = {}
+        self.model: dict[int, tuple[SkipPlan | Undecided, int]] = {}
         self.entered = 0
 
     @rule(row=rows, attention=masks, mlp=masks, prompt=st.integers(1, 99), is_new=st.booleans())
@@ -26,6 +27,20 @@ class TableFollowsBatch(RuleBasedStateMachine):
         self.table.add(row, plan, prompt, is_new=is_new)
         self.model[row] = plan, prompt
         self.entered += is_new
+
+    @rule(row=rows, prompt=st.integers(1, 99))
+    def add_undecided(self, row: int, prompt: int) -> None:
+        undecided = Undecided(bytes([row, prompt]), 0.5)
+        self.table.add(row, undecided, prompt)
+        self.model[row] = undecided, prompt
+        self.entered += 1
+
+    @rule(row=rows, attention=masks)
+    def follow(self, row: int, attention: int) -> None:
+        if row in self.model:
+            plan = SkipPlan(LAYERS, attention)
+            self.table.follow(row, plan)
+            self.model[row] = plan, self.model[row][1]
 
     @rule(row=rows)
     def remove(self, row: int) -> None:
@@ -58,9 +73,13 @@ class TableFollowsBatch(RuleBasedStateMachine):
     @invariant()
     def rows_agree(self) -> None:
         assert self.table.requests == self.entered
+        assert self.table.live_rows == len(self.model)
         for row in range(ROWS):
             plan, prompt = self.model.get(row, (SkipPlan(LAYERS), 0))
-            assert (self.table.skips[row] == plan.mask()).all()
+            waits = isinstance(plan, Undecided)
+            assert self.table.undecided.get(row) == (plan if waits else None)
+            mask = np.zeros(2 * LAYERS, bool) if isinstance(plan, Undecided) else plan.mask()
+            assert (self.table.skips[row] == mask).all()
             assert self.table.prompt_lens[row] == prompt
 
 

@@ -10,11 +10,18 @@ import sys
 from pathlib import Path
 
 import pytest
-from batches import random_prompts
+from batches import Entries, random_prompts
+from conftest import TINY_SHAPE
 from reference import Reference
 
-PLANS: list[list[int | str]] = [[], [2, 3], ["attn:4", "mlp:5"], [0], [7], ["mlp:0"]]
+from vllm_adaskip import DecoderShape
+from vllm_adaskip.classifiers.similarity import Similarity, SimilarityOptions
+
+#: None: decided from the prompt.
+PLANS: list[Entries | None] = [[], [2, 3], ["attn:4", "mlp:5"], [0], None, ["mlp:0"], None, None]
 TOKENS = 10
+BUDGET = 0.6
+METHOD = Similarity(DecoderShape(*TINY_SHAPE), SimilarityOptions())
 
 #: A process of its own, because vLLM's CPU backend then binds each rank to a core.
 SCRIPT = """
@@ -26,7 +33,10 @@ from vllm_adaskip import engine_args
 if __name__ == "__main__":
     model, prompts, plans, tokens = json.loads(sys.argv[1])
     llm = LLM(model, dtype="float32", skip_tokenizer_init=True, enforce_eager=True,
-              max_model_len=256, tensor_parallel_size=2, **engine_args())
+              max_model_len=256, tensor_parallel_size=2, block_size=32,
+              max_num_batched_tokens=48, max_num_seqs=16,
+              **engine_args(method="similarity", budget=0.6, kv_fill="copy"))
+    greedy(llm, prompts, plans, tokens)  # again, now from the prefix cache
     print(json.dumps([greedy(llm, prompts, plans, tokens), llm.collective_rpc("adaskip_report")]))
 """
 
@@ -53,5 +63,7 @@ def test_two_ranks_give_the_reference_s_tokens_and_equal_reports(
     got, reports = json.loads(done.stdout.splitlines()[-1])
     reference = Reference(tiny_llama)
     for prompt, plan, tokens in zip(prompts, PLANS, got, strict=True):
+        if plan is None:
+            plan = METHOD.decide(BUDGET, reference.observe(prompt, METHOD)).entries()
         assert tokens == reference.generate(prompt, plan, TOKENS)[0]
     assert len(reports) == 2 and reports[0] == reports[1]

@@ -13,6 +13,7 @@ from vllm_adaskip.engine import compat
 from vllm_adaskip.engine.compat.kv_cache import KvCache
 from vllm_adaskip.engine.kv_fill import KV_FILLS
 from vllm_adaskip.engine.layout import Layout
+from vllm_adaskip.engine.prompt_observer import PromptObserver
 from vllm_adaskip.engine.step_plan import Segment, StepPlan
 
 if TYPE_CHECKING:
@@ -30,7 +31,9 @@ class SkipRuntime:
         self._table = self._state.table
         facts = self._state.planner.facts
         self._sub_batches = compat.SubBatches(vllm_config, layers)
-        self.kv_fill = KV_FILLS[facts.kv_fill](layers, KvCache(layers))
+        self._cache = KvCache(layers)
+        self.kv_fill = KV_FILLS[facts.kv_fill](layers, self._cache)
+        self.observer = PromptObserver(self._state, self._cache)
         self._layout: Layout | None = None
         self._version = -1
         self._plan: StepPlan | None = None
@@ -41,7 +44,7 @@ class SkipRuntime:
         self._generated_run = np.zeros(2 * self._table.num_layers, dtype=np.int64)
 
     def begin_step(self) -> StepPlan | None:
-        """Plan the forward that starts now; None when every token goes through everything.
+        """Plan the forward that starts now; None when stock vLLM's own may run.
 
         Costs a few operations on small arrays. A plan is kept as long as rows and phases
         stay, which in steady decoding they do.
@@ -53,15 +56,22 @@ class SkipRuntime:
         rows = len(seq_lens)
         layout = Layout.of(query_start_loc, seq_lens, self._table.prompt_lens[:rows])
         skips = self._table.skips[:rows]
-        if self._is_stale(layout):
+        if self._plan is None or self._is_stale(layout):
             self._version, self._layout = self._table.version, layout
-            plan = StepPlan.build(skips, layout, with_passing=self.kv_fill.wants_passing)
-            self._plan = None if plan.is_dense else plan
+            self._plan = StepPlan.build(skips, layout, with_passing=self.kv_fill.wants_passing)
+            self._is_dense = self._plan.is_dense
         self._contexts.clear()
         self._count(layout)
-        if self._plan is not None:
-            self.kv_fill.begin(self._plan, skips, layout)
+        self.observer.begin(layout, seq_lens, metadata.block_table)
+        if self._is_dense and self.observer.values is None:
+            return None
+        self.kv_fill.begin(self._plan, skips, layout)
         return self._plan
+
+    def end_step(self) -> None:
+        """Finish a forward for which `begin_step` gave a plan; all layers have run."""
+        self.kv_fill.finish()
+        self.observer.finish()
 
     def using(self, segment: Segment) -> AbstractContextManager[Any]:
         """Enter a forward context in which vLLM's attention sees only the segment's tokens.
@@ -102,4 +112,5 @@ class SkipRuntime:
         generated = int(layout.generated.sum())
         self._prompt_tokens += int(layout.query_lens.sum()) - generated
         self._generated_tokens += generated
-        self._generated_run += generated if self._plan is None else self._plan.generated_run
+        assert self._plan is not None
+        self._generated_run += self._plan.generated_run

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Method ``similarity``: leave out the sub-layers that changed this prompt least."""
+
+from __future__ import annotations
+
+import numpy as np
+from pydantic import Field
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from vllm_adaskip.classifiers.base import Classifier, MethodOptions, PromptStatistics
+from vllm_adaskip.classifiers.plan import DecoderShape, PlanError, SkipPlan
+
+
+class SimilarityOptions(MethodOptions):
+    """Decoder layers at both ends that are never left out."""
+
+    keep_first: int = Field(default=1, ge=0)
+    keep_last: int = Field(default=1, ge=0)
+
+
+class Similarity(Classifier):
+    """Attention and MLP sub-layers ranked together by how little they changed the prompt.
+
+    The rank is the cosine similarity of the residual stream before and after a sub-layer,
+    mean over the prompt's tokens; the most similar are left out first, until the plan keeps
+    no more than the budget. This is the ranking of AdaSkip (arXiv 2501.02336, section 3), for
+    each sequence by itself; without its scale compensation.
+    """
+
+    Options = SimilarityOptions
+
+    def __init__(self, shape: DecoderShape, options: MethodOptions) -> None:
+        assert isinstance(options, SimilarityOptions)
+        kept = options.keep_first + options.keep_last
+        if not 0 < kept < shape.num_layers:
+            raise PlanError(
+                f"keep_first {options.keep_first} and keep_last {options.keep_last} keep {kept} "
+                f"layers; allowed: 1 to {shape.num_layers - 1} in all, of {shape.num_layers}"
+            )
+        self.width = 2 * shape.num_layers
+        self._shape = shape
+        self._candidates = range(2 * options.keep_first, self.width - 2 * options.keep_last)
+        self._least = _plan(shape, list(self._candidates)).share(shape)
+
+    def check(self, budget: float) -> None:
+        """Refuse a budget below what the layers at both ends take."""
+        if budget < self._least:
+            raise PlanError(
+                f"a budget of {budget:g} cannot be met: the layers that method 'similarity' "
+                f"always keeps are {self._least:.3f} of the decoder's compute"
+            )
+
+    def observe(self, sub_layer: int, before: Tensor, after: Tensor, values: Tensor) -> None:
+        """Keep each token's cosine similarity."""
+        values[:, sub_layer] = cosine_similarity(before.float(), after.float(), dim=-1)
+
+    def decide(self, budget: float, prompt: PromptStatistics | None) -> SkipPlan:
+        """Leave out the most similar sub-layers until the budget is met."""
+        assert prompt is not None
+        order = np.argsort(-prompt.mean[self._candidates], kind="stable") + self._candidates.start
+        skipped: list[int] = []
+        plan = _plan(self._shape, skipped)
+        for sub_layer in order.tolist():
+            if plan.share(self._shape) <= budget:
+                break
+            skipped.append(sub_layer)
+            plan = _plan(self._shape, skipped)
+        return plan
+
+
+def _plan(shape: DecoderShape, sub_layers: list[int]) -> SkipPlan:
+    attention = sum(1 << one // 2 for one in sub_layers if one % 2 == 0)
+    mlp = sum(1 << one // 2 for one in sub_layers if one % 2 == 1)
+    return SkipPlan(shape.num_layers, attention, mlp)

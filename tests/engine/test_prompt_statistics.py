@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Invariant 5: a plan that is decided from the prompt depends on nothing but the prompt.
+
+The same prompts arrive whole, in chunks, half from the prefix cache, several times at once
+and again after preemption; their plans must be those that the same method decides from the
+float32 transformers model, and their tokens those of the loop under these plans. Fails when
+blocks are not reset, when a chunk's tokens are added twice or not at all, when generated
+tokens are observed, when cached blocks bring no statistics, and when dense generated blocks
+are shared under a method that reads prompts.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from batches import greedy, random_prompts, sampling
+from conftest import TINY_LAYERS, TINY_SHAPE
+from reference import Reference
+
+from vllm_adaskip import DecoderShape, SkipPlan, engine_args
+from vllm_adaskip.classifiers.similarity import Similarity, SimilarityOptions
+from vllm_adaskip.engine.state import _digest
+
+BUDGET = 0.6
+METHOD = Similarity(DecoderShape(*TINY_SHAPE), SimilarityOptions())
+
+
+@pytest.fixture(scope="module")
+def make(engine: Callable[..., Any], tiny_llama: str) -> Callable[..., Any]:
+    def make(**options: Any) -> Any:
+        options = {"disable_log_stats": False, "block_size": 32, **options}
+        return engine(tiny_llama, **options, **engine_args(method="similarity", budget=BUDGET))
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_llama: str) -> Reference:
+    return Reference(tiny_llama)
+
+
+def decided(llm: Any) -> dict[bytes, SkipPlan]:
+    """Every plan the engine's worker has decided so far, by digest of the prompt."""
+    memo = llm.apply_model(lambda model: model.adaskip._state._memo)[0]
+    return {undecided.prompt_hash: plan for undecided, plan in memo.items()}
+
+
+def forget(llm: Any) -> None:
+    llm.apply_model(lambda model: model.adaskip._state._memo.clear())
+
+
+def check(llm: Any, reference: Reference, prompts: list[list[int]], tokens: int = 12) -> None:
+    """Run a batch; compare plans and tokens with the reference's."""
+    got = greedy(llm, prompts, [None] * len(prompts), max_tokens=tokens)
+    plans = decided(llm)
+    for prompt, output in zip(prompts, got, strict=True):
+        want = METHOD.decide(BUDGET, reference.observe(prompt, METHOD))
+        assert plans[_digest(prompt)] == want
+        assert output == reference.generate(prompt, want.entries(), tokens)[0]
+
+
+def test_in_one_piece_and_in_chunks(make: Callable[..., Any], reference: Reference) -> None:
+    prompts = random_prompts(31, 10, longest=200) + random_prompts(38, 10, longest=4)
+    for chunk in (256, 48, 19):
+        check(make(max_num_batched_tokens=chunk), reference, prompts)
+    whole = {METHOD.decide(BUDGET, reference.observe(prompt, METHOD)) for prompt in prompts}
+    assert len(whole) > 3  # the prompt does decide
+
+
+def test_from_the_prefix_cache(make: Callable[..., Any], reference: Reference) -> None:
+    """Blocks were observed under another request, dense or planned, or by a longer prompt."""
+    llm = make(max_num_batched_tokens=48)
+    rng = random.Random(32)
+    beginning = random_prompts(32, 1, longest=1)[0] * 100
+    beginning = [rng.randrange(512) for _ in beginning]
+    dense = sampling(None, 4, extra_args={"adaskip": "off"})
+    llm.generate({"prompt_token_ids": [*beginning, 1]}, dense, use_tqdm=False)
+    check(llm, reference, [[*beginning, *end] for end in random_prompts(33, 6, longest=30)])
+    check(llm, reference, [beginning[:97], beginning[:64], beginning[:96]])
+    forget(llm)  # now from blocks alone
+    check(llm, reference, [beginning, [*beginning, 7]])
+    counters = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
+    assert counters["vllm:prefix_cache_hits"] >= 96 * 8
+
+
+@pytest.mark.parametrize("arguments", [{"adaskip": "off"}, None])
+def test_answers_that_become_prompts(
+    make: Callable[..., Any], reference: Reference, arguments: dict[str, Any] | None
+) -> None:
+    """Generated tokens were not observed, so as prompt they are computed again."""
+    llm = make()
+    rng = random.Random(34)
+    prompt = [rng.randrange(512) for _ in range(40)]
+    params = sampling(None, 70, extra_args=arguments)
+    (output,) = llm.generate({"prompt_token_ids": prompt}, params, use_tqdm=False)
+    check(llm, reference, [[*prompt, *output.outputs[0].token_ids, 5, 6]])
+
+
+def test_again_after_preemption(make: Callable[..., Any], reference: Reference) -> None:
+    llm = make(num_gpu_blocks_override=12)
+    check(llm, reference, random_prompts(35, 8, longest=40), tokens=80)
+    counters = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
+    assert counters["vllm:num_preemptions"] > 0
+
+
+def test_with_parallel_samples_budgets_and_dense_requests(
+    make: Callable[..., Any], reference: Reference
+) -> None:
+    llm = make(max_num_batched_tokens=48)
+    prompt = random_prompts(36, 1, longest=90)[0]
+    statistics = reference.observe(prompt, METHOD)
+    arguments: list[tuple[dict[str, Any] | None, SkipPlan]] = [
+        (None, METHOD.decide(BUDGET, statistics)),
+        ({"adaskip_budget": 0.4}, METHOD.decide(0.4, statistics)),
+        ({"adaskip": "off"}, SkipPlan(TINY_LAYERS)),
+        ({"adaskip_skip": [3]}, SkipPlan.parse([3], TINY_LAYERS)),
+    ]
+    outputs = llm.generate(
+        [{"prompt_token_ids": prompt}] * len(arguments),
+        [sampling(None, 12, n=2, temperature=1.0, top_k=1, extra_args=one) for one, _ in arguments],
+        use_tqdm=False,
+    )
+    for output, (_, plan) in zip(outputs, arguments, strict=True):
+        want = reference.generate(prompt, plan.entries(), 12)[0]
+        assert [list(one.token_ids) for one in output.outputs] == [want] * 2
+
+
+def test_aborted_in_the_middle_of_its_prompt(
+    make: Callable[..., Any], reference: Reference
+) -> None:
+    """Its half-filled blocks go to others, who must not find its statistics in them."""
+    llm = make(max_num_batched_tokens=24, num_gpu_blocks_override=12)
+    core = llm.llm_engine
+    rng = random.Random(37)
+    for number in range(6):
+        prompt = [rng.randrange(512) for _ in range(150)]
+        core.add_request(str(number), {"prompt_token_ids": prompt}, sampling(None, 4))
+        for _ in range(rng.randint(1, 4)):
+            core.step()
+        core.abort_request([str(number)])
+        check(llm, reference, random_prompts(40 + number, 3, longest=120), tokens=4)
