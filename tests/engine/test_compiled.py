@@ -11,25 +11,46 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from batches import greedy, random_plan, random_prompts
-from conftest import TINY_LAYERS
+import pytest
+from batches import Entries, greedy, random_plan, random_prompts
+from conftest import TINY_LAYERS, TINY_SHAPE
 from reference import Reference
 
-from vllm_adaskip import engine_args
+from vllm_adaskip import DecoderShape, engine_args
+from vllm_adaskip.classifiers.similarity import Similarity, SimilarityOptions
+
+BUDGET = 0.6
+METHOD = Similarity(DecoderShape(*TINY_SHAPE), SimilarityOptions())
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"kv_fill": "copy"}, {"method": "similarity", "budget": BUDGET, "kv_fill": "project"}],
+    ids=["copy", "similarity"],
+)
 def test_compiled_gives_the_tokens_of_the_reference(
-    engine: Callable[..., Any], tiny_llama: str
+    engine: Callable[..., Any], tiny_llama: str, options: dict[str, Any]
 ) -> None:
-    llm = engine(tiny_llama, enforce_eager=False, **engine_args())
+    llm = engine(tiny_llama, enforce_eager=False, **engine_args(**options))
     reference = Reference(tiny_llama)
     rng = random.Random(11)
-    for seed in range(2):  # dense, then two rounds of plans, then dense again
+    for seed in range(2):  # dense, plans, decided plans if there is a method, dense again
         prompts = random_prompts(seed, 8)
-        for plans in ([[]] * 8, [random_plan(rng, TINY_LAYERS) for _ in prompts], [[]] * 8):
+        decided: list[Entries] = [[]] * 8
+        if "method" in options:
+            statistics = [reference.observe(prompt, METHOD) for prompt in prompts]
+            decided = [METHOD.decide(BUDGET, one).entries() for one in statistics]
+        own: list[Entries] = [random_plan(rng, TINY_LAYERS) for _ in prompts]
+        rounds: list[tuple[list[Entries | None], list[Entries]]] = [
+            ([[]] * 8, [[]] * 8),
+            ([*own], own),
+            ([None] * 8, decided),
+            ([[]] * 8, [[]] * 8),
+        ]
+        for plans, followed in rounds:
             got = greedy(llm, prompts, plans, max_tokens=12)
             want = [
                 reference.generate(prompt, plan, 12)[0]
-                for prompt, plan in zip(prompts, plans, strict=True)
+                for prompt, plan in zip(prompts, followed, strict=True)
             ]
             assert got == want
