@@ -77,13 +77,13 @@ class Classifier(ABC):
 
         """
 
-    def observe(self, sub_layer: int, before: Tensor, after: Tensor, values: Tensor) -> None:
+    def observe(self, sub_layer: int, before: Tensor, update: Tensor, values: Tensor) -> None:
         """Write what is kept of each token at one sub-layer.
 
         Args:
             sub_layer: attention ``2 * l``, MLP ``2 * l + 1``; each is shown once per token.
             before: ``[tokens, hidden]`` residual stream before the sub-layer, model's dtype.
-            after: ``[tokens, hidden]`` residual stream after it.
+            update: ``[tokens, hidden]`` what the sub-layer adds to it.
             values: ``[tokens, width]`` float32, zeros at first; write into it.
 
         """

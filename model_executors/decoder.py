@@ -112,16 +112,15 @@ class SkippingDecoder(nn.Module):
     def _run_observed(self, segment: Segment, positions: Tensor, stream: Stream) -> Stream:
         """Run one sub-layer after the other, and show the method what each changed."""
         tokens = None if segment.subset is None else segment.subset.tokens
-        before = _sum(stream)
         for sub_layer in segment.sub_layers:
             layer = self.model.layers[sub_layer // 2]
             if sub_layer % 2 == 0:
                 stream = self.run_attention(layer, positions, stream)
             else:
                 stream = self.run_mlp(layer, stream)
-            after = _sum(stream)
-            self.adaskip.observer.observe(sub_layer, before, after, tokens)
-            before = after
+            update, before = stream
+            assert before is not None
+            self.adaskip.observer.observe(sub_layer, before, update, tokens)
         return stream
 
 
@@ -132,12 +131,6 @@ def add_and_norm(norm: nn.Module, stream: Stream) -> tuple[Tensor, Tensor]:
         return norm(hidden), hidden
     normed, residual = norm(hidden, residual)
     return normed, residual
-
-
-def _sum(stream: Stream) -> Tensor:
-    """Give the residual stream itself."""
-    hidden, residual = stream
-    return hidden if residual is None else hidden + residual
 
 
 def _gather(stream: Stream, tokens: slice | Tensor) -> Stream:

@@ -72,10 +72,10 @@ class Reference:
             update, _ = layer.self_attn(
                 layer.input_layernorm(hidden), position_embeddings=rotary, attention_mask=mask
             )
-            classifier.observe(2 * index, hidden[0], (hidden + update)[0], values)
+            classifier.observe(2 * index, hidden[0], update[0], values)
             hidden = hidden + update
             update = layer.mlp(layer.post_attention_layernorm(hidden))
-            classifier.observe(2 * index + 1, hidden[0], (hidden + update)[0], values)
+            classifier.observe(2 * index + 1, hidden[0], update[0], values)
             hidden = hidden + update
         return PromptStatistics(len(prompt), values.double().mean(dim=0).numpy())
 

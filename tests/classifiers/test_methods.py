@@ -54,14 +54,22 @@ def test_every_method_that_reads_prompts_observes_each_token_by_itself() -> None
     for classifier in map(made, METHODS):
         if not classifier.width:
             continue
-        before, after = torch.randn(2, 6, 16)
+        before, update = torch.randn(2, 6, 16)
         whole = torch.zeros(6, classifier.width)
         parts = torch.zeros(6, classifier.width)
         for sub_layer in range(2 * SHAPE.num_layers):
-            classifier.observe(sub_layer, before, after, whole)
+            classifier.observe(sub_layer, before, update, whole)
             for chunk in (slice(0, 1), slice(1, 4), slice(4, 6)):
-                classifier.observe(sub_layer, before[chunk], after[chunk], parts[chunk])
+                classifier.observe(sub_layer, before[chunk], update[chunk], parts[chunk])
         assert torch.equal(whole, parts) and whole.any()
+
+
+def test_similarity_is_the_cosine_of_the_stream_before_and_after() -> None:
+    before, update = torch.randn(2, 6, 16)
+    values = torch.zeros(6, 8)
+    made("similarity").observe(3, before, update, values)
+    want = torch.nn.functional.cosine_similarity(before, before + update, dim=-1)
+    assert torch.allclose(values[:, 3], want, atol=1e-6) and not values[:, 2].any()
 
 
 def test_similarity_leaves_out_what_changed_the_prompt_least() -> None:

@@ -46,15 +46,15 @@ class PromptObserver:
         )
 
     def observe(
-        self, sub_layer: int, before: Tensor, after: Tensor, tokens: slice | Tensor | None
+        self, sub_layer: int, before: Tensor, update: Tensor, tokens: slice | Tensor | None
     ) -> None:
         """Show a sub-layer's tokens, all of the step's or some, to the method.
 
-        ``before`` and ``after`` ``[tokens, hidden]`` are the residual stream.
+        ``before`` ``[tokens, hidden]`` is the residual stream, ``update`` what it adds.
         """
         assert self.values is not None
         values = self.values if tokens is None else self.values[tokens]
-        self._classifier.observe(sub_layer, before, after, values[:, :-1])
+        self._classifier.observe(sub_layer, before, update, values[:, :-1])
         if isinstance(tokens, Tensor):  # indexing copied
             self.values[tokens] = values
 
