@@ -5,13 +5,17 @@ BIN := .venv/bin
 # Rounds of `make bench`.
 ROUNDS ?= 25
 
-.PHONY: help setup demo test lint bench train clean
+# Length of `make soak`.
+MINUTES ?= 30
+
+.PHONY: help setup demo test lint bench soak train clean
 
 help:
 	@echo "make demo   set up .venv and run the bundled model, a skip plan per sequence"
 	@echo "make test   set up .venv and run the tests"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  stock vLLM beside the plugin with nothing skipped"
+	@echo "make soak   the torture test for half an hour; make soak MINUTES=5 for less"
 	@echo "make train  train the bundled model again, into build/model (about an hour)"
 	@echo "make clean  remove .venv and caches"
 
@@ -33,6 +37,9 @@ lint: setup
 
 bench: setup
 	$(BIN)/python benchmarks/off_is_free.py --rounds $(ROUNDS)
+
+soak: setup
+	$(BIN)/python tests/torture/soak.py --minutes $(MINUTES)
 
 train: setup
 	$(BIN)/python -m vllm_adaskip.testbed.train --out build/model

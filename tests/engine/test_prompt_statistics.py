@@ -70,6 +70,15 @@ def test_in_one_piece_and_in_chunks(make: Callable[..., Any], reference: Referen
     assert len(whole) > 3  # the prompt does decide
 
 
+def test_generated_tokens_are_not_observed(make: Callable[..., Any]) -> None:
+    """Also not those that are decoded beside other sequences' prompts."""
+    llm = make(max_num_batched_tokens=24)
+    prompts = random_prompts(39, 8, longest=60)
+    greedy(llm, prompts, [None] * len(prompts), max_tokens=10)
+    sums = llm.apply_model(lambda model: model.adaskip.observer._statistics.sums)[0]
+    assert sums[:, -1].sum() == sum(map(len, prompts))
+
+
 def test_from_the_prefix_cache(make: Callable[..., Any], reference: Reference) -> None:
     """Blocks were observed under another request, dense or planned, or by a longer prompt."""
     llm = make(max_num_batched_tokens=48)

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engines that are tortured, and the model they run."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from vllm_adaskip import bundled_model, engine_args
+
+LAYERS = 8
+VOCABULARY = 473
+#: The longest prompt. With what is generated it fits the smallest cache, once.
+LONGEST_PROMPT = 200
+MAX_MODEL_LEN = 256
+#: For each way to fill K/V: chunk, cache and batch, so that these differ as well.
+ENGINES: dict[str, dict[str, Any]] = {
+    "none": {"max_num_batched_tokens": 32, "num_gpu_blocks_override": 16, "max_num_seqs": 8},
+    "copy": {"max_num_batched_tokens": 48, "num_gpu_blocks_override": 20, "max_num_seqs": 12},
+    "project": {"max_num_batched_tokens": 256, "num_gpu_blocks_override": 24, "max_num_seqs": 16},
+}
+
+
+def engine_options(kv_fill: str) -> dict[str, Any]:
+    """Keyword arguments of `vllm.LLM`: float32, tiny blocks, and far too few of them."""
+    return {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": MAX_MODEL_LEN,
+        "block_size": 32,  # the smallest that the CPU backend takes
+        "enable_prefix_caching": True,
+        "disable_log_stats": False,
+        "skip_tokenizer_init": False,  # stop strings need a tokenizer
+        "distributed_executor_backend": "uni",
+        **ENGINES[kv_fill],
+        **engine_args(kv_fill=kv_fill),
+    }
+
+
+def write_model(path: Path) -> str:
+    """Write a random Llama that speaks the bundled model's words.
+
+    Its weights are large, so that any mistake in what runs changes the tokens at once.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=MAX_MODEL_LEN,
+        initializer_range=0.1,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(bundled_model()) / name, path)
+    return str(path)
