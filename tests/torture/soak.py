@@ -138,8 +138,8 @@ def soak(run: Run, model: str, seeds: random.Random, more: Callable[[], bool]) -
 def visit_every_size(traffic: Traffic, largest: int) -> None:
     """One dense prompt of each length alone: a step of each number of tokens.
 
-    Torch's matrix products keep some memory for each size that they meet. Chance would bring
-    the last of them after many thousand requests, which would look like a leak.
+    The worker keeps some memory for each size that it meets; that of stock vLLM does too.
+    Chance would bring the last of them after many thousand requests, like a leak.
     """
     for length in range(1, min(largest, MAX_MODEL_LEN - 1) + 1):
         traffic.send(Request(words(1000 + length, length), [], max_tokens=1))
