@@ -24,8 +24,8 @@ class Similarity(Classifier):
 
     The rank is the cosine similarity of the residual stream before and after a sub-layer,
     mean over the prompt's tokens; the most similar are left out first, until the plan keeps
-    no more than the budget. This is the ranking of AdaSkip (arXiv 2501.02336, section 3), for
-    each sequence by itself; without its scale compensation.
+    no more than the budget. This is the ranking of AdaSkip (arXiv 2501.02336), for each
+    sequence by itself; without its scale compensation.
     """
 
     Options = SimilarityOptions

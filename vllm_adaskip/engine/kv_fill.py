@@ -49,8 +49,8 @@ class KvFill:
 class ProjectFill(KvFill):
     """``project``: the skipped layer's own norm, K/V projection and rotary embedding.
 
-    Applied to the hidden state that passes by (CALM, arXiv 2207.07061, section 3;
-    FlexiDepth, arXiv 2503.23798). Costs a small matrix product, reads those weights.
+    Applied to the hidden state that passes by (CALM, arXiv 2207.07061; FlexiDepth, arXiv
+    2503.23798). Costs a small matrix product, reads those weights.
     """
 
     wants_passing = True

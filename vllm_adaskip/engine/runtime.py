@@ -37,6 +37,7 @@ class SkipRuntime:
         self._layout: Layout | None = None
         self._version = -1
         self._plan: StepPlan | None = None
+        self._is_dense = True
         self._contexts: dict[int, ForwardContext] = {}
         self._method = facts.method
         self._prompt_tokens = 0
