@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from vllm_adaskip.classifiers import METHODS, DecoderShape
+from vllm_adaskip.classifiers.profile import Profile, ProfileError
 from vllm_adaskip.engine.facts import EngineFacts
 from vllm_adaskip.engine.planner import Planner
 
@@ -26,6 +28,8 @@ class AdaSkipConfig(BaseModel):
         budget: largest share of decoder compute a decided plan may keep, in (0, 1].
         kv_fill: what is written into the KV cache where a generated token leaves out an
             attention sub-layer.
+        profile: folder of a `Profile`, which brings method, its options and budget; what is
+            set beside it goes before it.
 
     """
 
@@ -34,6 +38,7 @@ class AdaSkipConfig(BaseModel):
     method: str = "none"
     budget: float = Field(default=1.0, gt=0, le=1)
     kv_fill: Literal["copy", "project", "none"] = "none"
+    profile: str | None = None
 
     @field_validator("method")
     @classmethod
@@ -52,6 +57,7 @@ class AdaSkipConfig(BaseModel):
         """
         if not isinstance(options, Mapping):
             raise ConfigError(f"adaskip: {options!r:.80} is not allowed; allowed: a JSON object")
+        options = _with_profile(options)
         try:
             config = cls.model_validate(dict(options))
             METHODS[config.method].Options.model_validate(config.method_options)
@@ -63,6 +69,14 @@ class AdaSkipConfig(BaseModel):
     def method_options(self) -> dict[str, Any]:
         """The method's own options."""
         return dict(self.model_extra or {})
+
+    def check_model(self, hf_config: Mapping[str, Any]) -> None:
+        """Refuse a profile that was made for another model (`ConfigError`)."""
+        if self.profile is not None:
+            try:
+                Profile.load(Path(self.profile)).check_model(hf_config)
+            except ProfileError as error:
+                raise ConfigError(f"adaskip.profile: {error}") from None
 
     def facts(self, shape: DecoderShape) -> EngineFacts:
         """Bind the options to a model.
@@ -78,6 +92,26 @@ class AdaSkipConfig(BaseModel):
         except ValueError as error:
             raise ConfigError(f"adaskip: {error}") from None
         return facts
+
+
+def _with_profile(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Complete the options by those of the profile that they name, if any."""
+    if (folder := options.get("profile")) is None:
+        return options
+    if not isinstance(folder, str):
+        raise ConfigError(f"adaskip.profile: {folder!r:.80} is not allowed; allowed: a folder")
+    try:
+        profile = Profile.load(Path(folder))
+    except ProfileError as error:
+        raise ConfigError(f"adaskip.profile: {error}") from None
+    method = options.get("method", profile.method)
+    if method != profile.method:
+        raise ConfigError(
+            f"adaskip.method: {method!r:.80} does not go with profile {folder!r:.200}, which is for "
+            f"method {profile.method!r}; leave one out"
+        )
+    brought = {"method": method, "budget": profile.budget, **profile.options}
+    return {**brought, **options}
 
 
 def _explain(error: ValidationError, options: Mapping[str, Any]) -> str:

@@ -39,6 +39,7 @@ def prepare(vllm_config: VllmConfig) -> None:
     family = family_of(model.architecture)
     assert family is not None
     config = AdaSkipConfig.parse(vllm_config.additional_config.setdefault("adaskip", {}))
+    config.check_model(model.hf_config.to_dict())
     feeder = class_path(config.facts(family.shape(model.hf_config)))
     model.logits_processors = [*(model.logits_processors or []), feeder]
     vllm_config.parallel_config.worker_extension_cls = _WORKER_EXTENSION

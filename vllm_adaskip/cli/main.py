@@ -7,7 +7,9 @@ import typer
 
 from vllm_adaskip.cli.demo import demo
 from vllm_adaskip.cli.doctor import doctor
+from vllm_adaskip.cli.eval import evaluate
 from vllm_adaskip.cli.serve import serve
+from vllm_adaskip.cli.tune import tune
 
 app = typer.Typer(
     help="Layer skipping per sequence, inside vLLM's continuous batch.",
@@ -17,6 +19,8 @@ app = typer.Typer(
 )
 app.command()(doctor)
 app.command()(demo)
+app.command("eval")(evaluate)
+app.command()(tune)
 app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )(serve)

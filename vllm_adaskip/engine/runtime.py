@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -103,6 +103,13 @@ class SkipRuntime:
             "method": self._method,
             "live_rows": self._table.live_rows,
         }
+
+    def plan_of(
+        self, extra_args: Mapping[str, Any] | None, prompt: Sequence[int]
+    ) -> list[int | str] | None:
+        """Give the plan of a request with this prompt, as `SkipPlan.entries`, if it is known."""
+        plan = self._state.plan_of(extra_args, prompt)
+        return None if plan is None else plan.entries()
 
     def _is_stale(self, layout: Layout) -> bool:
         if self._layout is None or self._version != self._table.version:

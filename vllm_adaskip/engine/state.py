@@ -58,6 +58,15 @@ class SkipState:
                 )
         self.table.add(row, plan, len(prompt), is_new=not generated)
 
+    def plan_of(
+        self, extra_args: Mapping[str, Any] | None, prompt: Sequence[int]
+    ) -> SkipPlan | None:
+        """Give the plan that a request has or had; None if its prompt was not read, or long ago."""
+        wanted = self.planner.wanted(extra_args)
+        if wanted.plan is not None:
+            return wanted.plan
+        return self._memo.get(Undecided(_digest(prompt), wanted.budget))
+
     def decide(self, row: int, prompt: PromptStatistics) -> None:
         """Let the method decide the plan of an undecided row, whose prompt is complete."""
         undecided = self.table.undecided[row]

@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+Entries = list[int | str]
 
 
 class AdaSkipWorkerExtension:
@@ -13,3 +16,13 @@ class AdaSkipWorkerExtension:
         """Give this worker's cumulative counters, see `SkipRuntime.report`."""
         report: dict[str, Any] = self.get_model().adaskip.report()  # type: ignore[attr-defined]
         return report
+
+    def adaskip_plans(
+        self, requests: Sequence[tuple[Mapping[str, Any] | None, Sequence[int]]]
+    ) -> list[Entries | None]:
+        """Give the plan of each ``(extra_args, prompt_token_ids)``, also a decided one.
+
+        None where a method reads the prompt and has not done so, or not of late.
+        """
+        runtime = self.get_model().adaskip  # type: ignore[attr-defined]
+        return [runtime.plan_of(extra_args, prompt) for extra_args, prompt in requests]

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A profile: a method's settings for one model, as a folder that a server reads.
+
+``adaskip.json`` is plain data and treated as hostile input: its size is bounded, unknown keys
+are errors, and nothing in it is ever run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+FILE = "adaskip.json"
+FORMAT = 1
+#: A profile is a page of settings; what is larger is something else.
+LARGEST = 1 << 20
+#: What makes two checkpoints the same decoder, as far as a plan is concerned.
+_IDENTITY = (
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "vocab_size",
+)
+
+
+class ProfileError(ValueError):
+    """A profile that cannot be used; the message names the file and what is wrong."""
+
+
+def fingerprint(hf_config: Mapping[str, Any]) -> str:
+    """Give a short digest of a model's config: two decoders of one shape share it."""
+    facts = {key: hf_config.get(key) for key in _IDENTITY}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class Profile(BaseModel):
+    """What ``adaskip.json`` holds.
+
+    Attributes:
+        method: the server's method; ``options`` are its own.
+        budget: largest share of decoder compute a decided plan may keep.
+        fingerprint: of the model's config, see `fingerprint`; ``model`` is its name, to read.
+        metrics: figures of how it was made, to read.
+
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    format: int = Field(default=FORMAT, ge=FORMAT, le=FORMAT)
+    method: str
+    options: dict[str, Any] = {}
+    budget: float = Field(default=1.0, gt=0, le=1)
+    model: str
+    fingerprint: str
+    metrics: dict[str, float | int | str] = {}
+
+    def save(self, folder: Path) -> None:
+        """Write the folder."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / FILE).write_text(self.model_dump_json(indent=1) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> Profile:
+        """Read a folder.
+
+        Raises:
+            ProfileError: no such file, too large, no JSON, a key or value not allowed.
+
+        """
+        path = folder / FILE
+        try:
+            if path.stat().st_size > LARGEST:
+                raise ProfileError(f"{path}: larger than {LARGEST} bytes; this is no profile")
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ProfileError(f"{path}: {error}") from None
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            key = ".".join(map(str, first["loc"])) or "the file"
+            raise ProfileError(f"{path}: {key}: {first['msg']}") from None
+
+    def check_model(self, hf_config: Mapping[str, Any]) -> None:
+        """Refuse a model that the profile was not made for (`ProfileError`)."""
+        if (theirs := fingerprint(hf_config)) != self.fingerprint:
+            raise ProfileError(
+                f"the profile was made for {self.model!r:.200} (fingerprint {self.fingerprint}), "
+                f"but this model's fingerprint is {theirs}; use a profile made for this model"
+            )

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A real run: what is stored is what a float32 transformers loop says, and a killed run goes on."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from reference import Reference
+from torture.judge import Judge
+from transformers import AutoTokenizer
+
+from vllm_adaskip import bundled_model
+from vllm_adaskip.evaluation.data import Item, load_items
+from vllm_adaskip.evaluation.manifest import new_manifest, start_or_resume
+from vllm_adaskip.evaluation.results import Answer, Results, Setting, Timing
+from vllm_adaskip.evaluation.runner import Timed, Work, evaluate
+from vllm_adaskip.evaluation.settings import DENSE, decided, explicit
+
+SETTINGS: list[Setting] = [
+    DENSE,
+    explicit([*range(2, 9), "attn:9"], 12),
+    *decided("similarity", {}, [0.8]),
+]
+ROUNDS, MAX_TOKENS = 2, 8
+
+
+@pytest.fixture(scope="module")
+def items() -> list[Item]:
+    asked = load_items("bundled:sum,hop,translate", limit=4)
+    read = [
+        Item(f"read/{one.item}", "read", one.prompt, one.references, "perplexity") for one in asked
+    ]
+    return [*asked, *read]
+
+
+def run(results: Results, items: list[Item]) -> int:
+    """Do what is left; give how much that was."""
+    work = Work.left(results, SETTINGS, items, ROUNDS)
+    steps = work.steps
+    reported: list[int] = []
+
+    def report(what: str, done: int) -> None:
+        reported.append(done)
+
+    engine: dict[str, Any] = {"dtype": "float32", "enforce_eager": True, "max_model_len": 256}
+    evaluate(
+        results,
+        bundled_model(),
+        SETTINGS,
+        items,
+        work,
+        max_tokens=MAX_TOKENS,
+        timed=Timed(batch=2, tokens=4),
+        report=report,
+        distributed_executor_backend="uni",
+        **engine,
+    )
+    assert sum(reported) == steps
+    return steps
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory, items: list[Item]) -> Results:
+    results = Results(tmp_path_factory.mktemp("run"))
+    start_or_resume(
+        results,
+        new_manifest(command="", model=bundled_model(), data={}, settings=SETTINGS, seed=0),
+    )
+    run(results, items)
+    return results
+
+
+def test_every_item_is_answered_under_every_setting(results: Results, items: list[Item]) -> None:
+    answers = results.read(Answer)
+    assert len(answers) == len(SETTINGS) * len(items)
+    assert len({(one.setting, one.item) for one in answers}) == len(answers)
+    rounds = [(one.setting, one.round) for one in results.read(Timing)]
+    assert sorted(rounds) == sorted((s.name, r) for s in SETTINGS[1:] for r in range(ROUNDS))
+    assert all(one.seconds > 0 and one.dense_seconds > 0 for one in results.read(Timing))
+
+
+def test_answers_are_those_of_the_reference_under_the_stored_plan(
+    results: Results, items: list[Item]
+) -> None:
+    reference = Reference(bundled_model())
+    tokenizer = AutoTokenizer.from_pretrained(bundled_model())
+    prompts = {item.item: item.prompt for item in items if item.metric == "exact_match"}
+    plans = set()
+    for one in results.read(Answer):
+        if one.item not in prompts:
+            continue
+        plans.add(str(one.skip))
+        prompt = tokenizer.encode(prompts[one.item])
+        tokens, _ = reference.generate(prompt, one.skip, one.tokens)
+        assert one.text.split() == tokenizer.decode(tokens, skip_special_tokens=True).split()
+    assert len(plans) > 3  # decided ones are stored as they were
+
+
+def test_perplexity_is_that_of_the_reference_answer_under_the_plan(
+    results: Results, items: list[Item]
+) -> None:
+    judge = Judge(bundled_model())
+    tokenizer = AutoTokenizer.from_pretrained(bundled_model())
+    by_name = {item.item: item for item in items}
+    worse = 0
+    for one in results.read(Answer):
+        if one.metric != "perplexity":
+            continue
+        item = by_name[one.item]
+        prompt = tokenizer.encode(item.prompt)
+        answer = tokenizer.encode(f"{item.prompt} {item.references[0]}")[len(prompt) :]
+        logits = judge.logits(prompt, one.skip, answer)
+        chosen = logits.log_softmax(-1).gather(-1, torch.tensor(answer)[:, None])
+        assert one.score == pytest.approx(math.exp(-chosen.mean().item()), rel=1e-3)
+        worse += one.score > 1.01
+    assert worse  # the plans do tell
+
+
+def test_a_killed_run_goes_on_where_it_was(results: Results, items: list[Item]) -> None:
+    assert Work.left(results, SETTINGS, items, ROUNDS).steps == 0
+    path: Path = results.folder / "answers.jsonl"
+    whole = results.read(Answer)
+    path.write_bytes(path.read_bytes()[:-20])  # killed while it wrote the last line
+    assert run(results, items) == 1
+    again = results.read(Answer)
+    assert sorted(map(str, again)) == sorted(map(str, whole))

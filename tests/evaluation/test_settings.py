@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_adaskip.classifiers import SkipPlan
+from vllm_adaskip.evaluation.settings import (
+    DENSE,
+    PLAN_FAMILIES,
+    at_random,
+    decided,
+    distinct,
+    explicit,
+    plans,
+    uniform,
+)
+
+
+@given(layers=st.integers(4, 80), data=st.data())
+def test_uniform_plans_are_even_and_spare_both_ends(layers: int, data: st.DataObject) -> None:
+    left_out = data.draw(st.integers(1, layers - 2))
+    skip = [int(layer) for layer in uniform(layers, left_out)]
+    assert len(set(skip)) == left_out and min(skip) >= 1 and max(skip) <= layers - 2
+    gaps = [after - before for before, after in zip(skip, skip[1:], strict=False)]
+    assert not gaps or max(gaps) - min(gaps) <= 1
+
+
+@given(
+    layers=st.integers(4, 40),
+    budget=st.floats(0.1, 1.0),
+    seed=st.integers(0, 9),
+)
+def test_families_keep_at_most_the_budget(layers: int, budget: float, seed: int) -> None:
+    for setting in plans(PLAN_FAMILIES, [budget], layers, draws=2, seed=seed):
+        plan = SkipPlan.parse(setting.skip, layers)
+        kept = layers - plan.attention.bit_count()
+        assert plan.attention == plan.mlp
+        assert kept == max(2, int(budget * layers + 1e-6))
+        assert f"{kept}/{layers}" in setting.name
+
+
+def test_random_plans_differ_by_draw_and_repeat_by_seed() -> None:
+    drawn = [one.skip for one in plans(["random"], [0.5], 12, draws=3, seed=7)]
+    assert drawn == [one.skip for one in plans(["random"], [0.5], 12, draws=3, seed=7)]
+    assert len({str(one) for one in drawn}) == 3 and drawn[0] == at_random(12, 6, 7)
+
+
+def test_dense_comes_first_and_doubles_are_dropped() -> None:
+    twice = [explicit([5, 6], 12), explicit(["attn:6", 5, "mlp:6"], 12)]
+    assert distinct([*twice, DENSE]) == [DENSE, explicit([5, 6], 12)]
+
+
+def test_an_unknown_method_is_refused_with_those_that_exist() -> None:
+    with pytest.raises(ValueError, match="'nope'; allowed: none, similarity, static"):
+        list(decided("nope", {}, [0.5]))

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``adaskip eval``: what each way of skipping costs in quality, and saves in time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from vllm_adaskip.cli.run import (
+    Batch,
+    Budgets,
+    Data,
+    Families,
+    Limit,
+    MaxModelLen,
+    MaxTokens,
+    Methods,
+    Metric,
+    Model,
+    Options,
+    Rounds,
+    Seed,
+    answer_and_time,
+    candidates,
+    console,
+    described,
+    parsed,
+    plain_errors,
+    summarised,
+)
+from vllm_adaskip.evaluation.data import load_items
+from vllm_adaskip.evaluation.manifest import start_or_resume
+from vllm_adaskip.evaluation.results import Results
+from vllm_adaskip.evaluation.settings import distinct, explicit
+
+if TYPE_CHECKING:
+    from vllm_adaskip.evaluation.summary import Summary
+
+
+def evaluate(
+    out: Annotated[Path, typer.Option(help="Folder for the results; an earlier run goes on.")],
+    model: Model = "",
+    data: Data = "bundled",
+    limit: Limit = 100,
+    metric: Metric = "exact_match",
+    method: Methods = None,
+    options: Options = "{}",
+    plans: Families = None,
+    skip: Annotated[list[str] | None, typer.Option(help="A plan as JSON, [5, 6].")] = None,
+    budget: Budgets = None,
+    draws: Annotated[int, typer.Option(min=1, help="Random plans for each budget.")] = 3,
+    max_tokens: MaxTokens = 32,
+    rounds: Rounds = 5,
+    batch: Batch = 16,
+    max_model_len: MaxModelLen = 512,
+    seed: Seed = 0,
+) -> None:
+    """Run a model dense and under skip plans on a data set, through the real engine.
+
+    With no --method, --plans and --skip: method similarity, and all families of fixed plans.
+    """
+    if not (method or plans or skip):
+        method, plans = ["similarity"], ["uniform", "random", "exit"]
+    with plain_errors():
+        items = load_items(data, limit=limit, seed=seed, metric=metric)
+        manifest = described(model, data, limit, len(items), seed)
+        settings = distinct([
+            *(explicit(parsed(one, "--skip", list), manifest.num_layers) for one in skip or ()),
+            *candidates(manifest.num_layers, plans, method, options, budget, draws, seed),
+        ])  # fmt: skip
+        results = Results(out)
+        start_or_resume(results, manifest.model_copy(update={"settings": settings}))
+        answer_and_time(
+            results, settings, items,
+            max_tokens=max_tokens, rounds=rounds, batch=batch, max_model_len=max_model_len,
+        )  # fmt: skip
+        Console().print(table(summarised(results)))
+    console.print(f"results: {out}; a page of them: adaskip report {out}")
+
+
+def table(summary: Summary) -> Table:
+    """Show quality, compute and time of each setting."""
+    rows = Table(
+        "setting", "compute kept", "score", "loss to dense", "time against dense",
+        title="95 % bootstrap intervals, paired by item; times: median and quartiles",
+    )  # fmt: skip
+    for one in summary.settings:
+        quality = one.score or one.perplexity
+        loss, speed = "", ""
+        if quality and one is not summary.dense:
+            loss = f"{quality.loss.mean:+.3f} ({quality.loss.low:+.3f} to {quality.loss.high:+.3f})"
+        if summary.batch in one.speeds:
+            time = one.speeds[summary.batch]
+            speed = f"{time.median:.2f} ({time.low:.2f} to {time.high:.2f})"
+        mean = f"{quality.mean:.3f}" if quality else ""
+        rows.add_row(one.name, f"{one.kept:.0%}", mean, loss, speed)
+    return rows

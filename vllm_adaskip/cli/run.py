@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What commands that run a model on a data set share: their options, and the run itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from vllm_adaskip.evaluation import settings as known
+from vllm_adaskip.evaluation.data import Item
+from vllm_adaskip.evaluation.manifest import new_manifest
+from vllm_adaskip.evaluation.results import Answer, Manifest, Results, Setting, Timing
+
+if TYPE_CHECKING:
+    from vllm_adaskip.evaluation.summary import Summary
+
+#: Shares of compute to compare where the user names none.
+BUDGETS = [0.9, 0.75, 0.6]
+console = Console(stderr=True)
+
+Model = Annotated[str, typer.Option(help="Path or hub id; the bundled model if left out.")]
+Data = Annotated[str, typer.Option(help="bundled, bundled:sum,hop, or a file of JSON lines.")]
+Limit = Annotated[int, typer.Option(min=1, help="Items of each task.")]
+Metric = Annotated[str, typer.Option(help="Of items that name none.")]
+Methods = Annotated[list[str] | None, typer.Option("--method", help="Methods to compare.")]
+Options = Annotated[str, typer.Option(help="The methods' own options, as JSON.")]
+Families = Annotated[
+    list[str] | None,
+    typer.Option("--plans", help="Families of fixed plans: uniform, random, exit."),
+]
+Budgets = Annotated[list[float] | None, typer.Option("--budget", help="Shares of compute to keep.")]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Tokens of an answer, and of a timed one.")]
+Rounds = Annotated[int, typer.Option(min=0, help="Timed rounds of each setting.")]
+Batch = Annotated[int, typer.Option(min=1, help="Sequences in a timed batch.")]
+MaxModelLen = Annotated[int, typer.Option(min=8, help="vLLM's, for its KV cache.")]
+Seed = Annotated[int, typer.Option(help="Of drawn items and random plans.")]
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """End the command with an error's message alone where the message says what to do."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        console.print(f"error: {error}; install vllm-adaskip[eval]", style="red", markup=False)
+        raise typer.Exit(2) from None
+    except (ValueError, OSError) as error:
+        console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        console.print("stopped; what was measured is kept, the same command goes on")
+        raise typer.Exit(130) from None
+
+
+def described(model: str, data: str, limit: int, items: int, seed: int) -> Manifest:
+    """Describe the run that starts now, with no settings yet."""
+    from vllm_adaskip.testbed.bundled import bundled_model
+
+    return new_manifest(
+        command=" ".join(["adaskip", *sys.argv[1:]]),
+        model=model or bundled_model(),
+        data={"source": data, "limit": limit, "items": items},
+        settings=[],
+        seed=seed,
+    )
+
+
+def candidates(
+    num_layers: int,
+    families: Sequence[str] | None,
+    methods: Sequence[str] | None,
+    options: str,
+    budgets: Sequence[float] | None,
+    draws: int,
+    seed: int,
+) -> list[Setting]:
+    """Give families of plans and methods, each at each budget."""
+    own = parsed(options, "--options", dict)
+    shares = list(budgets or BUDGETS)
+    for family in families or ():
+        if family not in known.PLAN_FAMILIES:
+            raise ValueError(f"--plans {family!r}; allowed: {', '.join(known.PLAN_FAMILIES)}")
+    for share in shares:
+        if not 0 < share <= 1:
+            raise ValueError(f"--budget {share:g}; allowed: a number in (0, 1]")
+    plans = known.plans(families or (), shares, num_layers, draws=draws, seed=seed)
+    decided = (one for name in methods or () for one in known.decided(name, own, shares))
+    return [*plans, *decided]
+
+
+def parsed(text: str, option: str, kind: type) -> Any:
+    """Read an argument that is JSON."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{option} {text!r:.80}: no JSON: {error.msg}") from None
+    if not isinstance(value, kind):
+        raise ValueError(f"{option} {text!r:.80}; allowed: a JSON {kind.__name__}")
+    return value
+
+
+def answer_and_time(
+    results: Results,
+    settings: Sequence[Setting],
+    items: Sequence[Item],
+    *,
+    max_tokens: int,
+    rounds: int,
+    batch: int,
+    max_model_len: int,
+) -> None:
+    """Do what is left of a run, with a progress bar."""
+    # In one process, so that an engine dies with the command; unless the user wants otherwise.
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from vllm_adaskip.evaluation.runner import Timed, Work, evaluate
+
+    work = Work.left(results, settings, items, rounds)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+        bar = progress.add_task("", total=work.steps)
+        evaluate(
+            results,
+            results.manifest().model,
+            settings,
+            items,
+            work,
+            max_tokens=max_tokens,
+            timed=Timed(batch, max_tokens),
+            report=lambda what, done: progress.update(bar, description=what, advance=done),
+            max_model_len=max_model_len,
+        )
+
+
+def summarised(results: Results) -> Summary:
+    """Work out the numbers of a run."""
+    from vllm_adaskip.evaluation.summary import summarise
+
+    return summarise(results.manifest(), results.read(Answer), results.read(Timing))

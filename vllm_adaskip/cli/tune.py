@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``adaskip tune``: the setting that saves most within a loss, as a profile to serve with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from vllm_adaskip.classifiers.profile import Profile
+from vllm_adaskip.cli.run import (
+    Batch,
+    Budgets,
+    Data,
+    Families,
+    Limit,
+    MaxModelLen,
+    MaxTokens,
+    Methods,
+    Metric,
+    Model,
+    Options,
+    Rounds,
+    Seed,
+    answer_and_time,
+    candidates,
+    console,
+    described,
+    plain_errors,
+    summarised,
+)
+from vllm_adaskip.evaluation.data import load_items
+from vllm_adaskip.evaluation.manifest import start_or_resume
+from vllm_adaskip.evaluation.results import Answer, Manifest, Results, Setting
+from vllm_adaskip.evaluation.settings import distinct
+
+if TYPE_CHECKING:
+    from vllm_adaskip.evaluation.tune import Trial
+
+
+def tune(
+    out: Annotated[Path, typer.Option(help="Folder for the profile; its runs go beside it.")],
+    max_drop: Annotated[float, typer.Option(help="Largest loss of the mean score, 0.01.")] = 0.01,
+    model: Model = "",
+    data: Data = "bundled",
+    limit: Limit = 100,
+    metric: Metric = "exact_match",
+    method: Methods = None,
+    options: Options = "{}",
+    plans: Families = None,
+    budget: Budgets = None,
+    max_tokens: MaxTokens = 32,
+    rounds: Rounds = 5,
+    batch: Batch = 16,
+    max_model_len: MaxModelLen = 512,
+    seed: Seed = 0,
+) -> None:
+    """Pick method and budget so that a held-out half stays within the loss, with 95 % confidence.
+
+    With no --method and --plans: method similarity, uniform plans and early exit. If nothing
+    qualifies, nothing is written, and the exit status is 1.
+    """
+    if not (method or plans):
+        method, plans = ["similarity"], ["uniform", "exit"]
+    with plain_errors():
+        from vllm_adaskip.evaluation.tune import choose, halves, trials
+
+        if not 0 <= max_drop < 1:
+            raise ValueError(f"--max-drop {max_drop:g}; allowed: a number in [0, 1)")
+        items = load_items(data, limit=limit, seed=seed, metric=metric)
+        manifest = described(model, data, limit, len(items), seed)
+        found = candidates(manifest.num_layers, plans, method, options, budget, 1, seed)
+        settings = distinct(found)
+        results = Results(out.with_name(f"{out.name}-runs"))
+        start_or_resume(results, manifest.model_copy(update={"settings": settings}))
+        answer_and_time(
+            results, settings, items,
+            max_tokens=max_tokens, rounds=rounds, batch=batch, max_model_len=max_model_len,
+        )  # fmt: skip
+        first, second = halves(items, seed)
+        names = [one.name for one in settings[1:]]
+        done = trials(results.read(Answer), names, first, second, max_drop)
+        speed = _speed(results)
+    best = choose(done, max_drop, speed)
+    Console().print(_table(done, speed, max_drop, best))
+    if best is None:
+        console.print(f"nothing stays within a loss of {max_drop:g} and saves time; no profile")
+        raise typer.Exit(1)
+    setting = next(one for one in settings if one.name == best.setting)
+    profile_of(setting, best, manifest, speed).save(out)
+    console.print(f"{best.setting} -> {out}; serve it with", style="bold")
+    console.print(
+        f"vllm serve --model {manifest.model} --plugin adaskip "
+        f"--additional-config.adaskip.profile {out}",
+        soft_wrap=True,
+        markup=False,
+    )
+
+
+def profile_of(
+    setting: Setting, trial: Trial, manifest: Manifest, speed: dict[str, float]
+) -> Profile:
+    """Give the profile that makes a server do what a setting did."""
+    fixed = setting.skip is not None
+    figures = {
+        "held_out_loss": trial.loss,
+        "held_out_loss_bound_95": trial.bound,
+        "compute_kept": trial.kept,
+        "time_against_dense": speed.get(setting.name),
+    }
+    return Profile(
+        method="static" if fixed else setting.method,
+        options={"skip": setting.skip} if fixed else setting.options,
+        budget=1.0 if fixed else setting.budget,
+        model=manifest.model,
+        fingerprint=manifest.fingerprint,
+        metrics={name: value for name, value in figures.items() if value is not None},
+    )
+
+
+def _speed(results: Results) -> dict[str, float]:
+    """Median time against dense, by setting."""
+    summary = summarised(results)
+    return {
+        one.name: one.speeds[summary.batch].median
+        for one in summary.others
+        if summary.batch in one.speeds
+    }
+
+
+def _table(
+    done: list[Trial], speed: dict[str, float], max_drop: float, best: Trial | None
+) -> Table:
+    rows = Table(
+        "setting", "loss, first half", "loss, held out", "95 % bound", "compute kept", "time", "",
+        title=f"from the safest to the boldest; allowed loss {max_drop:g}",
+    )  # fmt: skip
+    for one in done:
+        tested = one.loss is not None and one.bound is not None
+        verdict = "not tested" if one.bound is None else "passes"
+        if one.bound is not None and one.bound > max_drop:
+            verdict = "fails; no bolder one is tested"
+        rows.add_row(
+            one.setting,
+            f"{one.expected:+.3f}",
+            f"{one.loss:+.3f}" if tested else "",
+            f"{one.bound:.3f}" if tested else "",
+            f"{one.kept:.0%}",
+            f"{speed[one.setting]:.2f}" if one.setting in speed else "",
+            "chosen" if one is best else verdict,
+        )
+    return rows

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ways to run a model that are compared: dense, plans, families of plans, methods."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator
+from math import ceil
+from typing import Any
+
+from vllm_adaskip.classifiers import METHODS, SkipPlan
+from vllm_adaskip.evaluation.results import Setting
+
+DENSE = Setting(name="dense", family="dense", skip=[])
+
+#: Families of fixed plans: what every adaptive method has to beat.
+PLAN_FAMILIES = ("uniform", "random", "exit")
+
+
+def uniform(num_layers: int, left_out: int) -> list[int | str]:
+    """Leave out layers evenly spaced between the first and the last, which stay."""
+    inner = num_layers - 2
+    return [1 + (2 * index + 1) * inner // (2 * left_out) for index in range(left_out)]
+
+
+def at_random(num_layers: int, left_out: int, seed: int) -> list[int | str]:
+    """Leave out any layers between the first and the last, which stay."""
+    rng = random.Random(seed)
+    return [*sorted(rng.sample(range(1, num_layers - 1), left_out))]
+
+
+def early_exit(num_layers: int, left_out: int) -> list[int | str]:
+    """Run the first layers only (early exit at one depth for everybody)."""
+    return [*range(num_layers - left_out, num_layers)]
+
+
+def plans(
+    families: Iterable[str], budgets: Iterable[float], num_layers: int, *, draws: int, seed: int
+) -> Iterator[Setting]:
+    """Give fixed plans of whole layers that keep at most each budget.
+
+    Args:
+        families: some of `PLAN_FAMILIES`.
+        budgets: shares of compute to keep, in (0, 1].
+        num_layers: of the model.
+        draws: how many random plans for each budget.
+        seed: of the random plans.
+
+    """
+    for budget in budgets:
+        left_out = min(num_layers - 2, ceil((1 - budget) * num_layers - 1e-9))
+        if left_out == 0:
+            continue
+        kept = num_layers - left_out
+        for family in families:
+            if family == "random":
+                for draw in range(draws):
+                    skip = at_random(num_layers, left_out, seed + draw)
+                    name = f"random {kept}/{num_layers} #{draw}"
+                    yield Setting(name=name, family=family, skip=skip)
+                continue
+            skip = {"uniform": uniform, "exit": early_exit}[family](num_layers, left_out)
+            yield Setting(name=f"{family} {kept}/{num_layers}", family=family, skip=skip)
+
+
+def explicit(skip: list[int | str], num_layers: int) -> Setting:
+    """Give the setting of one plan that the user names (`PlanError` if it cannot run)."""
+    plan = SkipPlan.parse(skip, num_layers)
+    return Setting(name=str(plan), family="plan", skip=plan.entries())
+
+
+def decided(method: str, options: dict[str, Any], budgets: Iterable[float]) -> Iterator[Setting]:
+    """Give a method at each budget.
+
+    Raises:
+        ValueError: no such method.
+
+    """
+    if method not in METHODS:
+        raise ValueError(f"no method {method!r:.80}; allowed: {', '.join(METHODS)}")
+    for budget in budgets:
+        yield Setting(
+            name=f"{method} {budget:g}",
+            family=method,
+            method=method,
+            options=options,
+            budget=budget,
+        )
+
+
+def distinct(settings: Iterable[Setting]) -> list[Setting]:
+    """Drop settings that come twice, in order; dense comes first, once."""
+    found = {DENSE.name: DENSE}
+    for setting in settings:
+        found.setdefault(setting.name, setting)
+    return list(found.values())

@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Numbers from a run's records: what each setting keeps, costs and saves, item by item to dense.
+
+Scores and perplexity are never averaged together: a score's difference to dense is in points of
+the score, a perplexity's is a factor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import bootstrap
+
+from vllm_adaskip.classifiers.plan import PlanError, SkipPlan
+from vllm_adaskip.evaluation.results import Answer, Manifest, ResultsError, Setting, Timing
+
+PERPLEXITY = "perplexity"
+RESAMPLES = 9999
+#: Beyond this a perplexity says no more than "broken".
+_MAX_PERPLEXITY = 1e9
+
+Floats = NDArray[np.float64]
+#: What a column of the table of tasks is about: task and metric.
+Column = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and its 95% bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Quality:
+    """One setting on some items: its mean, and how much worse than dense it is.
+
+    Attributes:
+        mean: mean score; of perplexity the geometric mean.
+        loss: paired by item. Of scores dense minus this, so positive is worse; of perplexity
+            the factor to dense, so above 1 is worse.
+        items: how many items both have answered.
+
+    """
+
+    mean: float
+    loss: Interval
+    items: int
+    perplexity: bool = False
+
+    @property
+    def worse(self) -> bool:
+        """Significantly: the whole interval is on the worse side."""
+        return self.loss.low > (1.0 if self.perplexity else 0.0)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Time against dense at one batch size: median and quartiles of the rounds' ratios."""
+
+    median: float
+    low: float
+    high: float
+    rounds: int
+
+
+@dataclass(frozen=True)
+class SettingSummary:
+    """All about one setting; what was not measured is None or empty.
+
+    Attributes:
+        kept: share of decoder compute, weighted by generated tokens.
+        score: over all items with a score; None where there are none.
+        perplexity: over all items with a perplexity.
+        columns: by task and metric.
+        complete: dense has no scored item that this setting lacks.
+        speeds: by batch size.
+        plans: by task, share of sequences that leave out each sub-layer, as `SkipPlan.mask`.
+        plan: the one plan of all sequences; None where they differ.
+
+    """
+
+    setting: Setting
+    kept: float
+    score: Quality | None
+    perplexity: Quality | None
+    columns: dict[Column, Quality]
+    complete: bool
+    speeds: dict[int, Speed]
+    plans: dict[str, Floats]
+    plan: SkipPlan | None
+
+    @property
+    def items(self) -> int:
+        """How many items were compared with dense, whatever their metric."""
+        return sum(one.items for one in (self.score, self.perplexity) if one)
+
+    @property
+    def name(self) -> str:
+        """The setting's name."""
+        return self.setting.name
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A run in numbers; ``settings`` has dense first and then the manifest's order."""
+
+    num_layers: int
+    dense: SettingSummary
+    settings: list[SettingSummary]
+    columns: list[Column]
+    unanswered: list[str] = field(default_factory=list)
+
+    @property
+    def others(self) -> list[SettingSummary]:
+        """All but dense."""
+        return self.settings[1:]
+
+    @property
+    def batch(self) -> int | None:
+        """The largest batch that was timed: what servers run when time matters."""
+        return max((batch for one in self.others for batch in one.speeds), default=None)
+
+
+def summarise(manifest: Manifest, answers: Iterable[Answer], timings: Iterable[Timing]) -> Summary:
+    """Work out all numbers of a run.
+
+    Raises:
+        ResultsError: no dense setting, no answers of it, a record of an unknown setting, a score
+            that is no number, or a plan that does not fit the model.
+
+    """
+    own = {setting.name: _Own(setting) for setting in manifest.settings}
+    records: list[Answer | Timing] = [*answers, *timings]
+    for record in records:
+        if record.setting not in own:
+            raise ResultsError(f"a record names setting {record.setting!r}; not in manifest.json")
+        own[record.setting].add(record)
+    reference = next((one for one in own.values() if one.setting.family == "dense"), None)
+    if reference is None or not reference.answers:
+        raise ResultsError(
+            "this run has no answers of a setting of family 'dense', and without them there is "
+            f"nothing to compare with; settings: {', '.join(map(repr, own)) or 'none'}"
+        )
+    others = [one for one in own.values() if one is not reference]
+    with_answers = [one for one in others if one.answers.keys() & reference.answers.keys()]
+    settings = [one.summarise(reference, manifest.num_layers) for one in (reference, *with_answers)]
+    return Summary(
+        num_layers=manifest.num_layers,
+        dense=settings[0],
+        settings=settings,
+        columns=list(settings[0].columns),
+        unanswered=[one.setting.name for one in others if one not in with_answers],
+    )
+
+
+def interval(losses: Floats, span: float = 1.0) -> Interval:
+    """Give the mean and its 95% percentile bootstrap interval.
+
+    Where all values are equal the bootstrap would claim certainty. Then the interval is what is
+    still possible at 95% if some items, none of which was drawn, differ by ``span``.
+    """
+    mean = float(losses.mean())
+    if np.ptp(losses) == 0:
+        unseen = span * (1 - 0.025 ** (1 / len(losses)))
+        return Interval(mean, mean - unseen, mean + unseen)
+    found = bootstrap(
+        (losses,), np.mean, n_resamples=RESAMPLES, batch=1000, method="percentile", rng=0
+    ).confidence_interval
+    return Interval(mean, float(found.low), float(found.high))
+
+
+def loss_to(reference: Sequence[Answer], answers: Sequence[Answer]) -> Quality | None:
+    """Compare answers with a reference's answers to the same items, all of one kind of metric."""
+    if not answers:
+        return None
+    scores, whole = (np.array([one.score for one in each]) for each in (answers, reference))
+    if bad := next((one for one in (*answers, *reference) if not _usable(one)), None):
+        raise ResultsError(f"{bad.item} under {bad.setting!r} has a {bad.metric} of {bad.score}")
+    if answers[0].metric == PERPLEXITY:
+        logs, whole_logs = (
+            np.log(np.clip(each, 1e-9, _MAX_PERPLEXITY)) for each in (scores, whole)
+        )
+        found = interval(logs - whole_logs, span=0.0)
+        factor = Interval(*np.exp([found.mean, found.low, found.high]).tolist())
+        return Quality(float(np.exp(logs.mean())), factor, len(answers), perplexity=True)
+    # The same plan on the same item is the same answer: that is known, not drawn.
+    known = all(one.skip == other.skip for one, other in zip(answers, reference, strict=True))
+    return Quality(
+        float(scores.mean()), interval(whole - scores, span=0.0 if known else 1.0), len(answers)
+    )
+
+
+class _Own:
+    """The records of one setting; of an item measured twice the later counts."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        self.answers: dict[tuple[str, str], Answer] = {}
+        self.ratios: dict[int, dict[int, float]] = {}
+
+    def add(self, record: Answer | Timing) -> None:
+        if isinstance(record, Answer):
+            self.answers[record.metric, record.item] = record
+        elif record.seconds > 0 and record.dense_seconds > 0:
+            ratio = record.seconds / record.dense_seconds
+            self.ratios.setdefault(record.batch, {})[record.round] = ratio
+
+    def summarise(self, dense: _Own, num_layers: int) -> SettingSummary:
+        shared = [key for key in dense.answers if key in self.answers]
+        answers = [self.answers[key] for key in shared]
+        pairs = list(zip((dense.answers[key] for key in shared), answers, strict=True))
+        masks = _masks(answers, num_layers)
+        columns = dict.fromkeys((answer.task, answer.metric) for answer in answers)
+        scored = {key for key in dense.answers if key[0] != PERPLEXITY}
+        return SettingSummary(
+            setting=self.setting,
+            kept=_kept(answers),
+            score=_quality(pair for pair in pairs if pair[0].metric != PERPLEXITY),
+            perplexity=_quality(pair for pair in pairs if pair[0].metric == PERPLEXITY),
+            columns={
+                column: quality
+                for column in columns
+                if (quality := _quality(p for p in pairs if (p[0].task, p[0].metric) == column))
+            },
+            complete=scored <= self.answers.keys(),
+            speeds={batch: _speed(list(each.values())) for batch, each in self.ratios.items()},
+            plans={
+                task: np.mean([m for m, a in zip(masks, answers, strict=True) if a.task == task], 0)
+                for task in dict.fromkeys(answer.task for answer in answers)
+            },
+            plan=_only_plan(answers, num_layers),
+        )
+
+
+def _usable(answer: Answer) -> bool:
+    """Tell whether a score can be reckoned with; a broken model's perplexity may be infinite."""
+    return not np.isnan(answer.score) and (
+        answer.metric == PERPLEXITY or bool(np.isfinite(answer.score))
+    )
+
+
+def _quality(pairs: Iterable[tuple[Answer, Answer]]) -> Quality | None:
+    found = list(pairs)
+    return loss_to([pair[0] for pair in found], [pair[1] for pair in found])
+
+
+def _kept(answers: Sequence[Answer]) -> float:
+    kept = np.array([answer.kept for answer in answers])
+    tokens = np.array([answer.tokens for answer in answers], dtype=np.float64)
+    return float(np.average(kept, weights=tokens if tokens.sum() > 0 else None))
+
+
+def _speed(ratios: Sequence[float]) -> Speed:
+    low, median, high = np.percentile(ratios, [25, 50, 75]).tolist()
+    return Speed(median, low, high, len(ratios))
+
+
+def _masks(answers: Sequence[Answer], num_layers: int) -> list[NDArray[np.bool_]]:
+    """Give the masks of all plans, each distinct plan read once."""
+    seen: dict[tuple[int | str, ...], NDArray[np.bool_]] = {}
+    for answer in answers:
+        if (key := tuple(answer.skip)) not in seen:
+            try:
+                seen[key] = SkipPlan.parse(answer.skip, num_layers).mask()
+            except PlanError as error:
+                raise ResultsError(f"{answer.item} under {answer.setting!r}: {error}") from None
+    return [seen[tuple(answer.skip)] for answer in answers]
+
+
+def _only_plan(answers: Sequence[Answer], num_layers: int) -> SkipPlan | None:
+    plans = {SkipPlan.parse(list(skip), num_layers) for skip in {tuple(a.skip) for a in answers}}
+    return plans.pop() if len(plans) == 1 else None
