@@ -107,8 +107,8 @@ def _with_profile(options: Mapping[str, Any]) -> Mapping[str, Any]:
     method = options.get("method", profile.method)
     if method != profile.method:
         raise ConfigError(
-            f"adaskip.method: {method!r:.80} does not go with profile {folder!r:.200}, which is for "
-            f"method {profile.method!r}; leave one out"
+            f"adaskip.method: {method!r:.80} does not go with profile {folder!r:.200}, which is "
+            f"for method {profile.method!r}; leave one out"
         )
     brought = {"method": method, "budget": profile.budget, **profile.options}
     return {**brought, **options}

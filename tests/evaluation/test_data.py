@@ -72,7 +72,7 @@ def test_a_wrong_file_is_refused_with_its_line(
 
 @pytest.mark.parametrize("source", ["bundled:nope", "nowhere.jsonl", "/"])
 def test_a_source_that_is_not_there_is_named(source: str) -> None:
-    with pytest.raises(DataError, match="nope|nowhere|/"):
+    with pytest.raises(DataError, match=r"nope|nowhere|/"):
         load_items(source)
 
 

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,7 +23,7 @@ def test_uniform_plans_are_even_and_spare_both_ends(layers: int, data: st.DataOb
     left_out = data.draw(st.integers(1, layers - 2))
     skip = [int(layer) for layer in uniform(layers, left_out)]
     assert len(set(skip)) == left_out and min(skip) >= 1 and max(skip) <= layers - 2
-    gaps = [after - before for before, after in zip(skip, skip[1:], strict=False)]
+    gaps = [after - before for before, after in pairwise(skip)]
     assert not gaps or max(gaps) - min(gaps) <= 1
 
 

@@ -8,6 +8,7 @@ import typer
 from vllm_adaskip.cli.demo import demo
 from vllm_adaskip.cli.doctor import doctor
 from vllm_adaskip.cli.eval import evaluate
+from vllm_adaskip.cli.report import report
 from vllm_adaskip.cli.serve import serve
 from vllm_adaskip.cli.tune import tune
 
@@ -20,6 +21,7 @@ app = typer.Typer(
 app.command()(doctor)
 app.command()(demo)
 app.command("eval")(evaluate)
+app.command()(report)
 app.command()(tune)
 app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},

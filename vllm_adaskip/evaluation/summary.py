@@ -8,7 +8,7 @@ the score, a perplexity's is a factor.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,11 +29,16 @@ Column = tuple[str, str]
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and its 95% bootstrap interval."""
+    """A mean and its 95% bootstrap interval; ``same``: all values were equal, see `interval`."""
 
     mean: float
     low: float
     high: float
+    same: bool = False
+
+    def clipped(self, low: float, high: float) -> Interval:
+        """Keep the ends within what is possible."""
+        return replace(self, low=max(low, self.low), high=min(high, self.high))
 
 
 @dataclass(frozen=True)
@@ -163,12 +168,13 @@ def interval(losses: Floats, span: float = 1.0) -> Interval:
     """Give the mean and its 95% percentile bootstrap interval.
 
     Where all values are equal the bootstrap would claim certainty. Then the interval is what is
-    still possible at 95% if some items, none of which was drawn, differ by ``span``.
+    still possible at 95% if some items, none of which was drawn, differ by ``span`` (the rule of
+    three: up to about 3 in n).
     """
     mean = float(losses.mean())
     if np.ptp(losses) == 0:
-        unseen = span * (1 - 0.025 ** (1 / len(losses)))
-        return Interval(mean, mean - unseen, mean + unseen)
+        unseen = span * (1 - 0.05 ** (1 / len(losses)))
+        return Interval(mean, mean - unseen, mean + unseen, same=True)
     found = bootstrap(
         (losses,), np.mean, n_resamples=RESAMPLES, batch=1000, method="percentile", rng=0
     ).confidence_interval
@@ -191,9 +197,10 @@ def loss_to(reference: Sequence[Answer], answers: Sequence[Answer]) -> Quality |
         return Quality(float(np.exp(logs.mean())), factor, len(answers), perplexity=True)
     # The same plan on the same item is the same answer: that is known, not drawn.
     known = all(one.skip == other.skip for one, other in zip(answers, reference, strict=True))
-    return Quality(
-        float(scores.mean()), interval(whole - scores, span=0.0 if known else 1.0), len(answers)
-    )
+    loss = interval(whole - scores, span=0.0 if known else 1.0)
+    if min(scores.min(), whole.min()) >= 0 and max(scores.max(), whole.max()) <= 1:
+        loss = loss.clipped(float(whole.mean()) - 1, float(whole.mean()))
+    return Quality(float(scores.mean()), loss, len(answers))
 
 
 class _Own:
