@@ -30,6 +30,12 @@ def test_importing_is_light() -> None:
     assert run(f"import sys, vllm_adaskip, vllm_adaskip.plugin; print({heavy})") == "[]"
 
 
+def test_the_command_line_loads_nothing_heavy_before_it_must() -> None:
+    """A command sets the number of threads before torch is loaded, which reads it only then."""
+    heavy = "[name for name in ('torch', 'vllm', 'scipy', 'transformers') if name in sys.modules]"
+    assert run(f"import sys, vllm_adaskip.cli.main; print({heavy})") == "[]"
+
+
 def test_every_entry_point_is_named_adaskip_and_loads() -> None:
     ours = distribution("vllm-adaskip").entry_points
     groups = {point.group for point in ours}

@@ -8,8 +8,10 @@ import typer
 from vllm_adaskip.cli.demo import demo
 from vllm_adaskip.cli.doctor import doctor
 from vllm_adaskip.cli.eval import evaluate
+from vllm_adaskip.cli.oracle import oracle
 from vllm_adaskip.cli.report import report
 from vllm_adaskip.cli.serve import serve
+from vllm_adaskip.cli.sweep import sweep
 from vllm_adaskip.cli.tune import tune
 
 app = typer.Typer(
@@ -23,6 +25,8 @@ app.command()(demo)
 app.command("eval")(evaluate)
 app.command()(report)
 app.command()(tune)
+app.command()(sweep)
+app.command()(oracle)
 app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )(serve)

@@ -18,6 +18,7 @@ from vllm_adaskip.evaluation import settings as known
 from vllm_adaskip.evaluation.data import Item
 from vllm_adaskip.evaluation.manifest import new_manifest
 from vllm_adaskip.evaluation.results import Answer, Manifest, Results, Setting, Timing
+from vllm_adaskip.testbed.bundled import bundled_model
 
 if TYPE_CHECKING:
     from vllm_adaskip.evaluation.summary import Summary
@@ -62,8 +63,6 @@ def plain_errors() -> Iterator[None]:
 
 def described(model: str, data: str, limit: int, items: int, seed: int) -> Manifest:
     """Describe the run that starts now, with no settings yet."""
-    from vllm_adaskip.testbed.bundled import bundled_model
-
     return new_manifest(
         command=" ".join(["adaskip", *sys.argv[1:]]),
         model=model or bundled_model(),
@@ -122,6 +121,9 @@ def answer_and_time(
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    model = results.manifest().model
+    if model == bundled_model():  # too small to share a step among threads
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     from vllm_adaskip.evaluation.runner import Timed, Work, evaluate
 
     work = Work.left(results, settings, items, rounds)
@@ -130,7 +132,7 @@ def answer_and_time(
         bar = progress.add_task("", total=work.steps)
         evaluate(
             results,
-            results.manifest().model,
+            model,
             settings,
             items,
             work,

@@ -63,6 +63,9 @@ def sweeps(cells: Iterable[SweepCell]) -> list[Heat]:
     """Give a heat map for each kind of damage: hot where answers change."""
     kinds: dict[tuple[str, int], dict[tuple[tuple[int, ...], str], SweepCell]] = {}
     for cell in cells:
+        # The whole model and sets of layers that a greedy search tried are not blocks.
+        if not cell.layers or cell.layers[-1] - cell.layers[0] != len(cell.layers) - 1:
+            continue
         key = (cell.kind, len(cell.layers))
         kinds.setdefault(key, {})[tuple(cell.layers), cell.task] = cell
     return [_sweep(kind, size, found) for (kind, size), found in sorted(kinds.items())]
