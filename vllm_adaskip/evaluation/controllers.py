@@ -109,12 +109,9 @@ def answer(model: Any, questions: Questions, prefix: Prefix, gate: Gate) -> tupl
 
 
 def hard_gumbel(logits: Tensor) -> Tensor:
-    """Draw keep (1) or skip (0); backwards, the soft draw at temperature 1 has the gradient.
-
-    `torch`'s own ``hard=True`` may give 0.99999994, which would leave rounding in the stream.
-    """
-    soft = functional.gumbel_softmax(logits, tau=1.0)[..., 0]
-    return (soft > 0.5).float() + (soft - soft.detach())
+    """Draw keep (1) or skip (0); backwards, the soft draw at temperature 1 has the gradient."""
+    # Exact in float32 with two outcomes: the drawn one has at least half the soft weight.
+    return functional.gumbel_softmax(logits, tau=1.0, hard=True)[..., 0]
 
 
 class Controllers(nn.Module):
