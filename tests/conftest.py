@@ -29,29 +29,11 @@ TINY_SHAPE = (TINY_LAYERS, 2 * 128 * 32 * (4 + 2), 3 * 128 * 256)
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A random Llama of 8 layers with grouped-query attention, large weights, no tokenizer.
+    """A random Llama of 8 layers, no tokenizer."""
+    from tiny import write_llama
 
-    Random weights are good here: any mistake in what runs changes the tokens at once.
-    """
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=TINY_LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=512,
-        initializer_range=0.1,
-        tie_word_embeddings=False,
-    )
     path = tmp_path_factory.mktemp("tiny") / "llama"
-    LlamaForCausalLM(config).save_pretrained(path)
-    return str(path)
+    return write_llama(path, layers=TINY_LAYERS, vocab_size=512, max_position_embeddings=512)
 
 
 @pytest.fixture(scope="module")

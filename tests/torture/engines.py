@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from tiny import write_llama
+
 from vllm_adaskip import bundled_model, engine_args
 
 LAYERS = 8
@@ -39,29 +41,15 @@ def engine_options(kv_fill: str) -> dict[str, Any]:
 
 
 def write_model(path: Path) -> str:
-    """Write a random Llama that speaks the bundled model's words.
-
-    Its weights are large, so that any mistake in what runs changes the tokens at once.
-    """
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
+    """Write a random Llama that speaks the bundled model's words."""
+    write_llama(
+        path,
+        layers=LAYERS,
         vocab_size=VOCABULARY,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
         max_position_embeddings=MAX_MODEL_LEN,
-        initializer_range=0.1,
-        tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=1,
     )
-    LlamaForCausalLM(config).save_pretrained(path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(Path(bundled_model()) / name, path)
     return str(path)

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from reference import Reference
 from tokenizers import Tokenizer
 from torture.traffic import Request
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import DynamicCache
 
 from vllm_adaskip import SkipPlan
 
@@ -29,10 +30,8 @@ class Judge:
     """A float32 transformers model that says what is wrong with an engine's output."""
 
     def __init__(self, path: str) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, attn_implementation="eager"
-        ).eval()
-        self.num_layers: int = self.model.config.num_hidden_layers
+        reference = Reference(path)
+        self.model, self.num_layers = reference.model, reference.num_layers
         self.eos: int = self.model.config.eos_token_id
         self._tokenizer = Tokenizer.from_file(str(Path(path) / "tokenizer.json"))
         self._prompt: list[int] = []

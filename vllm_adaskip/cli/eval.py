@@ -10,30 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vllm_adaskip.cli.run import (
-    Batch,
-    Budgets,
-    Data,
-    Families,
-    Limit,
-    MaxModelLen,
-    MaxTokens,
-    Methods,
-    Metric,
-    Model,
-    Options,
-    Rounds,
-    Seed,
-    answer_and_time,
-    candidates,
-    console,
-    described,
-    parsed,
-    plain_errors,
-    summarised,
-)
+from vllm_adaskip.cli import run
 from vllm_adaskip.evaluation.data import load_items
-from vllm_adaskip.evaluation.manifest import start_or_resume
 from vllm_adaskip.evaluation.results import Results
 from vllm_adaskip.evaluation.settings import distinct, explicit
 
@@ -43,21 +21,21 @@ if TYPE_CHECKING:
 
 def evaluate(
     out: Annotated[Path, typer.Option(help="Folder for the results; an earlier run goes on.")],
-    model: Model = "",
-    data: Data = "bundled",
-    limit: Limit = 100,
-    metric: Metric = "exact_match",
-    method: Methods = None,
-    options: Options = "{}",
-    plans: Families = None,
+    model: run.Model = "",
+    data: run.Data = "bundled",
+    limit: run.Limit = 100,
+    metric: run.Metric = "exact_match",
+    method: run.Methods = None,
+    options: run.Options = "{}",
+    plans: run.Families = None,
     skip: Annotated[list[str] | None, typer.Option(help="A plan as JSON, [5, 6].")] = None,
-    budget: Budgets = None,
+    budget: run.Budgets = None,
     draws: Annotated[int, typer.Option(min=1, help="Random plans for each budget.")] = 3,
-    max_tokens: MaxTokens = 32,
-    rounds: Rounds = 5,
-    batch: Batch = 16,
-    max_model_len: MaxModelLen = 512,
-    seed: Seed = 0,
+    max_tokens: run.MaxTokens = 32,
+    rounds: run.Rounds = 5,
+    batch: run.Batch = 16,
+    max_model_len: run.MaxModelLen = 512,
+    seed: run.Seed = 0,
 ) -> None:
     """Run a model dense and under skip plans on a data set, through the real engine.
 
@@ -65,21 +43,20 @@ def evaluate(
     """
     if not (method or plans or skip):
         method, plans = ["similarity"], ["uniform", "random", "exit"]
-    with plain_errors():
+    with run.plain_errors():
         items = load_items(data, limit=limit, seed=seed, metric=metric)
-        manifest = described(model, data, limit, len(items), seed)
+        manifest = run.described(model, data, limit, len(items), seed)
         settings = distinct([
-            *(explicit(parsed(one, "--skip", list), manifest.num_layers) for one in skip or ()),
-            *candidates(manifest.num_layers, plans, method, options, budget, draws, seed),
+            *(explicit(run.parsed(one, "--skip", list), manifest.num_layers) for one in skip or ()),
+            *run.candidates(manifest.num_layers, plans, method, options, budget, draws, seed),
         ])  # fmt: skip
         results = Results(out)
-        start_or_resume(results, manifest.model_copy(update={"settings": settings}))
-        answer_and_time(
-            results, settings, items,
+        run.answer_and_time(
+            results, manifest, settings, items,
             max_tokens=max_tokens, rounds=rounds, batch=batch, max_model_len=max_model_len,
         )  # fmt: skip
-        Console().print(table(summarised(results)))
-    console.print(f"results: {out}; a page of them: adaskip report {out}")
+        Console().print(table(run.summarised(results)))
+    run.console.print(f"results: {out}; a page of them: adaskip report {out}")
 
 
 def table(summary: Summary) -> Table:

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vllm_adaskip.evaluation import settings as known
 from vllm_adaskip.evaluation.data import Item
-from vllm_adaskip.evaluation.manifest import new_manifest
+from vllm_adaskip.evaluation.manifest import new_manifest, start_or_resume
 from vllm_adaskip.evaluation.results import Answer, Manifest, Results, Setting, Timing
 from vllm_adaskip.testbed.bundled import bundled_model
 
@@ -108,6 +108,7 @@ def parsed(text: str, option: str, kind: type) -> Any:
 
 def answer_and_time(
     results: Results,
+    manifest: Manifest,
     settings: Sequence[Setting],
     items: Sequence[Item],
     *,
@@ -116,13 +117,13 @@ def answer_and_time(
     batch: int,
     max_model_len: int,
 ) -> None:
-    """Do what is left of a run, with a progress bar."""
+    """Start a run under these settings, or do what is left of it, with a progress bar."""
+    manifest = start_or_resume(results, manifest.model_copy(update={"settings": settings}))
     # In one process, so that an engine dies with the command; unless the user wants otherwise.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    model = results.manifest().model
-    if model == bundled_model():  # too small to share a step among threads
+    if manifest.model == bundled_model():  # too small to share a step among threads
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     from vllm_adaskip.evaluation.runner import Timed, Work, evaluate
 
@@ -132,7 +133,7 @@ def answer_and_time(
         bar = progress.add_task("", total=work.steps)
         evaluate(
             results,
-            model,
+            manifest.model,
             settings,
             items,
             work,

@@ -11,29 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_adaskip.classifiers.profile import Profile
-from vllm_adaskip.cli.run import (
-    Batch,
-    Budgets,
-    Data,
-    Families,
-    Limit,
-    MaxModelLen,
-    MaxTokens,
-    Methods,
-    Metric,
-    Model,
-    Options,
-    Rounds,
-    Seed,
-    answer_and_time,
-    candidates,
-    console,
-    described,
-    plain_errors,
-    summarised,
-)
+from vllm_adaskip.cli import run
 from vllm_adaskip.evaluation.data import load_items
-from vllm_adaskip.evaluation.manifest import start_or_resume
 from vllm_adaskip.evaluation.results import Answer, Manifest, Results, Setting
 from vllm_adaskip.evaluation.settings import distinct
 
@@ -44,19 +23,19 @@ if TYPE_CHECKING:
 def tune(
     out: Annotated[Path, typer.Option(help="Folder for the profile; its runs go beside it.")],
     max_drop: Annotated[float, typer.Option(help="Largest loss of the mean score, 0.01.")] = 0.01,
-    model: Model = "",
-    data: Data = "bundled",
-    limit: Limit = 100,
-    metric: Metric = "exact_match",
-    method: Methods = None,
-    options: Options = "{}",
-    plans: Families = None,
-    budget: Budgets = None,
-    max_tokens: MaxTokens = 32,
-    rounds: Rounds = 5,
-    batch: Batch = 16,
-    max_model_len: MaxModelLen = 512,
-    seed: Seed = 0,
+    model: run.Model = "",
+    data: run.Data = "bundled",
+    limit: run.Limit = 100,
+    metric: run.Metric = "exact_match",
+    method: run.Methods = None,
+    options: run.Options = "{}",
+    plans: run.Families = None,
+    budget: run.Budgets = None,
+    max_tokens: run.MaxTokens = 32,
+    rounds: run.Rounds = 5,
+    batch: run.Batch = 16,
+    max_model_len: run.MaxModelLen = 512,
+    seed: run.Seed = 0,
 ) -> None:
     """Pick method and budget so that a held-out half stays within the loss, with 95 % confidence.
 
@@ -65,19 +44,18 @@ def tune(
     """
     if not (method or plans):
         method, plans = ["similarity"], ["uniform", "exit"]
-    with plain_errors():
+    with run.plain_errors():
         from vllm_adaskip.evaluation.tune import choose, halves, trials
 
         if not 0 <= max_drop < 1:
             raise ValueError(f"--max-drop {max_drop:g}; allowed: a number in [0, 1)")
         items = load_items(data, limit=limit, seed=seed, metric=metric)
-        manifest = described(model, data, limit, len(items), seed)
-        found = candidates(manifest.num_layers, plans, method, options, budget, 1, seed)
+        manifest = run.described(model, data, limit, len(items), seed)
+        found = run.candidates(manifest.num_layers, plans, method, options, budget, 1, seed)
         settings = distinct(found)
         results = Results(out.with_name(f"{out.name}-runs"))
-        start_or_resume(results, manifest.model_copy(update={"settings": settings}))
-        answer_and_time(
-            results, settings, items,
+        run.answer_and_time(
+            results, manifest, settings, items,
             max_tokens=max_tokens, rounds=rounds, batch=batch, max_model_len=max_model_len,
         )  # fmt: skip
         first, second = halves(items, seed)
@@ -87,12 +65,12 @@ def tune(
     best = choose(done, max_drop, speed)
     Console().print(_table(done, speed, max_drop, best))
     if best is None:
-        console.print(f"nothing stays within a loss of {max_drop:g} and saves time; no profile")
+        run.console.print(f"nothing stays within a loss of {max_drop:g} and saves time; no profile")
         raise typer.Exit(1)
     setting = next(one for one in settings if one.name == best.setting)
     profile_of(setting, best, manifest, speed).save(out)
-    console.print(f"{best.setting} -> {out}; serve it with", style="bold")
-    console.print(
+    run.console.print(f"{best.setting} -> {out}; serve it with", style="bold")
+    run.console.print(
         f"vllm serve --model {manifest.model} --plugin adaskip "
         f"--additional-config.adaskip.profile {out}",
         soft_wrap=True,
@@ -123,7 +101,7 @@ def profile_of(
 
 def _speed(results: Results) -> dict[str, float]:
     """Median time against dense, by setting."""
-    summary = summarised(results)
+    summary = run.summarised(results)
     return {
         one.name: one.speeds[summary.batch].median
         for one in summary.others

@@ -8,6 +8,7 @@ record a line, appended as it is measured, so that a killed run keeps all it had
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -195,8 +196,7 @@ class Results:
         """Add records, each to its file, whole lines only."""
         for kind, lines in _by_kind(records):
             path = self.folder / FILES[kind]
-            if path.exists() and (text := path.read_bytes()) and not text.endswith(b"\n"):
-                path.write_bytes(text[: text.rfind(b"\n") + 1])  # what a killed run left
+            _cut_half_line(path)
             with path.open("a") as file:
                 file.write("".join(f"{line}\n" for line in lines))
 
@@ -213,6 +213,17 @@ class Results:
             first = error.errors(include_url=False)[0]
             key = ".".join(map(str, first["loc"]))
             raise ResultsError(f"{where}: {key}: {first['msg']}") from None
+
+
+def _cut_half_line(path: Path) -> None:
+    """Take away a last line without its end, which is what a killed run was writing."""
+    if not path.exists() or not path.stat().st_size:
+        return
+    with path.open("rb+") as file:
+        file.seek(-1, os.SEEK_END)  # the whole file is read only where there is something to cut
+        if file.read(1) != b"\n":
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def _by_kind(records: Iterable[Record]) -> Iterator[tuple[type[Record], list[str]]]:

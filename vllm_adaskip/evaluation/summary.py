@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from scipy.stats import bootstrap
 
 from vllm_adaskip.classifiers.plan import PlanError, SkipPlan
+from vllm_adaskip.evaluation.metrics import PERPLEXITY
 from vllm_adaskip.evaluation.results import Answer, Manifest, ResultsError, Setting, Timing
 
-PERPLEXITY = "perplexity"
 RESAMPLES = 9999
 #: Beyond this a perplexity says no more than "broken".
 _MAX_PERPLEXITY = 1e9

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A tiny random Llama with large weights, for whoever needs one of its own kind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def write_llama(path: Path, *, layers: int, **config: Any) -> str:
+    """Write a checkpoint without a tokenizer; grouped-query attention, always the same weights.
+
+    Random weights are good here: any mistake in what runs changes the tokens at once.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = LlamaConfig(
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        initializer_range=0.1,
+        tie_word_embeddings=False,
+        **config,
+    )
+    LlamaForCausalLM(shape).save_pretrained(path)
+    return str(path)
