@@ -7,7 +7,7 @@ import json
 import shlex
 
 import pytest
-from evaluation.synthetic import DENSE, PLAIN, answer, summary, timings
+from evaluation.synthetic import DENSE, PLAIN, answer, manifest, summary, timings
 
 from vllm_adaskip.config import AdaSkipConfig
 from vllm_adaskip.evaluation.recommend import (
@@ -17,7 +17,7 @@ from vllm_adaskip.evaluation.recommend import (
     parse_max_drop,
     recommend,
     request_arguments,
-    serve_command,
+    switch_on_command,
 )
 from vllm_adaskip.evaluation.results import Answer, Setting, Timing
 
@@ -135,10 +135,12 @@ def test_nothing_to_choose_from() -> None:
     ],
 )  # fmt: skip
 def test_the_command_is_one_that_the_server_takes(setting: Setting) -> None:
-    command = serve_command(setting, "my models/it's")
+    run = manifest([setting], model="my models/it's", engine={"enforce_eager": True})
+    command = switch_on_command(setting, run)
     assert command is not None
     words = shlex.split(command.replace("\\\n", ""))
     assert words[:5] == ["vllm", "serve", "--model", "my models/it's", "--plugin"]
+    assert "--enforce-eager" in words
     config = AdaSkipConfig.parse(json.loads(words[-1])["adaskip"])
     assert config.budget == setting.budget
     assert setting.skip is None or config.method_options["skip"] == setting.skip
@@ -148,7 +150,7 @@ def test_what_a_request_adds() -> None:
     assert request_arguments(HARD) == '{"vllm_xargs": {"adaskip_skip": [3, 4, 5, 6]}}'
     decided = Setting(name="s", family="similarity", method="similarity", budget=0.75)
     assert request_arguments(decided) == '{"vllm_xargs": {"adaskip_budget": 0.75}}'
-    assert options(DENSE) is None and serve_command(DENSE, "model") is None
+    assert options(DENSE) is None and switch_on_command(DENSE, manifest([])) is None
 
 
 def test_the_list_of_losses() -> None:

@@ -17,12 +17,13 @@ ANSWER = Answer(
     setting="dense", item="sum/1", task="sum", metric="exact_match", score=1.0, kept=1.0,
     skip=[5, "attn:6"], tokens=3, text="9 \n7 \u2028 ü",
 )  # fmt: skip
+EAGER = {"enforce_eager": True}
 TIMING = Timing(setting="a", round=0, batch=4, tokens=8, seconds=0.5, dense_seconds=1.0)
 
 
 def manifest(**changes: Any) -> Any:
-    facts = {"command": "c", "model": bundled_model(), "data": {"source": "bundled"}}
-    return new_manifest(**{**facts, "settings": [DENSE], "seed": 0, **changes})
+    facts = {"command": "c", "model": bundled_model(), "data": {"source": "bundled"}, "seed": 0}
+    return new_manifest(**{**facts, "engine": EAGER, "settings": [DENSE], **changes})
 
 
 def test_there_and_back(tmp_path: Path) -> None:
@@ -71,7 +72,16 @@ def test_settings_may_be_added_but_not_changed(tmp_path: Path) -> None:
         start_or_resume(results, manifest(settings=[DENSE, other]))
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"data": {"source": "quiz.jsonl"}}])
+def test_a_sweep_without_vllm_shares_the_folder(tmp_path: Path) -> None:
+    for engine in ({}, EAGER, {}):
+        found = start_or_resume(Results(tmp_path), manifest(engine=engine))
+    assert found.engine == EAGER
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": 1}, {"data": {"source": "quiz.jsonl"}}, {"engine": {"enforce_eager": False}}],
+)
 def test_another_run_in_the_same_folder_is_refused(tmp_path: Path, change: Any) -> None:
     results = Results(tmp_path)
     start_or_resume(results, manifest())

@@ -68,7 +68,9 @@ def results(tmp_path_factory: pytest.TempPathFactory, items: list[Item]) -> Resu
     results = Results(tmp_path_factory.mktemp("run"))
     start_or_resume(
         results,
-        new_manifest(command="", model=bundled_model(), data={}, settings=SETTINGS, seed=0),
+        new_manifest(
+            command="", model=bundled_model(), data={}, engine={}, settings=SETTINGS, seed=0
+        ),
     )
     run(results, items)
     return results

@@ -35,6 +35,7 @@ def evaluate(
     rounds: run.Rounds = 5,
     batch: run.Batch = 16,
     max_model_len: run.MaxModelLen = 512,
+    enforce_eager: run.EnforceEager = False,
     seed: run.Seed = 0,
 ) -> None:
     """Run a model dense and under skip plans on a data set, through the real engine.
@@ -45,7 +46,10 @@ def evaluate(
         method, plans = ["similarity"], ["uniform", "random", "exit"]
     with run.plain_errors():
         items = load_items(data, limit=limit, seed=seed, metric=metric)
-        manifest = run.described(model, data, limit, len(items), seed)
+        asked = {"source": data, "limit": limit, "items": len(items)}
+        manifest = run.described(
+            model, asked, seed, max_model_len=max_model_len, enforce_eager=enforce_eager
+        )
         settings = distinct([
             *(explicit(run.parsed(one, "--skip", list), manifest.num_layers) for one in skip or ()),
             *run.candidates(manifest.num_layers, plans, method, options, budget, draws, seed),
@@ -53,7 +57,7 @@ def evaluate(
         results = Results(out)
         run.answer_and_time(
             results, manifest, settings, items,
-            max_tokens=max_tokens, rounds=rounds, batch=batch, max_model_len=max_model_len,
+            max_tokens=max_tokens, rounds=rounds, batch=batch,
         )  # fmt: skip
         Console().print(table(run.summarised(results)))
     run.console.print(f"results: {out}; a page of them: adaskip report {out}")

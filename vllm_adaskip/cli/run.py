@@ -42,6 +42,9 @@ MaxTokens = Annotated[int, typer.Option(min=1, help="Tokens of an answer, and of
 Rounds = Annotated[int, typer.Option(min=0, help="Timed rounds of each setting.")]
 Batch = Annotated[int, typer.Option(min=1, help="Sequences in a timed batch.")]
 MaxModelLen = Annotated[int, typer.Option(min=8, help="vLLM's, for its KV cache.")]
+EnforceEager = Annotated[
+    bool, typer.Option("--enforce-eager", help="vLLM's: run and time everything uncompiled.")
+]
 Seed = Annotated[int, typer.Option(help="Of drawn items and random plans.")]
 
 
@@ -61,12 +64,13 @@ def plain_errors() -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-def described(model: str, data: str, limit: int, items: int, seed: int) -> Manifest:
-    """Describe the run that starts now, with no settings yet."""
+def described(model: str, data: dict[str, Any], seed: int, **engine: Any) -> Manifest:
+    """Describe the run that starts now, with no settings yet; ``engine``: vLLM's options."""
     return new_manifest(
         command=" ".join(["adaskip", *sys.argv[1:]]),
         model=model or bundled_model(),
-        data={"source": data, "limit": limit, "items": items},
+        data=data,
+        engine=engine,
         settings=[],
         seed=seed,
     )
@@ -115,7 +119,6 @@ def answer_and_time(
     max_tokens: int,
     rounds: int,
     batch: int,
-    max_model_len: int,
 ) -> None:
     """Start a run under these settings, or do what is left of it, with a progress bar."""
     manifest = start_or_resume(results, manifest.model_copy(update={"settings": settings}))
@@ -140,7 +143,7 @@ def answer_and_time(
             max_tokens=max_tokens,
             timed=Timed(batch, max_tokens),
             report=lambda what, done: progress.update(bar, description=what, advance=done),
-            max_model_len=max_model_len,
+            **manifest.engine,
         )
 
 

@@ -57,7 +57,7 @@ def sweep(
 
         items = load_items(data, limit=limit, seed=seed)
         results = Results(out)
-        run = described(model, data, limit, len(items), seed)
+        run = described(model, {"source": data, "limit": limit, "items": len(items)}, seed)
         steps = run.num_layers // 2 if sleb_steps is None else sleb_steps
         plan = damages(run.num_layers, max_block)
         start_or_resume(results, run)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -35,6 +36,7 @@ def tune(
     rounds: run.Rounds = 5,
     batch: run.Batch = 16,
     max_model_len: run.MaxModelLen = 512,
+    enforce_eager: run.EnforceEager = False,
     seed: run.Seed = 0,
 ) -> None:
     """Pick method and budget so that a held-out half stays within the loss, with 95 % confidence.
@@ -45,18 +47,22 @@ def tune(
     if not (method or plans):
         method, plans = ["similarity"], ["uniform", "exit"]
     with run.plain_errors():
+        from vllm_adaskip.evaluation.recommend import serve_command
         from vllm_adaskip.evaluation.tune import choose, halves, trials
 
         if not 0 <= max_drop < 1:
             raise ValueError(f"--max-drop {max_drop:g}; allowed: a number in [0, 1)")
         items = load_items(data, limit=limit, seed=seed, metric=metric)
-        manifest = run.described(model, data, limit, len(items), seed)
+        asked = {"source": data, "limit": limit, "items": len(items)}
+        manifest = run.described(
+            model, asked, seed, max_model_len=max_model_len, enforce_eager=enforce_eager
+        )
         found = run.candidates(manifest.num_layers, plans, method, options, budget, 1, seed)
         settings = distinct(found)
         results = Results(out.with_name(f"{out.name}-runs"))
         run.answer_and_time(
             results, manifest, settings, items,
-            max_tokens=max_tokens, rounds=rounds, batch=batch, max_model_len=max_model_len,
+            max_tokens=max_tokens, rounds=rounds, batch=batch,
         )  # fmt: skip
         first, second = halves(items, seed)
         names = [one.name for one in settings[1:]]
@@ -66,13 +72,15 @@ def tune(
     Console().print(_table(done, speed, max_drop, best))
     if best is None:
         run.console.print(f"nothing stays within a loss of {max_drop:g} and saves time; no profile")
+        if not enforce_eager:
+            run.console.print("vLLM ran dense steps compiled, others not; see --enforce-eager")
         raise typer.Exit(1)
     setting = next(one for one in settings if one.name == best.setting)
     profile_of(setting, best, manifest, speed).save(out)
     run.console.print(f"{best.setting} -> {out}; serve it with", style="bold")
+    command = serve_command(manifest.model, manifest.engine)
     run.console.print(
-        f"vllm serve --model {manifest.model} --plugin adaskip "
-        f"--additional-config.adaskip.profile {out}",
+        f"{command} --additional-config.adaskip.profile {shlex.quote(str(out))}",
         soft_wrap=True,
         markup=False,
     )

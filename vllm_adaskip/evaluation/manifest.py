@@ -19,7 +19,13 @@ _PACKAGES = ("vllm-adaskip", "vllm", "torch", "transformers", "numpy", "scipy")
 
 
 def new_manifest(
-    *, command: str, model: str, data: dict[str, Any], settings: Sequence[Setting], seed: int
+    *,
+    command: str,
+    model: str,
+    data: dict[str, Any],
+    engine: dict[str, Any],
+    settings: Sequence[Setting],
+    seed: int,
 ) -> Manifest:
     """Describe a run that starts now; reads the model's config, not its weights."""
     from transformers import AutoConfig
@@ -32,6 +38,7 @@ def new_manifest(
         fingerprint=fingerprint(config),
         num_layers=config["num_hidden_layers"],
         data=data,
+        engine=engine,
         settings=list(settings),
         seed=seed,
         versions=_versions(),
@@ -43,7 +50,7 @@ def new_manifest(
 def start_or_resume(results: Results, manifest: Manifest) -> Manifest:
     """Write the manifest of a new run, or check that an earlier one may go on.
 
-    Settings may be added to a run; model, data and seed may not change.
+    Settings may be added to a run; model, data, vLLM's options and seed may not change.
 
     Raises:
         ResultsError: the folder holds another run.
@@ -53,8 +60,11 @@ def start_or_resume(results: Results, manifest: Manifest) -> Manifest:
         results.write_manifest(manifest)
         return manifest
     earlier = results.manifest()
-    for key in ("fingerprint", "data", "seed"):
-        if (old := getattr(earlier, key)) != (new := getattr(manifest, key)):
+    for key in ("fingerprint", "data", "engine", "seed"):
+        old, new = getattr(earlier, key), getattr(manifest, key)
+        if key == "engine" and not (old and new):
+            continue  # a sweep runs without vLLM, in the folder of a run with it
+        if old != new:
             raise ResultsError(
                 f"{results.folder} holds another run: its {key} is {old!r:.120}, not {new!r:.120}; "
                 "use another --out, or the same arguments"
@@ -65,7 +75,9 @@ def start_or_resume(results: Results, manifest: Manifest) -> Manifest:
             raise ResultsError(
                 f"{results.folder} holds another setting named {setting.name!r}; use another --out"
             )
-    merged = earlier.model_copy(update={"settings": list(known.values())})
+    merged = earlier.model_copy(
+        update={"engine": earlier.engine or manifest.engine, "settings": list(known.values())}
+    )
     results.write_manifest(merged)
     return merged
 

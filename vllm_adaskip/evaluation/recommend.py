@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from vllm_adaskip.evaluation.results import Answer, Setting
+from vllm_adaskip.evaluation.results import Answer, Manifest, Setting
 from vllm_adaskip.evaluation.summary import Column, Quality, SettingSummary, Summary, loss_to
 
 _DROP = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(%|points?)?", re.ASCII)
@@ -118,15 +118,19 @@ def options(setting: Setting) -> dict[str, Any] | None:
     return {"method": setting.method, **budget, **setting.options}
 
 
-def serve_command(setting: Setting, model: str) -> str | None:
+def serve_command(model: str, engine: dict[str, Any]) -> str:
+    """Give the shell command that serves a model as it was measured, with no options of ours."""
+    eager = " --enforce-eager" if engine.get("enforce_eager") else ""
+    return f"vllm serve --model {shlex.quote(model)} --plugin adaskip{eager}"
+
+
+def switch_on_command(setting: Setting, manifest: Manifest) -> str | None:
     """Give the shell command that serves the model with a setting for all requests."""
     if (found := options(setting)) is None:
         return None
-    config = json.dumps({"adaskip": found})
-    return (
-        f"vllm serve --model {shlex.quote(model)} --plugin adaskip \\\n"
-        f"    --additional-config {shlex.quote(config)}"
-    )
+    config = shlex.quote(json.dumps({"adaskip": found}))
+    command = serve_command(manifest.model, manifest.engine)
+    return f"{command} \\\n    --additional-config {config}"
 
 
 def request_arguments(setting: Setting) -> str | None:

@@ -22,7 +22,7 @@ from vllm_adaskip.evaluation.recommend import (
     options,
     recommend,
     request_arguments,
-    serve_command,
+    switch_on_command,
 )
 from vllm_adaskip.evaluation.results import Answer, OraclePoint, Results, SweepCell, Timing
 from vllm_adaskip.evaluation.summary import summarise
@@ -57,7 +57,7 @@ def make_report(results: Results, max_drop: float) -> Report:
         summary=summary,
         advice=advice,
         headline=headline(advice),
-        command=serve_command(advice.setting.setting, manifest.model) if advice.setting else None,
+        command=switch_on_command(advice.setting.setting, manifest) if advice.setting else None,
         per_request=request_arguments(advice.setting.setting) if advice.setting else None,
         losses=losses(summary, answers),
         looks=looks,

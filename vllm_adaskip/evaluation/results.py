@@ -125,6 +125,7 @@ class Manifest(Record):
     Attributes:
         model: path or hub id; ``fingerprint`` is that of its config.
         data: what the items came from, and how many.
+        engine: vLLM's options that were not its defaults; empty where vLLM did not run.
         settings: by name, in the order of tables.
         versions: of Python and the packages that matter.
 
@@ -137,6 +138,7 @@ class Manifest(Record):
     fingerprint: str
     num_layers: int
     data: dict[str, Any]
+    engine: dict[str, Any] = {}
     settings: list[Setting]
     seed: int
     versions: dict[str, str]
