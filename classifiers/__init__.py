@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Methods that decide skip plans. Never imports vLLM."""
 
-from vllm_adaskip.classifiers.base import Classifier, MethodOptions, PromptStatistics
+from vllm_adaskip.classifiers.base import Classifier, MethodOptions, Observe, PromptStatistics
 from vllm_adaskip.classifiers.dense import Dense
+from vllm_adaskip.classifiers.first import First
 from vllm_adaskip.classifiers.plan import DecoderShape, PlanError, SkipPlan
 from vllm_adaskip.classifiers.similarity import Similarity
 from vllm_adaskip.classifiers.static import Static
 
 #: Every method by the name that users write, hyphens included.
 METHODS: dict[str, type[Classifier]] = {
+    "first": First,
     "none": Dense,
     "similarity": Similarity,
     "static": Static,
@@ -19,6 +21,7 @@ __all__ = [
     "Classifier",
     "DecoderShape",
     "MethodOptions",
+    "Observe",
     "PlanError",
     "PromptStatistics",
     "SkipPlan",

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -14,7 +16,11 @@ from pydantic import BaseModel, ConfigDict
 from vllm_adaskip.classifiers.plan import DecoderShape, SkipPlan
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
+
+#: Writes what is kept of each token at one sub-layer, see `Classifier.observer`.
+Observe = Callable[[int, "Tensor", "Tensor", "Tensor"], None]
 
 
 class MethodOptions(BaseModel):
@@ -29,12 +35,14 @@ class PromptStatistics:
 
     Attributes:
         tokens: tokens of the prompt, at least 1.
-        mean: ``[width]`` float64, mean over these tokens of what `Classifier.observe` wrote.
+        mean: ``[width]`` float64, mean over these tokens of what `Observe` wrote.
+        last: ``[width]`` float64, what it wrote of the last token.
 
     """
 
     tokens: int
     mean: NDArray[np.float64]
+    last: NDArray[np.float64]
 
 
 class Classifier(ABC):
@@ -44,7 +52,7 @@ class Classifier(ABC):
     constructor that refuses options which do not fit the model (`ValueError`), `check`
     and `decide`. Both are pure functions, so that every tensor-parallel rank and every
     repetition of a request gets the same plan. A method that reads the prompt sets
-    ``width`` and brings `observe`.
+    ``width`` and brings an `observer`.
     """
 
     Options: ClassVar[type[MethodOptions]] = MethodOptions
@@ -53,7 +61,10 @@ class Classifier(ABC):
     width: int = 0
 
     @abstractmethod
-    def __init__(self, shape: DecoderShape, options: MethodOptions) -> None: ...
+    def __init__(
+        self, shape: DecoderShape, options: MethodOptions, profile: Path | None = None
+    ) -> None:
+        """Take the options of a method, and the folder of the profile they came with, if any."""
 
     @abstractmethod
     def check(self, budget: float) -> None:
@@ -77,14 +88,18 @@ class Classifier(ABC):
 
         """
 
-    def observe(self, sub_layer: int, before: Tensor, update: Tensor, values: Tensor) -> None:
-        """Write what is kept of each token at one sub-layer.
+    def observer(self, hidden_size: int, device: torch.device) -> Observe:
+        """Give what writes down what is kept of each token, for one engine of this process.
 
-        Args:
-            sub_layer: attention ``2 * l``, MLP ``2 * l + 1``; each is shown once per token.
-            before: ``[tokens, hidden]`` residual stream before the sub-layer, model's dtype.
-            update: ``[tokens, hidden]`` what the sub-layer adds to it.
-            values: ``[tokens, width]`` float32, zeros at first; write into it.
+        The function is called with
+
+        - the sub-layer, attention ``2 * l``, MLP ``2 * l + 1``; each is shown once per token,
+        - ``[tokens, hidden_size]`` residual stream before the sub-layer, in the model's dtype,
+        - ``[tokens, hidden_size]`` what the sub-layer adds to it,
+        - ``[tokens, width]`` float32, zeros at first, to write into.
+
+        Raises:
+            ValueError: the method does not fit the model.
 
         """
-        raise NotImplementedError(f"{type(self).__name__} has width {self.width} but no observe()")
+        raise NotImplementedError(f"{type(self).__name__} has width {self.width} but no observer")

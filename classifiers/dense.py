@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from vllm_adaskip.classifiers.base import Classifier, MethodOptions, PromptStatistics
 from vllm_adaskip.classifiers.plan import DecoderShape, PlanError, SkipPlan
 
@@ -10,7 +12,9 @@ from vllm_adaskip.classifiers.plan import DecoderShape, PlanError, SkipPlan
 class Dense(Classifier):
     """Every sequence runs every sub-layer."""
 
-    def __init__(self, shape: DecoderShape, options: MethodOptions) -> None:
+    def __init__(
+        self, shape: DecoderShape, options: MethodOptions, profile: Path | None = None
+    ) -> None:
         self._plan = SkipPlan(shape.num_layers)
 
     def check(self, budget: float) -> None:

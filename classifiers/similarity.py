@@ -3,23 +3,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from pydantic import Field
 
-from vllm_adaskip.classifiers.base import Classifier, MethodOptions, PromptStatistics
-from vllm_adaskip.classifiers.plan import DecoderShape, PlanError, SkipPlan
+from vllm_adaskip.classifiers.base import Classifier, MethodOptions, Observe, PromptStatistics
+from vllm_adaskip.classifiers.ends import EndsOptions
+from vllm_adaskip.classifiers.plan import DecoderShape, SkipPlan
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
-class SimilarityOptions(MethodOptions):
-    """Decoder layers at both ends that are never left out."""
-
-    keep_first: int = Field(default=1, ge=0)
-    keep_last: int = Field(default=1, ge=0)
+class SimilarityOptions(EndsOptions):
+    """Both ends are kept."""
 
 
 class Similarity(Classifier):
@@ -33,38 +32,23 @@ class Similarity(Classifier):
 
     Options = SimilarityOptions
 
-    def __init__(self, shape: DecoderShape, options: MethodOptions) -> None:
+    def __init__(
+        self, shape: DecoderShape, options: MethodOptions, profile: Path | None = None
+    ) -> None:
         assert isinstance(options, SimilarityOptions)
-        kept = options.keep_first + options.keep_last
-        if not 0 < kept < shape.num_layers:
-            raise PlanError(
-                f"keep_first {options.keep_first} and keep_last {options.keep_last} keep {kept} "
-                f"layers; allowed: 1 to {shape.num_layers - 1} in all, of {shape.num_layers}"
-            )
+        inner = options.inner(shape.num_layers)
         self.width = 2 * shape.num_layers
         self._shape = shape
-        self._candidates = range(2 * options.keep_first, self.width - 2 * options.keep_last)
-        self._least = _plan(shape, list(self._candidates)).share(shape)
+        self._options = options
+        self._candidates = range(2 * inner.start, 2 * inner.stop)
 
     def check(self, budget: float) -> None:
         """Refuse a budget below what the layers at both ends take."""
-        if budget < self._least:
-            raise PlanError(
-                f"a budget of {budget:g} cannot be met: the layers that method 'similarity' "
-                f"always keeps are {self._least:.3f} of the decoder's compute"
-            )
+        self._options.check(budget, self._shape, "similarity")
 
-    def observe(self, sub_layer: int, before: Tensor, update: Tensor, values: Tensor) -> None:
-        """Keep each token's cosine similarity.
-
-        From three dot products, a fifteenth of the time of torch's ``cosine_similarity``.
-        """
-        from torch.linalg import vecdot  # here, so that torch is not loaded to name methods
-
-        old, new = before.float(), update.float()
-        old_old, old_new, new_new = vecdot(old, old), vecdot(old, new), vecdot(new, new)
-        after_after = old_old + 2 * old_new + new_new
-        values[:, sub_layer] = (old_old + old_new) * (old_old * after_after).rsqrt()
+    def observer(self, hidden_size: int, device: torch.device) -> Observe:
+        """Keep each token's cosine similarity of the stream before and after."""
+        return _similarities
 
     def decide(self, budget: float, prompt: PromptStatistics | None) -> SkipPlan:
         """Leave out the most similar sub-layers until the budget is met."""
@@ -78,6 +62,16 @@ class Similarity(Classifier):
             skipped.append(sub_layer)
             plan = _plan(self._shape, skipped)
         return plan
+
+
+def _similarities(sub_layer: int, before: Tensor, update: Tensor, values: Tensor) -> None:
+    # From three dot products, a fifteenth of the time of torch's cosine_similarity.
+    from torch.linalg import vecdot  # here, so that torch is not loaded to name methods
+
+    old, new = before.float(), update.float()
+    old_old, old_new, new_new = vecdot(old, old), vecdot(old, new), vecdot(new, new)
+    after_after = old_old + 2 * old_new + new_new
+    values[:, sub_layer] = (old_old + old_new) * (old_old * after_after).rsqrt()
 
 
 def _plan(shape: DecoderShape, sub_layers: list[int]) -> SkipPlan:

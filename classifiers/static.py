@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from vllm_adaskip.classifiers.base import Classifier, MethodOptions, PromptStatistics
 from vllm_adaskip.classifiers.plan import DecoderShape, PlanError, SkipPlan
 
@@ -18,7 +20,9 @@ class Static(Classifier):
 
     Options = StaticOptions
 
-    def __init__(self, shape: DecoderShape, options: MethodOptions) -> None:
+    def __init__(
+        self, shape: DecoderShape, options: MethodOptions, profile: Path | None = None
+    ) -> None:
         assert isinstance(options, StaticOptions)
         self._plan = SkipPlan.parse(options.skip, shape.num_layers)
         self._share = self._plan.share(shape)

@@ -10,11 +10,14 @@ the sum being fused into the next norm: leaving a sub-layer out means passing on
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from vllm_adaskip.classifiers.hub import located
+from vllm_adaskip.classifiers.lora import Lora
 from vllm_adaskip.engine import compat
 from vllm_adaskip.engine.layout import Subset
 from vllm_adaskip.engine.runtime import SkipRuntime
@@ -35,6 +38,12 @@ class SkippingDecoder(nn.Module):
         super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
         compat.enable_amx()
         self.adaskip = SkipRuntime(vllm_config, map(self.attention_of, self.model.layers))
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Any:
+        """Load a checkpoint, with the profile's LoRA adapter merged into it if it has one."""
+        if (profile := self.adaskip.profile) and (lora := Lora.of(located(profile))):
+            weights = lora.merged(weights)
+        return super().load_weights(weights)  # type: ignore[misc]
 
     @abstractmethod
     def attention_of(self, layer: Any) -> Any:

@@ -58,12 +58,17 @@ def engine() -> Iterator[Callable[..., Any]]:
             "max_num_seqs": 16,
             "max_num_batched_tokens": 256,
             "distributed_executor_backend": "uni",
+            "kv_cache_memory_bytes": 64 << 20,  # many live side by side
         }
-        engines.append(LLM(model, **{**defaults, **kwargs}))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delenv("VLLM_CPU_KVCACHE_SPACE")  # it would go before
+            engines.append(LLM(model, **{**defaults, **kwargs}))
         return engines[-1]
 
     yield make
-    for one in engines:
-        one.llm_engine.engine_core.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gc, "collect", lambda *_: 0)  # each would twice, a second in all
+        for one in engines:
+            one.llm_engine.engine_core.shutdown()
     engines.clear()
     gc.collect()

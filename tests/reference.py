@@ -68,16 +68,18 @@ class Reference:
         rotary = decoder.rotary_emb(hidden, positions)
         mask = torch.full((len(prompt), len(prompt)), float("-inf")).triu(1)[None, None]
         values = torch.zeros(len(prompt), classifier.width)
+        observe = classifier.observer(hidden.shape[-1], hidden.device)
         for index, layer in enumerate(decoder.layers):
             update, _ = layer.self_attn(
                 layer.input_layernorm(hidden), position_embeddings=rotary, attention_mask=mask
             )
-            classifier.observe(2 * index, hidden[0], update[0], values)
+            observe(2 * index, hidden[0], update[0], values)
             hidden = hidden + update
             update = layer.mlp(layer.post_attention_layernorm(hidden))
-            classifier.observe(2 * index + 1, hidden[0], update[0], values)
+            observe(2 * index + 1, hidden[0], update[0], values)
             hidden = hidden + update
-        return PromptStatistics(len(prompt), values.double().mean(dim=0).numpy())
+        values = values.double()
+        return PromptStatistics(len(prompt), values.mean(dim=0).numpy(), values[-1].numpy())
 
     def _step(
         self, token: int, position: int, plan: SkipPlan, cache: DynamicCache, kv_fill: str

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from vllm_adaskip.classifiers import METHODS, DecoderShape
+from vllm_adaskip.classifiers.hub import located
 from vllm_adaskip.classifiers.profile import Profile, ProfileError
 from vllm_adaskip.engine.facts import EngineFacts
 from vllm_adaskip.engine.planner import Planner
@@ -28,8 +28,8 @@ class AdaSkipConfig(BaseModel):
         budget: largest share of decoder compute a decided plan may keep, in (0, 1].
         kv_fill: what is written into the KV cache where a generated token leaves out an
             attention sub-layer.
-        profile: folder of a `Profile`, which brings method, its options and budget; what is
-            set beside it goes before it.
+        profile: folder or hub id of a `Profile`, which brings method, its options and budget;
+            what is set beside it goes before it.
 
     """
 
@@ -74,7 +74,7 @@ class AdaSkipConfig(BaseModel):
         """Refuse a profile that was made for another model (`ConfigError`)."""
         if self.profile is not None:
             try:
-                Profile.load(Path(self.profile)).check_model(hf_config)
+                Profile.load(located(self.profile)).check_model(hf_config)
             except ProfileError as error:
                 raise ConfigError(f"adaskip.profile: {error}") from None
 
@@ -86,7 +86,9 @@ class AdaSkipConfig(BaseModel):
                 the method cannot meet).
 
         """
-        facts = EngineFacts(shape, self.method, self.method_options, self.budget, self.kv_fill)
+        facts = EngineFacts(
+            shape, self.method, self.method_options, self.budget, self.kv_fill, self.profile
+        )
         try:
             Planner(facts)
         except ValueError as error:
@@ -96,18 +98,20 @@ class AdaSkipConfig(BaseModel):
 
 def _with_profile(options: Mapping[str, Any]) -> Mapping[str, Any]:
     """Complete the options by those of the profile that they name, if any."""
-    if (folder := options.get("profile")) is None:
+    if (name := options.get("profile")) is None:
         return options
-    if not isinstance(folder, str):
-        raise ConfigError(f"adaskip.profile: {folder!r:.80} is not allowed; allowed: a folder")
+    if not isinstance(name, str):
+        raise ConfigError(
+            f"adaskip.profile: {name!r:.80} is not allowed; allowed: a folder or a hub id"
+        )
     try:
-        profile = Profile.load(Path(folder))
+        profile = Profile.load(located(name))
     except ProfileError as error:
         raise ConfigError(f"adaskip.profile: {error}") from None
     method = options.get("method", profile.method)
     if method != profile.method:
         raise ConfigError(
-            f"adaskip.method: {method!r:.80} does not go with profile {folder!r:.200}, which is "
+            f"adaskip.method: {method!r:.80} does not go with profile {name!r:.200}, which is "
             f"for method {profile.method!r}; leave one out"
         )
     brought = {"method": method, "budget": profile.budget, **profile.options}

@@ -1,39 +1,57 @@
 # SPDX-License-Identifier: Apache-2.0
 import subprocess
 import sys
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 
 from vllm_adaskip.classifiers import METHODS, Classifier, DecoderShape, PlanError, PromptStatistics
+from vllm_adaskip.classifiers.routers import Routers
 from vllm_adaskip.classifiers.similarity import Similarity, SimilarityOptions
 from vllm_adaskip.classifiers.static import Static, StaticOptions
 
 SHAPE = DecoderShape(4, attention_parameters=1, mlp_parameters=3)
+HIDDEN = 16
 
 #: Options with which every method can be made; a new method must be added here.
 EXAMPLES: dict[str, dict[str, object]] = {
+    "first": {"codebook": [[1], [1, 2]]},
     "none": {},
     "similarity": {},
     "static": {"skip": [1, "attn:2"]},
 }
 
 
-def made(name: str) -> Classifier:
-    method = METHODS[name]
-    return method(SHAPE, method.Options.model_validate(EXAMPLES[name]))
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Classifier]:
+    """Make a method by its name, with a profile of random tensors for whoever wants one."""
+    folder = tmp_path_factory.mktemp("profile")
+    routers = Routers(SHAPE.num_layers, HIDDEN)
+    torch.nn.init.normal_(routers.weight)
+    routers.save(folder)
+
+    def made(name: str) -> Classifier:
+        method = METHODS[name]
+        return method(SHAPE, method.Options.model_validate(EXAMPLES[name]), folder)
+
+    return made
+
+
+Made = Callable[[str], Classifier]
 
 
 def prompt_for(classifier: Classifier, seed: int = 0) -> PromptStatistics | None:
     """Statistics as they might come, for a method that reads prompts."""
     if not classifier.width:
         return None
-    return PromptStatistics(5, np.random.default_rng(seed).normal(size=classifier.width))
+    mean, last = np.random.default_rng(seed).random((2, classifier.width))
+    return PromptStatistics(5, mean, last)
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_decides_the_same_plan_again_within_its_budget(name: str) -> None:
+def test_every_method_decides_the_same_plan_again_within_its_budget(made: Made, name: str) -> None:
     classifier = made(name)
     prompt = prompt_for(classifier)
     for budget in (1.0, 0.8, 0.7):
@@ -49,33 +67,34 @@ def test_every_method_decides_the_same_plan_again_within_its_budget(name: str) -
         classifier.check(0.01)
 
 
-def test_every_method_that_reads_prompts_observes_each_token_by_itself() -> None:
+def test_every_method_that_reads_prompts_observes_each_token_by_itself(made: Made) -> None:
     """Purity: the batch, or the chunk, that a token came in must not matter."""
     for classifier in map(made, METHODS):
         if not classifier.width:
             continue
-        before, update = torch.randn(2, 6, 16)
+        before, update = torch.randn(2, 6, HIDDEN)
+        observe = classifier.observer(HIDDEN, before.device)
         whole = torch.zeros(6, classifier.width)
         parts = torch.zeros(6, classifier.width)
         for sub_layer in range(2 * SHAPE.num_layers):
-            classifier.observe(sub_layer, before, update, whole)
+            observe(sub_layer, before, update, whole)
             for chunk in (slice(0, 1), slice(1, 4), slice(4, 6)):
-                classifier.observe(sub_layer, before[chunk], update[chunk], parts[chunk])
+                observe(sub_layer, before[chunk], update[chunk], parts[chunk])
         assert torch.equal(whole, parts) and whole.any()
 
 
-def test_similarity_is_the_cosine_of_the_stream_before_and_after() -> None:
-    before, update = torch.randn(2, 6, 16)
+def test_similarity_is_the_cosine_of_the_stream_before_and_after(made: Made) -> None:
+    before, update = torch.randn(2, 6, HIDDEN)
     values = torch.zeros(6, 8)
-    made("similarity").observe(3, before, update, values)
+    made("similarity").observer(HIDDEN, before.device)(3, before, update, values)
     want = torch.nn.functional.cosine_similarity(before, before + update, dim=-1)
     assert torch.allclose(values[:, 3], want, atol=1e-6) and not values[:, 2].any()
 
 
-def test_similarity_leaves_out_what_changed_the_prompt_least() -> None:
+def test_similarity_leaves_out_what_changed_the_prompt_least(made: Made) -> None:
     similarity = made("similarity")
     mean = np.array([0.99, 0.99, 0.1, 0.9, 0.8, 0.3, 0.99, 0.99])  # ends are always kept
-    prompt = PromptStatistics(3, mean)
+    prompt = PromptStatistics(3, mean, mean)
     assert similarity.decide(1.0, prompt).is_dense
     assert similarity.decide(0.9, prompt).entries() == ["mlp:1"]
     assert similarity.decide(0.75, prompt).entries() == ["attn:2", "mlp:1"]

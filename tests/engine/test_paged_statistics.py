@@ -29,21 +29,22 @@ def test_chunks_and_reused_blocks_do_not_matter(prompts: list[int], chunk: int, 
             part = table.new_values(len(values[start : start + chunk]))
             part[:, :-1] = values[start : start + chunk]
             table.add(slots[start : start + chunk], part)
-        got = table.read(blocks, length)
+        got = table.read(blocks, length, part[-1])
         assert got.tokens == length
         assert torch.allclose(torch.from_numpy(got.mean), values.double().mean(dim=0), atol=1e-6)
+        assert torch.equal(torch.from_numpy(got.last), values[-1].double())
         whole = PagedStatistics(BLOCKS, SLOTS, WIDTH, torch.device("cpu"))
         part = whole.new_values(length)
         part[:, :-1] = values
         whole.add(slots, part)
-        assert (whole.read(blocks, length).mean == got.mean).all()  # bit for bit
+        assert (whole.read(blocks, length, part[-1]).mean == got.mean).all()  # bit for bit
 
 
 def test_a_prompt_that_was_not_wholly_observed_is_an_error() -> None:
     table = PagedStatistics(BLOCKS, SLOTS, WIDTH, torch.device("cpu"))
     table.add(torch.arange(3), table.new_values(3))
     with pytest.raises(RuntimeError, match="3 of a prompt's 4 tokens"):
-        table.read(torch.tensor([0]), 4)
+        table.read(torch.tensor([0]), 4, table.new_values(1)[0])
 
 
 def test_it_takes_less_than_a_hundredth_of_the_kv_cache() -> None:

@@ -18,28 +18,63 @@ from typing import Any
 import pytest
 from batches import greedy, random_prompts, sampling
 from conftest import TINY_LAYERS, TINY_SHAPE
+from profiles import write_first
 from reference import Reference
 
 from vllm_adaskip import DecoderShape, SkipPlan, engine_args
-from vllm_adaskip.classifiers.similarity import Similarity, SimilarityOptions
+from vllm_adaskip.config import AdaSkipConfig
+from vllm_adaskip.engine.planner import Planner
 from vllm_adaskip.engine.state import _digest
 
 BUDGET = 0.6
-METHOD = Similarity(DecoderShape(*TINY_SHAPE), SimilarityOptions())
+#: What is read of a prompt: means of all sub-layers, votes of all tokens, the last token alone.
+METHODS: dict[str, dict[str, Any]] = {
+    "similarity": {},
+    "first, fraction": {"reduce": "fraction"},
+    "first, last": {"reduce": "last", "width": 8, "codebook": [[2, 3, 5], [4, 5], [1, 4, 6], [3]]},
+}
+
+
+class Method:
+    """One of `METHODS`: the server's options, and its plans by the float32 reference."""
+
+    def __init__(self, options: dict[str, Any], reference: Reference) -> None:
+        self.options = options
+        self.reference = reference
+        facts = AdaSkipConfig.parse(options).facts(DecoderShape(*TINY_SHAPE))
+        self._classifier = Planner(facts).classifier
+
+    def plan(self, prompt: list[int], budget: float = BUDGET) -> SkipPlan:
+        return self._classifier.decide(budget, self.reference.observe(prompt, self._classifier))
+
+    def check(self, llm: Any, prompts: list[list[int]], tokens: int = 12) -> None:
+        """Run a batch; compare plans and tokens with the reference's."""
+        got = greedy(llm, prompts, [None] * len(prompts), max_tokens=tokens)
+        plans = decided(llm)
+        for prompt, output in zip(prompts, got, strict=True):
+            want = self.plan(prompt)
+            assert plans[_digest(prompt)] == want
+            assert output == self.reference.generate(prompt, want.entries(), tokens)[0]
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def method(
+    request: pytest.FixtureRequest, tiny_llama: str, tmp_path_factory: pytest.TempPathFactory
+) -> Method:
+    options = {"method": request.param}
+    if request.param.startswith("first"):
+        folder = tmp_path_factory.mktemp("profile")
+        options = {"profile": write_first(folder, tiny_llama, **METHODS[request.param])}
+    return Method({**options, "budget": BUDGET}, Reference(tiny_llama))
 
 
 @pytest.fixture(scope="module")
-def make(engine: Callable[..., Any], tiny_llama: str) -> Callable[..., Any]:
+def make(engine: Callable[..., Any], tiny_llama: str, method: Method) -> Callable[..., Any]:
     def make(**options: Any) -> Any:
         options = {"disable_log_stats": False, "block_size": 32, **options}
-        return engine(tiny_llama, **options, **engine_args(method="similarity", budget=BUDGET))
+        return engine(tiny_llama, **options, **engine_args(**method.options))
 
     return make
-
-
-@pytest.fixture(scope="module")
-def reference(tiny_llama: str) -> Reference:
-    return Reference(tiny_llama)
 
 
 def decided(llm: Any) -> dict[bytes, SkipPlan]:
@@ -52,21 +87,11 @@ def forget(llm: Any) -> None:
     llm.apply_model(lambda model: model.adaskip._state._memo.clear())
 
 
-def check(llm: Any, reference: Reference, prompts: list[list[int]], tokens: int = 12) -> None:
-    """Run a batch; compare plans and tokens with the reference's."""
-    got = greedy(llm, prompts, [None] * len(prompts), max_tokens=tokens)
-    plans = decided(llm)
-    for prompt, output in zip(prompts, got, strict=True):
-        want = METHOD.decide(BUDGET, reference.observe(prompt, METHOD))
-        assert plans[_digest(prompt)] == want
-        assert output == reference.generate(prompt, want.entries(), tokens)[0]
-
-
-def test_in_one_piece_and_in_chunks(make: Callable[..., Any], reference: Reference) -> None:
+def test_in_one_piece_and_in_chunks(make: Callable[..., Any], method: Method) -> None:
     prompts = random_prompts(31, 10, longest=200) + random_prompts(38, 10, longest=4)
     for chunk in (256, 48, 19):
-        check(make(max_num_batched_tokens=chunk), reference, prompts)
-    whole = {METHOD.decide(BUDGET, reference.observe(prompt, METHOD)) for prompt in prompts}
+        method.check(make(max_num_batched_tokens=chunk), prompts)
+    whole = {method.plan(prompt) for prompt in prompts}
     assert len(whole) > 3  # the prompt does decide
 
 
@@ -79,7 +104,7 @@ def test_generated_tokens_are_not_observed(make: Callable[..., Any]) -> None:
     assert sums[:, -1].sum() == sum(map(len, prompts))
 
 
-def test_from_the_prefix_cache(make: Callable[..., Any], reference: Reference) -> None:
+def test_from_the_prefix_cache(make: Callable[..., Any], method: Method) -> None:
     """Blocks were observed under another request, dense or planned, or by a longer prompt."""
     llm = make(max_num_batched_tokens=48)
     rng = random.Random(32)
@@ -87,17 +112,17 @@ def test_from_the_prefix_cache(make: Callable[..., Any], reference: Reference) -
     beginning = [rng.randrange(512) for _ in beginning]
     dense = sampling(None, 4, extra_args={"adaskip": "off"})
     llm.generate({"prompt_token_ids": [*beginning, 1]}, dense, use_tqdm=False)
-    check(llm, reference, [[*beginning, *end] for end in random_prompts(33, 6, longest=30)])
-    check(llm, reference, [beginning[:97], beginning[:64], beginning[:96]])
+    method.check(llm, [[*beginning, *end] for end in random_prompts(33, 6, longest=30)])
+    method.check(llm, [beginning[:97], beginning[:64], beginning[:96]])
     forget(llm)  # now from blocks alone
-    check(llm, reference, [beginning, [*beginning, 7]])
+    method.check(llm, [beginning, [*beginning, 7]])
     counters = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
     assert counters["vllm:prefix_cache_hits"] >= 96 * 8
 
 
 @pytest.mark.parametrize("arguments", [{"adaskip": "off"}, None])
 def test_answers_that_become_prompts(
-    make: Callable[..., Any], reference: Reference, arguments: dict[str, Any] | None
+    make: Callable[..., Any], method: Method, arguments: dict[str, Any] | None
 ) -> None:
     """Generated tokens were not observed, so as prompt they are computed again."""
     llm = make()
@@ -105,25 +130,24 @@ def test_answers_that_become_prompts(
     prompt = [rng.randrange(512) for _ in range(40)]
     params = sampling(None, 70, extra_args=arguments)
     (output,) = llm.generate({"prompt_token_ids": prompt}, params, use_tqdm=False)
-    check(llm, reference, [[*prompt, *output.outputs[0].token_ids, 5, 6]])
+    method.check(llm, [[*prompt, *output.outputs[0].token_ids, 5, 6]])
 
 
-def test_again_after_preemption(make: Callable[..., Any], reference: Reference) -> None:
+def test_again_after_preemption(make: Callable[..., Any], method: Method) -> None:
     llm = make(num_gpu_blocks_override=12)
-    check(llm, reference, random_prompts(35, 8, longest=40), tokens=80)
+    method.check(llm, random_prompts(35, 8, longest=40), tokens=80)
     counters = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
     assert counters["vllm:num_preemptions"] > 0
 
 
 def test_with_parallel_samples_budgets_and_dense_requests(
-    make: Callable[..., Any], reference: Reference
+    make: Callable[..., Any], method: Method
 ) -> None:
     llm = make(max_num_batched_tokens=48)
     prompt = random_prompts(36, 1, longest=90)[0]
-    statistics = reference.observe(prompt, METHOD)
     arguments: list[tuple[dict[str, Any] | None, SkipPlan]] = [
-        (None, METHOD.decide(BUDGET, statistics)),
-        ({"adaskip_budget": 0.4}, METHOD.decide(0.4, statistics)),
+        (None, method.plan(prompt)),
+        ({"adaskip_budget": 0.4}, method.plan(prompt, 0.4)),
         ({"adaskip": "off"}, SkipPlan(TINY_LAYERS)),
         ({"adaskip_skip": [3]}, SkipPlan.parse([3], TINY_LAYERS)),
     ]
@@ -133,13 +157,11 @@ def test_with_parallel_samples_budgets_and_dense_requests(
         use_tqdm=False,
     )
     for output, (_, plan) in zip(outputs, arguments, strict=True):
-        want = reference.generate(prompt, plan.entries(), 12)[0]
+        want = method.reference.generate(prompt, plan.entries(), 12)[0]
         assert [list(one.token_ids) for one in output.outputs] == [want] * 2
 
 
-def test_aborted_in_the_middle_of_its_prompt(
-    make: Callable[..., Any], reference: Reference
-) -> None:
+def test_aborted_in_the_middle_of_its_prompt(make: Callable[..., Any], method: Method) -> None:
     """Its half-filled blocks go to others, who must not find its statistics in them."""
     llm = make(max_num_batched_tokens=24, num_gpu_blocks_override=12)
     core = llm.llm_engine
@@ -150,4 +172,4 @@ def test_aborted_in_the_middle_of_its_prompt(
         for _ in range(rng.randint(1, 4)):
             core.step()
         core.abort_request([str(number)])
-        check(llm, reference, random_prompts(40 + number, 3, longest=120), tokens=4)
+        method.check(llm, random_prompts(40 + number, 3, longest=120), tokens=4)

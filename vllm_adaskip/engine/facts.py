@@ -13,13 +13,17 @@ from vllm_adaskip.classifiers import DecoderShape
 
 @dataclass(frozen=True)
 class EngineFacts:
-    """The model's depth and the server's options, already checked; they travel as JSON."""
+    """The model's depth and the server's options, already checked; they travel as JSON.
+
+    ``profile``, a folder or hub id, is where a method finds its tensors, in every process.
+    """
 
     shape: DecoderShape
     method: str = "none"
     method_options: Mapping[str, Any] | None = None
     budget: float = 1.0
     kv_fill: str = "none"
+    profile: str | None = None
 
     def to_json(self) -> str:
         """Write the facts as JSON text."""

@@ -48,18 +48,24 @@ class PagedStatistics:
         self.sums[blocks[slots % self._slots == 0]] = 0
         self.sums.index_add_(0, blocks, values)
 
-    def read(self, block_table: Tensor, prompt_len: int) -> PromptStatistics:
-        """Give the statistics of a whole prompt, from its sequence's blocks in order.
+    def read(self, block_table: Tensor, prompt_len: int, last: Tensor) -> PromptStatistics:
+        """Give the statistics of a whole prompt.
+
+        Args:
+            block_table: ``[blocks]`` of its sequence, in order.
+            prompt_len: its tokens.
+            last: ``[width + 1]`` what was observed of its last token.
 
         Raises:
             RuntimeError: some of its tokens were not observed.
 
         """
         blocks = block_table[: -(-prompt_len // self._slots)].long()
-        total = self.sums[blocks].double().sum(dim=0).cpu().numpy()
+        sums = self.sums[blocks].double().sum(dim=0)
+        total, of_last = torch.stack((sums, last.double())).cpu().numpy()  # one copy, one sync
         if total[-1] != prompt_len:
             raise RuntimeError(
                 f"vllm-adaskip: {total[-1]:.0f} of a prompt's {prompt_len} tokens were observed; "
                 "this is a bug, please report it"
             )
-        return PromptStatistics(prompt_len, total[:-1] / prompt_len)
+        return PromptStatistics(prompt_len, total[:-1] / prompt_len, of_last[:-1])

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_adaskip.classifiers import METHODS, Classifier, PlanError, SkipPlan
+from vllm_adaskip.classifiers.hub import located
 from vllm_adaskip.engine.facts import EngineFacts
 from vllm_adaskip.engine.request import RequestArgs, RequestError
 
@@ -38,7 +39,8 @@ class Planner:
         options = method.Options.model_validate(dict(facts.method_options or {}))
         self.facts = facts
         self.dense = SkipPlan(facts.shape.num_layers)
-        self.classifier: Classifier = method(facts.shape, options)
+        profile = located(facts.profile) if facts.profile else None
+        self.classifier: Classifier = method(facts.shape, options, profile)
         self._default = self._decided(facts.budget)
 
     def wanted(self, extra_args: Mapping[str, Any] | None) -> Wanted:

@@ -23,7 +23,12 @@ if TYPE_CHECKING:
 
 
 class SkipRuntime:
-    """One engine's plans, step by step, and the counters of its report."""
+    """One engine's plans, step by step, and the counters of its report.
+
+    Attributes:
+        profile: the server's, folder or hub id.
+
+    """
 
     def __init__(self, vllm_config: VllmConfig, attention: Iterable[Attention]) -> None:
         layers = list(attention)
@@ -33,13 +38,16 @@ class SkipRuntime:
         self._sub_batches = compat.SubBatches(vllm_config, layers)
         self._cache = KvCache(layers)
         self.kv_fill = KV_FILLS[facts.kv_fill](layers, self._cache)
-        self.observer = PromptObserver(self._state, self._cache)
+        hidden_size = vllm_config.model_config.get_hidden_size()
+        device = vllm_config.device_config.device
+        self.observer = PromptObserver(self._state, self._cache, hidden_size, device)
         self._layout: Layout | None = None
         self._version = -1
         self._plan: StepPlan | None = None
         self._is_dense = True
         self._contexts: dict[int, ForwardContext] = {}
         self._method = facts.method
+        self.profile = facts.profile
         self._prompt_tokens = 0
         self._generated_tokens = 0
         self._generated_run = np.zeros(2 * self._table.num_layers, dtype=np.int64)
