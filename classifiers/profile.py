@@ -90,7 +90,11 @@ class Profile(BaseModel):
 
     def check_model(self, hf_config: Mapping[str, Any]) -> None:
         """Refuse a model that the profile was not made for (`ProfileError`)."""
-        if (theirs := fingerprint(hf_config)) != self.fingerprint:
+        self.check_fingerprint(fingerprint(hf_config))
+
+    def check_fingerprint(self, theirs: str) -> None:
+        """Do the same by the model's `fingerprint`."""
+        if theirs != self.fingerprint:
             raise ProfileError(
                 f"the profile was made for {self.model!r:.200} (fingerprint {self.fingerprint}), "
                 f"but this model's fingerprint is {theirs}; use a profile made for this model"

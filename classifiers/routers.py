@@ -3,19 +3,20 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.linalg import vecdot
+from torch.linalg import vector_norm
 from torch.nn import functional
 
 from vllm_adaskip.classifiers.profile import ProfileError
 
 FILE = "routers.safetensors"
-_EPSILON = 1e-6
+_SMALLEST = 1e-6
 
 
 class Routers(nn.Module):
@@ -37,21 +38,27 @@ class Routers(nn.Module):
     def __init__(self, num_layers: int, hidden: int, width: int = 0, start: float = 0.9) -> None:
         super().__init__()
         self.width = width
+        # float32 by name: while an engine loads its model the default is the model's dtype.
+        like = torch.zeros(num_layers, dtype=torch.float32)
         if width:
-            self.inner = nn.Parameter(torch.randn(num_layers, width, hidden) * hidden**-0.5)
-            self.inner_bias = nn.Parameter(torch.zeros(num_layers, width))
-        self.weight = nn.Parameter(torch.zeros(num_layers, width or hidden))
-        self.bias = nn.Parameter(torch.full((num_layers,), start).logit())
+            inner = torch.randn(num_layers, width, hidden, dtype=like.dtype) * hidden**-0.5
+            self.inner = nn.Parameter(inner)
+            self.inner_bias = nn.Parameter(like.new_zeros(num_layers, width))
+        self.weight = nn.Parameter(like.new_zeros(num_layers, width or hidden))
+        self.bias = nn.Parameter(like.new_full((num_layers,), start).logit())
 
     def forward(self, layer: int, before: Tensor) -> Tensor:
         """Give ``rho`` ``[...]`` float32 of a layer for a stream ``[..., hidden]``."""
         stream = before.float()
-        # Dot products, which unlike matrix products come out the same in any batch or chunk.
-        scale = (vecdot(stream, stream) / stream.shape[-1] + _EPSILON).rsqrt()
+        # |h| = rms(h) * sqrt(hidden); no more operations than needed, for they are what it costs.
+        length = vector_norm(stream, dim=-1).clamp_min(_SMALLEST)
+        scale = math.sqrt(stream.shape[-1])
         if self.width:
-            seen = functional.linear(stream * scale[..., None], self.inner[layer])
-            stream, scale = functional.gelu(seen + self.inner_bias[layer]), torch.ones_like(scale)
-        return torch.sigmoid(vecdot(stream, self.weight[layer]) * scale + self.bias[layer])
+            seen = functional.linear(stream, scale * self.inner[layer]) / length[..., None]
+            logits = functional.gelu(seen + self.inner_bias[layer]) @ self.weight[layer]
+            return torch.sigmoid(logits + self.bias[layer])
+        dots = stream @ self.weight[layer]
+        return torch.sigmoid(torch.addcdiv(self.bias[layer], dots, length, value=scale))
 
     def save(self, folder: Path) -> None:
         """Write the weights into a profile's folder."""

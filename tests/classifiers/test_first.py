@@ -99,6 +99,17 @@ def test_what_is_observed_and_which_part_of_it_decides(tmp_path: Path, width: in
         assert skipped(first(reduce=reduce).decide(1.0, statistics)) == out
 
 
+def test_routers_are_float32_whatever_the_engine_loads_its_model_in(tmp_path: Path) -> None:
+    Routers(LAYERS, HIDDEN, 4).save(tmp_path)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        routers = Routers.load(tmp_path, LAYERS, HIDDEN)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {one.dtype for one in routers.parameters()} == {torch.float32}
+    assert routers(2, torch.randn(5, HIDDEN).bfloat16()).dtype == torch.float32
+
+
 def test_without_a_profile_there_are_no_routers(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="needs a profile"):
         First(SHAPE, FirstOptions())

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_adaskip.classifiers import SkipPlan
+from vllm_adaskip.classifiers.profile import Profile, ProfileError
 from vllm_adaskip.evaluation.settings import (
     DENSE,
     PLAN_FAMILIES,
@@ -14,6 +16,7 @@ from vllm_adaskip.evaluation.settings import (
     distinct,
     explicit,
     plans,
+    profiled,
     uniform,
 )
 
@@ -52,6 +55,19 @@ def test_dense_comes_first_and_doubles_are_dropped() -> None:
     assert distinct([*twice, DENSE]) == [DENSE, explicit([5, 6], 12)]
 
 
+def test_a_profile_by_itself_and_below_its_own_budget(tmp_path: Path) -> None:
+    adaptive, fixed = str(tmp_path / "a"), str(tmp_path / "b")
+    facts = {"model": "m", "fingerprint": "f"}
+    Profile(method="first", budget=0.8, **facts).save(Path(adaptive))
+    Profile(method="static", options={"skip": [5]}, **facts).save(Path(fixed))
+    found = list(profiled(adaptive, [0.9, 0.8, 0.5], "f"))
+    assert [(one.name, one.budget) for one in found] == [(adaptive, 0.8), (f"{adaptive} 0.5", 0.5)]
+    assert {one.method for one in found} == {"first"}
+    assert [one.name for one in profiled(fixed, [0.9, 0.5], "f")] == [fixed]
+    with pytest.raises(ProfileError, match="fingerprint"):
+        list(profiled(fixed, [0.9], "another"))
+
+
 def test_an_unknown_method_is_refused_with_those_that_exist() -> None:
-    with pytest.raises(ValueError, match="'nope'; allowed: none, similarity, static"):
+    with pytest.raises(ValueError, match="'nope'; allowed: first, none, similarity, static"):
         list(decided("nope", {}, [0.5]))

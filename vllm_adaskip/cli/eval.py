@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_adaskip.cli import run
-from vllm_adaskip.evaluation.data import load_items
 from vllm_adaskip.evaluation.results import Results
 from vllm_adaskip.evaluation.settings import distinct, explicit
 
@@ -23,10 +22,12 @@ def evaluate(
     out: Annotated[Path, typer.Option(help="Folder for the results; an earlier run goes on.")],
     model: run.Model = "",
     data: run.Data = "bundled",
+    lm_eval_path: run.LmEvalPath = None,
     limit: run.Limit = 100,
     metric: run.Metric = "exact_match",
     method: run.Methods = None,
     options: run.Options = "{}",
+    profile: run.Profiles = None,
     plans: run.Families = None,
     skip: Annotated[list[str] | None, typer.Option(help="A plan as JSON, [5, 6].")] = None,
     budget: run.Budgets = None,
@@ -40,19 +41,20 @@ def evaluate(
 ) -> None:
     """Run a model dense and under skip plans on a data set, through the real engine.
 
-    With no --method, --plans and --skip: method similarity, and all families of fixed plans.
+    With no --method, --profile, --plans and --skip: method similarity, and all families of
+    fixed plans.
     """
-    if not (method or plans or skip):
+    if not (method or profile or plans or skip):
         method, plans = ["similarity"], ["uniform", "random", "exit"]
     with run.plain_errors():
-        items = load_items(data, limit=limit, seed=seed, metric=metric)
-        asked = {"source": data, "limit": limit, "items": len(items)}
+        items, source = run.asked(data, limit, seed, metric, lm_eval_path)
         manifest = run.described(
-            model, asked, seed, max_model_len=max_model_len, enforce_eager=enforce_eager
+            model, source, seed, max_model_len=max_model_len, enforce_eager=enforce_eager
         )
         settings = distinct([
             *(explicit(run.parsed(one, "--skip", list), manifest.num_layers) for one in skip or ()),
             *run.candidates(manifest.num_layers, plans, method, options, budget, draws, seed),
+            *run.profiles(profile, budget, manifest),
         ])  # fmt: skip
         results = Results(out)
         run.answer_and_time(

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from vllm_adaskip.evaluation import settings as known
-from vllm_adaskip.evaluation.data import Item
+from vllm_adaskip.evaluation.data import Item, load_items
 from vllm_adaskip.evaluation.manifest import new_manifest, start_or_resume
 from vllm_adaskip.evaluation.results import Answer, Manifest, Results, Setting, Timing
 from vllm_adaskip.testbed.bundled import bundled_model
@@ -28,17 +29,30 @@ BUDGETS = [0.9, 0.75, 0.6]
 console = Console(stderr=True)
 
 Model = Annotated[str, typer.Option(help="Path or hub id; the bundled model if left out.")]
-Data = Annotated[str, typer.Option(help="bundled, bundled:sum,hop, or a file of JSON lines.")]
-Limit = Annotated[int, typer.Option(min=1, help="Items of each task.")]
-Metric = Annotated[str, typer.Option(help="Of items that name none.")]
+Data = Annotated[
+    str, typer.Option(help="bundled, bundled:sum,hop, lm-eval:gsm8k, or a file of JSON lines.")
+]
+LmEvalPath = Annotated[
+    Path | None, typer.Option(help="Folder of lm-evaluation-harness tasks of your own.")
+]
+Limit = Annotated[
+    int, typer.Option(min=1, help="Items of each task; of lm-eval tasks the first, as they come.")
+]
+Metric = Annotated[str, typer.Option(help="Of items that name none; lm-eval tasks bring theirs.")]
 Methods = Annotated[list[str] | None, typer.Option("--method", help="Methods to compare.")]
 Options = Annotated[str, typer.Option(help="The methods' own options, as JSON.")]
+Profiles = Annotated[
+    list[str] | None, typer.Option("--profile", help="Profiles to compare: folders or hub ids.")
+]
 Families = Annotated[
     list[str] | None,
     typer.Option("--plans", help="Families of fixed plans: uniform, random, exit."),
 ]
 Budgets = Annotated[list[float] | None, typer.Option("--budget", help="Shares of compute to keep.")]
-MaxTokens = Annotated[int, typer.Option(min=1, help="Tokens of an answer, and of a timed one.")]
+MaxTokens = Annotated[
+    int,
+    typer.Option(min=1, help="Tokens of an answer (lm-eval tasks set theirs), and of a timed one."),
+]
 Rounds = Annotated[int, typer.Option(min=0, help="Timed rounds of each setting.")]
 Batch = Annotated[int, typer.Option(min=1, help="Sequences in a timed batch.")]
 MaxModelLen = Annotated[int, typer.Option(min=8, help="vLLM's, for its KV cache.")]
@@ -54,7 +68,8 @@ def plain_errors() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        console.print(f"error: {error}; install vllm-adaskip[eval]", style="red", markup=False)
+        extra = "lm-eval" if (error.name or "").startswith("lm_eval") else "eval"
+        console.print(f"error: {error}; install vllm-adaskip[{extra}]", style="red", markup=False)
         raise typer.Exit(2) from None
     except (ValueError, OSError) as error:
         console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
@@ -62,6 +77,18 @@ def plain_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         console.print("stopped; what was measured is kept, the same command goes on")
         raise typer.Exit(130) from None
+
+
+def asked(
+    data: str, limit: int, seed: int, metric: str, lm_eval_path: Path | None
+) -> tuple[list[Item], dict[str, Any]]:
+    """Read the items; also give what a manifest says of them."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # others' bars, read when tqdm is imported
+    items = load_items(data, limit=limit, seed=seed, metric=metric, lm_eval_path=lm_eval_path)
+    source: dict[str, Any] = {"source": data, "limit": limit, "items": len(items)}
+    if lm_eval_path is not None:
+        source["lm_eval_path"] = str(lm_eval_path)
+    return items, source
 
 
 def described(model: str, data: dict[str, Any], seed: int, **engine: Any) -> Manifest:
@@ -97,6 +124,14 @@ def candidates(
     plans = known.plans(families or (), shares, num_layers, draws=draws, seed=seed)
     decided = (one for name in methods or () for one in known.decided(name, own, shares))
     return [*plans, *decided]
+
+
+def profiles(
+    names: Sequence[str] | None, budgets: Sequence[float] | None, manifest: Manifest
+) -> Iterator[Setting]:
+    """Give each profile by itself and at each budget."""
+    for name in names or ():
+        yield from known.profiled(name, budgets or BUDGETS, manifest.fingerprint)
 
 
 def parsed(text: str, option: str, kind: type) -> Any:

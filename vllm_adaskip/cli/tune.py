@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,9 +12,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from vllm_adaskip.classifiers.hub import located
 from vllm_adaskip.classifiers.profile import Profile
 from vllm_adaskip.cli import run
-from vllm_adaskip.evaluation.data import load_items
 from vllm_adaskip.evaluation.results import Answer, Manifest, Results, Setting
 from vllm_adaskip.evaluation.settings import distinct
 
@@ -26,10 +27,12 @@ def tune(
     max_drop: Annotated[float, typer.Option(help="Largest loss of the mean score, 0.01.")] = 0.01,
     model: run.Model = "",
     data: run.Data = "bundled",
+    lm_eval_path: run.LmEvalPath = None,
     limit: run.Limit = 100,
     metric: run.Metric = "exact_match",
     method: run.Methods = None,
     options: run.Options = "{}",
+    profile: run.Profiles = None,
     plans: run.Families = None,
     budget: run.Budgets = None,
     max_tokens: run.MaxTokens = 32,
@@ -41,10 +44,10 @@ def tune(
 ) -> None:
     """Pick method and budget so that a held-out half stays within the loss, with 95 % confidence.
 
-    With no --method and --plans: method similarity, uniform plans and early exit. If nothing
-    qualifies, nothing is written, and the exit status is 1.
+    With no --method, --profile and --plans: method similarity, uniform plans and early exit. If
+    nothing qualifies, nothing is written, and the exit status is 1.
     """
-    if not (method or plans):
+    if not (method or profile or plans):
         method, plans = ["similarity"], ["uniform", "exit"]
     with run.plain_errors():
         from vllm_adaskip.evaluation.recommend import serve_command
@@ -52,13 +55,12 @@ def tune(
 
         if not 0 <= max_drop < 1:
             raise ValueError(f"--max-drop {max_drop:g}; allowed: a number in [0, 1)")
-        items = load_items(data, limit=limit, seed=seed, metric=metric)
-        asked = {"source": data, "limit": limit, "items": len(items)}
+        items, source = run.asked(data, limit, seed, metric, lm_eval_path)
         manifest = run.described(
-            model, asked, seed, max_model_len=max_model_len, enforce_eager=enforce_eager
+            model, source, seed, max_model_len=max_model_len, enforce_eager=enforce_eager
         )
         found = run.candidates(manifest.num_layers, plans, method, options, budget, 1, seed)
-        settings = distinct(found)
+        settings = distinct([*found, *run.profiles(profile, budget, manifest)])
         results = Results(out.with_name(f"{out.name}-runs"))
         run.answer_and_time(
             results, manifest, settings, items,
@@ -76,7 +78,7 @@ def tune(
             run.console.print("vLLM ran dense steps compiled, others not; see --enforce-eager")
         raise typer.Exit(1)
     setting = next(one for one in settings if one.name == best.setting)
-    profile_of(setting, best, manifest, speed).save(out)
+    write_profile(setting, best, manifest, speed, out)
     run.console.print(f"{best.setting} -> {out}; serve it with", style="bold")
     command = serve_command(manifest.model, manifest.engine)
     run.console.print(
@@ -86,25 +88,31 @@ def tune(
     )
 
 
-def profile_of(
-    setting: Setting, trial: Trial, manifest: Manifest, speed: dict[str, float]
-) -> Profile:
-    """Give the profile that makes a server do what a setting did."""
+def write_profile(
+    setting: Setting, trial: Trial, manifest: Manifest, speed: dict[str, float], out: Path
+) -> None:
+    """Write the profile that makes a server do what a setting did."""
     fixed = setting.skip is not None
+    options = {"skip": setting.skip} if fixed else dict(setting.options)
+    if (origin := options.pop("profile", None)) is not None:
+        source = located(str(origin))
+        options = {**Profile.load(source).options, **options}
+        shutil.copytree(source, out, dirs_exist_ok=True)  # its tensors
     figures = {
         "held_out_loss": trial.loss,
         "held_out_loss_bound_95": trial.bound,
         "compute_kept": trial.kept,
         "time_against_dense": speed.get(setting.name),
     }
-    return Profile(
+    made = Profile(
         method="static" if fixed else setting.method,
-        options={"skip": setting.skip} if fixed else setting.options,
+        options=options,
         budget=1.0 if fixed else setting.budget,
         model=manifest.model,
         fingerprint=manifest.fingerprint,
         metrics={name: value for name, value in figures.items() if value is not None},
     )
+    made.save(out)
 
 
 def _speed(results: Results) -> dict[str, float]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is asked: the bundled tasks, or JSON lines of prompts and references."""
+"""What is asked: bundled tasks, lm-evaluation-harness tasks, or JSON lines of prompts."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from vllm_adaskip.evaluation.metrics import METRICS
 
 BUNDLED = "bundled"
+HARNESS = "lm-eval"
 
 
 class DataError(ValueError):
@@ -28,7 +29,7 @@ class Item:
     Attributes:
         item: unique within the data set, ``sum/12``.
         references: right answers, at least one.
-        metric: how an answer is scored, a key of `METRICS`.
+        metric: how an answer is scored, a key of `METRICS`; of a harness task its own name.
 
     """
 
@@ -53,20 +54,34 @@ class Line(BaseModel):
 
 
 def load_items(
-    source: str, *, limit: int | None = None, seed: int = 0, metric: str = "exact_match"
+    source: str,
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    metric: str = "exact_match",
+    lm_eval_path: Path | None = None,
 ) -> list[Item]:
     """Read a data set.
 
     Args:
-        source: ``bundled``, ``bundled:sum,hop``, or the path of a file of JSON lines.
-        limit: at most so many items of each task, drawn by ``seed``; bundled: 100.
+        source: ``bundled``, ``bundled:sum,hop``, ``lm-eval:gsm8k`` or the path of a file of JSON
+            lines.
+        limit: at most so many items of each task, drawn by ``seed``, of harness tasks the first;
+            bundled: 100.
         seed: of the bundled questions, or of the draw.
         metric: of lines that name none.
+        lm_eval_path: folder of more harness tasks.
 
     Raises:
         DataError: a file, a line, a task or a metric that cannot be used.
 
     """
+    if source.startswith(f"{HARNESS}:"):
+        from vllm_adaskip.evaluation.harness import load_tasks
+
+        return load_tasks(source.partition(":")[2], lm_eval_path, limit)
+    if lm_eval_path is not None:
+        raise DataError(f"--lm-eval-path goes with --data {HARNESS}:TASK, not with {source!r:.80}")
     if source == BUNDLED or source.startswith(f"{BUNDLED}:"):
         return _bundled(source.partition(":")[2], 100 if limit is None else limit, seed)
     items = list(_from_file(Path(source), metric))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from vllm_adaskip.classifiers import DecoderShape, SkipPlan
@@ -13,6 +13,8 @@ from vllm_adaskip.evaluation.data import Item
 from vllm_adaskip.evaluation.metrics import METRICS, PERPLEXITY
 from vllm_adaskip.evaluation.results import Answer, Setting
 
+#: Items between two writes to the results: what a killed run loses at most.
+CHUNK = 64
 #: Key of a request's ``extra_args``: the token ids it must generate (`forced`).
 FORCED = "forced_answer"
 
@@ -21,14 +23,11 @@ class Engine:
     """A vLLM engine with one server method; settings choose per request."""
 
     def __init__(self, model: str, method: str, options: dict[str, Any], **engine: Any) -> None:
-        from vllm import LLM
-
         from vllm_adaskip.launch import engine_args
         from vllm_adaskip.model_executors.registry import family_of
 
-        self.llm = LLM(
+        self.llm = self._start(
             model,
-            logits_processors=["vllm_adaskip.evaluation.forced:ForcedAnswer"],
             enable_prefix_caching=False,  # a repeated prompt would be timed without its prefill
             **engine,
             **engine_args(method=method, **options),
@@ -40,12 +39,28 @@ class Engine:
         self._tokenizer = self.llm.get_tokenizer()
         self.is_warm = False
 
+    def _start(self, model: str, **options: Any) -> Any:
+        """Give vLLM's ``LLM``."""
+        from vllm import LLM
+
+        return LLM(
+            model,
+            logits_processors=["vllm_adaskip.evaluation.forced:ForcedAnswer"],
+            **options,
+        )
+
     def close(self) -> None:
         """Shut the engine down; the next may start."""
         self.llm.llm_engine.engine_core.shutdown()
 
-    def answer(self, setting: Setting, items: Sequence[Item], max_tokens: int) -> list[Answer]:
-        """Give the greedy answers of one batch, scored."""
+    def answers(
+        self, setting: Setting, items: Sequence[Item], max_tokens: int
+    ) -> Iterator[list[Answer]]:
+        """Give the greedy answers, scored, in parts that are worth storing."""
+        for start in range(0, len(items), CHUNK):
+            yield self._answered(setting, items[start : start + CHUNK], max_tokens)
+
+    def _answered(self, setting: Setting, items: Sequence[Item], max_tokens: int) -> list[Answer]:
         from vllm import SamplingParams
 
         args = arguments(setting)
@@ -56,12 +71,16 @@ class Engine:
             for item in items
         ]
         outputs = self.llm.generate([item.prompt for item in items], params, use_tqdm=False)
-        prompts = [(args, output.prompt_token_ids) for output in outputs]
-        plans = self.llm.collective_rpc("adaskip_plans", args=(prompts,))[0]
         return [
             self._scored(setting, item, output.outputs[0], skip)
-            for item, output, skip in zip(items, outputs, plans, strict=True)
+            for item, output, skip in zip(items, outputs, self.plans(args, outputs), strict=True)
         ]
+
+    def plans(self, args: dict[str, Any], outputs: Sequence[Any]) -> list[list[int | str]]:
+        """Give the plans that requests with these arguments followed."""
+        prompts = [(args, output.prompt_token_ids) for output in outputs]
+        found: list[list[int | str]] = self.llm.collective_rpc("adaskip_plans", args=(prompts,))[0]
+        return found
 
     def seconds(self, setting: Setting, prompts: Sequence[str], tokens: int) -> float:
         """Time one batch, every sequence giving the same number of tokens."""
@@ -97,6 +116,18 @@ class Engine:
             score = math.exp(-mean)
         else:
             score = score_text(output.text, item.references)
+        return self.record(setting, item, skip, score, len(output.token_ids), output.text)
+
+    def record(
+        self,
+        setting: Setting,
+        item: Item,
+        skip: list[int | str],
+        score: float,
+        tokens: int,
+        text: str,
+    ) -> Answer:
+        """Give one answer as it is stored."""
         plan = SkipPlan.parse(skip, self.shape.num_layers)
         return Answer(
             setting=setting.name,
@@ -106,8 +137,8 @@ class Engine:
             score=score,
             kept=plan.share(self.shape),
             skip=skip,
-            tokens=len(output.token_ids),
-            text=output.text,
+            tokens=tokens,
+            text=text,
         )
 
 

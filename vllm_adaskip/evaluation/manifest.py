@@ -15,7 +15,7 @@ from typing import Any
 from vllm_adaskip.classifiers.profile import fingerprint
 from vllm_adaskip.evaluation.results import Manifest, Results, ResultsError, Setting
 
-_PACKAGES = ("vllm-adaskip", "vllm", "torch", "transformers", "numpy", "scipy")
+_PACKAGES = ("vllm-adaskip", "vllm", "torch", "transformers", "numpy", "scipy", "lm-eval")
 
 
 def new_manifest(

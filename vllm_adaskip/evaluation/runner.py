@@ -11,10 +11,10 @@ from typing import Any
 
 from vllm_adaskip.evaluation.data import Item
 from vllm_adaskip.evaluation.engine import Engine
+from vllm_adaskip.evaluation.harness import HarnessItem
+from vllm_adaskip.evaluation.harness_engine import HarnessEngine
 from vllm_adaskip.evaluation.results import Answer, Results, Setting, Timing
 
-#: Items between two writes to the results: what a killed run loses at most.
-CHUNK = 64
 Report = Callable[[str, int], None]
 
 
@@ -82,18 +82,17 @@ def evaluate(
     Results are appended as they come. ``settings`` begin with the dense one. ``report(what,
     steps done)`` is called as it goes; `Work.steps` is their number.
     """
+    start = HarnessEngine if isinstance(items[0], HarnessItem) else Engine
     prompts = [items[index % len(items)].prompt for index in range(timed.batch)]
     for (method, _), group in groupby(settings, key=lambda one: (one.method, str(one.options))):
         members = [one for one in group if work.of(one)]
         if not members:
             continue
         report(f"starting vLLM, method {method}", 0)
-        runs_on = Engine(model, method, members[0].options, **engine)
+        runs_on = start(model, method, members[0].options, **engine)
         for setting in members:
-            todo = work.answers[setting.name]
-            for start in range(0, len(todo), CHUNK):
-                part = todo[start : start + CHUNK]
-                results.append(runs_on.answer(setting, part, max_tokens))
+            for part in runs_on.answers(setting, work.answers[setting.name], max_tokens):
+                results.append(part)
                 report(f"answers under {setting.name}", len(part))
         for round_, setting in _in_turn(members, work):
             results.append([_time(runs_on, settings[0], setting, round_, prompts, timed)])

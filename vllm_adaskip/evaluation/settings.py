@@ -9,6 +9,8 @@ from math import ceil
 from typing import Any
 
 from vllm_adaskip.classifiers import METHODS, SkipPlan
+from vllm_adaskip.classifiers.hub import located
+from vllm_adaskip.classifiers.profile import Profile
 from vllm_adaskip.evaluation.results import Setting
 
 DENSE = Setting(name="dense", family="dense", skip=[])
@@ -86,6 +88,34 @@ def decided(method: str, options: dict[str, Any], budgets: Iterable[float]) -> I
             options=options,
             budget=budget,
         )
+
+
+def profiled(name: str, budgets: Iterable[float], model: str) -> Iterator[Setting]:
+    """Give a profile by itself, and at each budget below its own if its method can meet several.
+
+    Args:
+        name: its folder or hub id.
+        budgets: shares of compute to keep, in (0, 1].
+        model: fingerprint of the model that is evaluated.
+
+    Raises:
+        ProfileError: no profile, or one that was made for another model.
+
+    """
+    profile = Profile.load(located(name))
+    profile.check_fingerprint(model)
+    own = Setting(
+        name=name,
+        family=name,
+        method=profile.method,
+        options={"profile": name},
+        budget=profile.budget,
+    )
+    yield own
+    if profile.method != "static":  # which has one plan
+        for budget in budgets:
+            if budget < profile.budget:
+                yield own.model_copy(update={"name": f"{name} {budget:g}", "budget": budget})
 
 
 def distinct(settings: Iterable[Setting]) -> list[Setting]:

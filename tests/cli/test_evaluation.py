@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands that measure, one after the other as a user gives them, on the bundled model."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from profiles import write_first
+
+from vllm_adaskip import bundled_model
+from vllm_adaskip.classifiers.profile import Profile
+from vllm_adaskip.cli.main import app
+from vllm_adaskip.config import AdaSkipConfig
+from vllm_adaskip.evaluation.results import Answer, Results, Timing
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def adaskip(*arguments: object, status: int = 0) -> str:
+    """Run the command; give what it printed."""
+    command = [Path(sys.executable).with_name("adaskip"), *map(str, arguments)]
+    env = {**os.environ, "COLUMNS": "160"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("evaluation")
+
+
+@pytest.fixture(scope="module")
+def profile(folder: Path) -> str:
+    return write_first(folder / "routers", bundled_model())
+
+
+SMALL = ["--limit", 4, "--rounds", 2, "--batch", 4, "--enforce-eager", "--budget", 0.75]
+
+
+def test_eval_oracle_and_report(folder: Path, profile: str) -> None:
+    out = folder / "run"
+    asked = ["--out", out, *SMALL, "--plans", "uniform", "--plans", "exit", "--profile", profile]
+    table = adaskip("eval", *asked)
+    names = ["dense", "uniform 9/12", "exit 9/12", profile, f"{profile} 0.75"]
+    results = Results(out)
+    assert [one.name for one in results.manifest().settings] == names
+    assert len(results.read(Answer)) == len(names) * 9 * 4
+    assert len(results.read(Timing)) == (len(names) - 1) * 2
+    assert "uniform 9/12" in table and "75%" in table
+    assert results.manifest().engine == {"max_model_len": 512, "enforce_eager": True}
+    adaskip("eval", *asked)  # nothing is left to do
+    assert len(results.read(Answer)) == len(names) * 9 * 4
+    assert "early exit" in adaskip("oracle", out) or (out / "oracle.jsonl").exists()
+    said = adaskip("report", out, "--max-drop", "50%")
+    page = (out / "report.html").read_text()
+    assert said.splitlines()[0] in page and "--enforce-eager" in page
+
+
+def test_tune_writes_a_profile_that_a_server_takes(folder: Path, profile: str) -> None:
+    out = folder / "tuned"
+    said = adaskip("tune", "--out", out, *SMALL, "--max-drop", 0.99, "--profile", profile)
+    assert f"adaskip.profile {out}" in said and "--enforce-eager" in said
+    found = Profile.load(out)
+    assert found.method == "first" and "held_out_loss_bound_95" in found.metrics
+    assert AdaSkipConfig.parse({"profile": str(out)}).method == "first"
+    assert (out / "routers.safetensors").exists()
+
+
+def test_tune_writes_nothing_where_nothing_qualifies(folder: Path) -> None:
+    out = folder / "none"
+    said = adaskip("tune", "--out", out, *SMALL, "--max-drop", 0, "--plans", "exit", status=1)
+    assert "no profile" in said and not out.exists()
+
+
+def test_sweep(folder: Path) -> None:
+    said = adaskip("sweep", "--out", folder / "run", "--limit", 4, "--max-block", 1)
+    assert "SLEB" in said and (folder / "run" / "sweep.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--data", "nowhere.jsonl"], ["nowhere.jsonl"]),
+        (["--method", "nope"], ["'nope'", "allowed"]),
+        (["--plans", "nope"], ["'nope'", "uniform, random, exit"]),
+        (["--budget", "1.5"], ["1.5", "(0, 1]"]),
+        (["--skip", "[12]"], ["12", "0 to 11"]),
+        (["--skip", "{"], ["JSON"]),
+        (["--profile", "nowhere"], ["nowhere", "folder"]),
+    ],
+)
+def test_what_cannot_be_is_refused_before_any_model_is_loaded(
+    tmp_path: Path, arguments: list[str], words: list[str]
+) -> None:
+    said = adaskip("eval", "--out", tmp_path / "run", *arguments, status=2)
+    assert all(word in said for word in words) and not (tmp_path / "run").exists()
+
+
+def documented() -> list[str]:
+    """Every adaskip command in the docs, with its continuation lines."""
+    found = []
+    for page in sorted(DOCS.glob("*.md")):
+        prose_and_code = page.read_text().split("```")
+        for block in prose_and_code[1::2]:
+            lines = block.replace("\\\n", " ").splitlines()
+            found += [line for line in lines if line.startswith("adaskip ")]
+        for prose in prose_and_code[::2]:
+            found += re.findall(r"`(adaskip \w+ [^`]*)`", prose.replace("\n", " "))
+    return found
+
+
+@pytest.mark.parametrize("line", documented())
+def test_documented_commands_exist_with_their_options(line: str) -> None:
+    words = shlex.split(line)[1:]
+    command = typer.main.get_command(app)
+    context = typer.Context(command)
+    while hasattr(command, "commands"):  # a group: `fit first`
+        command = command.commands[words.pop(0)]
+    command.make_context(command.name, words, parent=context)
+
+
+def test_the_manifest_is_plain_json(folder: Path) -> None:
+    facts = json.loads((folder / "run" / "manifest.json").read_text())
+    assert facts["versions"]["vllm"] and facts["hardware"]["cores"] and facts["seed"] == 0
