@@ -14,7 +14,7 @@ help:
 	@echo "make demo   set up .venv and run the bundled model, a skip plan per sequence"
 	@echo "make test   set up .venv and run the tests"
 	@echo "make lint   ruff and mypy"
-	@echo "make bench  stock vLLM beside the plugin with nothing skipped; what filling K/V costs"
+	@echo "make bench  stock vLLM beside the plugin with nothing skipped; K/V fills; reading prompts"
 	@echo "make soak   the torture test for half an hour; make soak MINUTES=5 for less"
 	@echo "make train  train the bundled model again, into build/model (about an hour)"
 	@echo "make clean  remove .venv and caches"
@@ -38,6 +38,7 @@ lint: setup
 bench: setup
 	$(BIN)/python benchmarks/off_is_free.py --rounds $(ROUNDS)
 	$(BIN)/python benchmarks/paged_kv.py --rounds $(ROUNDS)
+	$(BIN)/python benchmarks/reading_prompts.py --rounds $(ROUNDS)
 
 soak: setup
 	$(BIN)/python tests/torture/soak.py --minutes $(MINUTES)

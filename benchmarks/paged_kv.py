@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `kv_fill` costs against a full layer, and what reading prompts costs at prefill.
+"""What `kv_fill` costs against a full layer.
 
 Engines live in one process and take turns, round by round, so that drift of the machine
-falls on all. First table: one batch decodes under one plan; what a strategy adds to the step,
-for each layer it fills, is set against the time of a layer that runs. Second table: one
-batch of prompts; the parts of reading them are timed inside the forward.
+falls on all. One batch decodes under one plan; what a strategy adds to the step, for each layer
+it fills, is set against the time of a layer that runs.
 
     python benchmarks/paged_kv.py --rounds 15
 """
@@ -14,7 +13,6 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -36,7 +34,7 @@ DECODED = 48
 
 
 def main(rounds: Annotated[int, typer.Option(min=3)] = 15) -> None:
-    """Time fills and prompt statistics on the bundled model."""
+    """Time fills on the bundled model."""
     from vllm import LLM
 
     from vllm_adaskip import bundled_model, engine_args
@@ -55,7 +53,6 @@ def main(rounds: Annotated[int, typer.Option(min=3)] = 15) -> None:
 
     fills = {fill: make(kv_fill=fill) for fill in ("none", "copy", "project")}
     Console().print(fill_table(fills, rounds))
-    Console().print(prompt_table(make(method="similarity", budget=0.75), rounds))
 
 
 def fill_table(engines: dict[str, Any], rounds: int) -> Table:
@@ -97,48 +94,6 @@ def decode(llm: Any, batch: int, skip: list[int]) -> float:
         return time.perf_counter() - start
 
     return (run(1 + DECODED) - run(1)) / DECODED
-
-
-def prompt_table(llm: Any, rounds: int) -> Table:
-    """Time spent in parts of reading prompts, as shares of the whole prefill."""
-    from vllm import SamplingParams
-
-    spent: dict[str, float] = {}
-
-    def timed(part: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapper(*args: Any) -> Any:
-            start = time.perf_counter()
-            result = call(*args)
-            spent[part] = spent.get(part, 0.0) + time.perf_counter() - start
-            return result
-
-        return wrapper
-
-    def watch(model: Any) -> None:
-        observer = model.adaskip.observer
-        observer.begin = timed("table", observer.begin)
-        observer.finish = timed("table", observer.finish)
-        observer.observe = timed("observe", observer.observe)
-
-    llm.apply_model(watch)
-    params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False)
-    shares: dict[str, list[float]] = {"table": [], "observe": []}
-    for round_ in track(range(rounds + 1), "prefill"):
-        # Other prompts each time: a plan that is remembered would not be decided again.
-        prompts = [{"prompt_token_ids": [round_ % 400, one, *[9] * 238]} for one in range(16)]
-        spent.clear()
-        start = time.perf_counter()
-        llm.generate(prompts, params, use_tqdm=False)
-        whole = time.perf_counter() - start
-        for part, values in shares.items():
-            if round_:
-                values.append(spent[part] / whole)
-    table = Table(
-        "statistics and decisions", "the method's own observing",
-        title="share of prefill, 16 prompts of 240 tokens (medians, quartiles)",
-    )  # fmt: skip
-    table.add_row(*(spread(values) for values in shares.values()))
-    return table
 
 
 def spread(values: list[float]) -> str:

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What methods that read prompts cost at prefill, timed inside the forward.
+
+Shares of the same prefill, so a busy machine hardly matters. The bundled model is so narrow
+that a pass over its residual stream weighs much; so also at the shape of Llama-3.2-1B, with
+random weights.
+
+    python benchmarks/reading_prompts.py --rounds 15
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+os.environ.update(
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    VLLM_CPU_KVCACHE_SPACE="1",
+    VLLM_LOGGING_LEVEL="ERROR",
+    OMP_NUM_THREADS="1",
+)
+
+#: Whose config is published with Llama-3.2-1B.
+LLAMA_1B = {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "vocab_size": 128_256,
+    "tie_word_embeddings": True,
+}
+TOKENS = 240
+
+
+def main(rounds: Annotated[int, typer.Option(min=3)] = 15) -> None:
+    """Time methods `similarity` and `first` on the bundled model and on a larger shape."""
+    from vllm_adaskip import bundled_model
+
+    table = Table(
+        "model", "prompts", "method", "statistics and decisions", "the method's own observing",
+        title=f"share of prefill, prompts of {TOKENS} tokens (medians, quartiles)",
+    )  # fmt: skip
+    with TemporaryDirectory() as folder:
+        large = write_shape(Path(folder) / "model")
+        for model, name, prompts in (
+            (bundled_model(), "bundled, hidden size 192", 16),
+            (large, "Llama-3.2-1B's shape, 2048", 1),
+        ):
+            for method, options in (
+                ("similarity", {"method": "similarity"}),
+                ("first, linear", {"profile": write_first(Path(folder) / "linear", model, 0)}),
+                ("first, 16 units", {"profile": write_first(Path(folder) / "units", model, 16)}),
+            ):
+                spent = shares(model, options, prompts, rounds)
+                table.add_row(name, str(prompts), method, *map(spread, spent.values()))
+    Console().print(table)
+
+
+def shares(
+    model: str, options: dict[str, Any], prompts: int, rounds: int
+) -> dict[str, list[float]]:
+    """Give, for each part of reading prompts, its share of the prefill in each round."""
+    from vllm import LLM, SamplingParams
+
+    from vllm_adaskip import engine_args
+
+    llm = LLM(
+        model,
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        max_model_len=512,
+        max_num_batched_tokens=4096,
+        enable_prefix_caching=False,
+        distributed_executor_backend="uni",
+        **engine_args(budget=0.75, **options),
+    )
+    spent: dict[str, float] = {}
+    llm.apply_model(lambda model: watch(model.adaskip.observer, spent))
+    params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False)
+    found: dict[str, list[float]] = {"table": [], "observe": []}
+    for round_ in track(range(rounds + 1), "prefill"):
+        # Other prompts each time: a plan that is remembered would not be decided again.
+        asked = [
+            {"prompt_token_ids": [round_ % 400, one, *[9] * (TOKENS - 2)]} for one in range(prompts)
+        ]
+        spent.clear()
+        start = time.perf_counter()
+        llm.generate(asked, params, use_tqdm=False)
+        whole = time.perf_counter() - start
+        for part, values in found.items():
+            if round_:  # the first warms up
+                values.append(spent[part] / whole)
+    llm.llm_engine.engine_core.shutdown()
+    return found
+
+
+def watch(observer: Any, spent: dict[str, float]) -> None:
+    """Have the parts of an observer add up what they take."""
+
+    def timed(part: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*args: Any) -> Any:
+            start = time.perf_counter()
+            result = call(*args)
+            spent[part] = spent.get(part, 0.0) + time.perf_counter() - start
+            return result
+
+        return wrapper
+
+    observer.begin = timed("table", observer.begin)
+    observer.finish = timed("table", observer.finish)
+    observer.observe = timed("observe", observer.observe)
+
+
+def write_shape(folder: Path) -> str:
+    """Write the config of a model; its weights are made up when it is loaded."""
+    from transformers import LlamaConfig
+
+    LlamaConfig(**LLAMA_1B, architectures=["LlamaForCausalLM"], dtype="bfloat16").save_pretrained(
+        folder
+    )
+    return str(folder)
+
+
+def write_first(folder: Path, model: str, width: int) -> str:
+    """Write a profile with routers that are not trained: they cost the same."""
+    from transformers import AutoConfig
+
+    from vllm_adaskip.classifiers.profile import Profile, fingerprint
+    from vllm_adaskip.classifiers.routers import Routers
+
+    config = AutoConfig.from_pretrained(model).to_dict()
+    profile = Profile(method="first", model=model, fingerprint=fingerprint(config))
+    profile.save(folder)
+    Routers(config["num_hidden_layers"], config["hidden_size"], width).save(folder)
+    return str(folder)
+
+
+def spread(values: list[float]) -> str:
+    """Give median and quartiles in per cent."""
+    low, middle, high = statistics.quantiles(values, n=4)
+    return f"{middle:.1%} ({low:.1%} to {high:.1%})"
+
+
+if __name__ == "__main__":
+    typer.run(main)
