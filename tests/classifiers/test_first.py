@@ -40,6 +40,18 @@ def test_layers_below_the_threshold_are_left_out_but_not_the_ends() -> None:
     assert skipped(first(keep_first=0, keep_last=1, threshold=0.1).plan(SCORES)) == [0]
 
 
+def test_a_target_is_looked_up_in_the_calibration_of_the_fit() -> None:
+    calibration = [[0.0, 0.0], [0.3, 0.1], [0.5, 0.5], [0.9, 0.6]]
+    for target, out in ((0.0, []), (0.1, [1]), (0.3, [1]), (0.31, [1, 3]), (0.5, [1, 3, 4])):
+        found = first(target_skip=target, calibration=calibration).plan(SCORES)
+        assert skipped(found) == out
+    for options in ({"calibration": calibration}, {}):
+        with pytest.raises(PlanError, match=r"target_skip 0\.7; allowed .* 0 to"):
+            first(target_skip=0.7, **options)
+    with pytest.raises(PlanError, match="ascend"):
+        first(target_skip=0.1, calibration=[[0.5, 0.1], [0.4, 0.2]])
+
+
 def test_a_budget_moves_the_threshold() -> None:
     assert skipped(first().plan(SCORES, 0.5)) == [1, 3, 4, 6]
     assert skipped(first(threshold=0.0).plan(SCORES, 0.8)) == [1, 3]

@@ -55,17 +55,22 @@ def test_dense_comes_first_and_doubles_are_dropped() -> None:
     assert distinct([*twice, DENSE]) == [DENSE, explicit([5, 6], 12)]
 
 
-def test_a_profile_by_itself_and_below_its_own_budget(tmp_path: Path) -> None:
+def test_a_profile_by_itself_below_its_own_budget_and_at_targets(tmp_path: Path) -> None:
     adaptive, fixed = str(tmp_path / "a"), str(tmp_path / "b")
     facts = {"model": "m", "fingerprint": "f"}
     Profile(method="first", budget=0.8, **facts).save(Path(adaptive))
     Profile(method="static", options={"skip": [5]}, **facts).save(Path(fixed))
-    found = list(profiled(adaptive, [0.9, 0.8, 0.5], "f"))
-    assert [(one.name, one.budget) for one in found] == [(adaptive, 0.8), (f"{adaptive} 0.5", 0.5)]
+    found = list(profiled(adaptive, [0.9, 0.8, 0.5], [0.25], "f"))
+    names = [adaptive, f"{adaptive} 0.5", f"{adaptive} -25%"]
+    assert [one.name for one in found] == names
+    assert [one.budget for one in found] == [0.8, 0.5, 0.8]
+    assert found[2].options == {"profile": adaptive, "target_skip": 0.25}
     assert {one.method for one in found} == {"first"}
-    assert [one.name for one in profiled(fixed, [0.9, 0.5], "f")] == [fixed]
+    assert [one.name for one in profiled(fixed, [0.9], [], "f")] == [fixed]
     with pytest.raises(ProfileError, match="fingerprint"):
-        list(profiled(fixed, [0.9], "another"))
+        list(profiled(fixed, [0.9], [], "another"))
+    with pytest.raises(ValueError, match=r"method 'static' .* no target"):
+        list(profiled(fixed, [], [0.25], "f"))
 
 
 def test_an_unknown_method_is_refused_with_those_that_exist() -> None:

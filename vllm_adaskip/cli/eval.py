@@ -31,6 +31,7 @@ def evaluate(
     plans: run.Families = None,
     skip: Annotated[list[str] | None, typer.Option(help="A plan as JSON, [5, 6].")] = None,
     budget: run.Budgets = None,
+    target_skip: run.Targets = None,
     draws: Annotated[int, typer.Option(min=1, help="Random plans for each budget.")] = 3,
     max_tokens: run.MaxTokens = 32,
     rounds: run.Rounds = 5,
@@ -54,7 +55,7 @@ def evaluate(
         settings = distinct([
             *(explicit(run.parsed(one, "--skip", list), manifest.num_layers) for one in skip or ()),
             *run.candidates(manifest.num_layers, plans, method, options, budget, draws, seed),
-            *run.profiles(profile, budget, manifest),
+            *run.profiles(profile, budget, target_skip, manifest),
         ])  # fmt: skip
         results = Results(out)
         run.answer_and_time(

@@ -49,6 +49,10 @@ Families = Annotated[
     typer.Option("--plans", help="Families of fixed plans: uniform, random, exit."),
 ]
 Budgets = Annotated[list[float] | None, typer.Option("--budget", help="Shares of compute to keep.")]
+Targets = Annotated[
+    list[float] | None,
+    typer.Option("--target-skip", help="Of profiles: shares of layers left out on average."),
+]
 MaxTokens = Annotated[
     int,
     typer.Option(min=1, help="Tokens of an answer (lm-eval tasks set theirs), and of a timed one."),
@@ -127,11 +131,14 @@ def candidates(
 
 
 def profiles(
-    names: Sequence[str] | None, budgets: Sequence[float] | None, manifest: Manifest
+    names: Sequence[str] | None,
+    budgets: Sequence[float] | None,
+    targets: Sequence[float] | None,
+    manifest: Manifest,
 ) -> Iterator[Setting]:
-    """Give each profile by itself and at each budget."""
+    """Give each profile by itself, and at the budgets and targets that the user names."""
     for name in names or ():
-        yield from known.profiled(name, budgets or BUDGETS, manifest.fingerprint)
+        yield from known.profiled(name, budgets or (), targets or (), manifest.fingerprint)
 
 
 def parsed(text: str, option: str, kind: type) -> Any:

@@ -35,6 +35,7 @@ def tune(
     profile: run.Profiles = None,
     plans: run.Families = None,
     budget: run.Budgets = None,
+    target_skip: run.Targets = None,
     max_tokens: run.MaxTokens = 32,
     rounds: run.Rounds = 5,
     batch: run.Batch = 16,
@@ -60,7 +61,7 @@ def tune(
             model, source, seed, max_model_len=max_model_len, enforce_eager=enforce_eager
         )
         found = run.candidates(manifest.num_layers, plans, method, options, budget, 1, seed)
-        settings = distinct([*found, *run.profiles(profile, budget, manifest)])
+        settings = distinct([*found, *run.profiles(profile, budget, target_skip, manifest)])
         results = Results(out.with_name(f"{out.name}-runs"))
         run.answer_and_time(
             results, manifest, settings, items,

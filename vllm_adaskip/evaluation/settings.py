@@ -90,16 +90,20 @@ def decided(method: str, options: dict[str, Any], budgets: Iterable[float]) -> I
         )
 
 
-def profiled(name: str, budgets: Iterable[float], model: str) -> Iterator[Setting]:
-    """Give a profile by itself, and at each budget below its own if its method can meet several.
+def profiled(
+    name: str, budgets: Iterable[float], targets: Iterable[float], model: str
+) -> Iterator[Setting]:
+    """Give a profile by itself, at each budget below its own, and at each target.
 
     Args:
         name: its folder or hub id.
-        budgets: shares of compute to keep, in (0, 1].
+        budgets: shares of compute that no sequence may exceed, in (0, 1].
+        targets: shares of layers to leave out on average, in [0, 1).
         model: fingerprint of the model that is evaluated.
 
     Raises:
         ProfileError: no profile, or one that was made for another model.
+        ValueError: its method has no such targets.
 
     """
     profile = Profile.load(located(name))
@@ -112,10 +116,14 @@ def profiled(name: str, budgets: Iterable[float], model: str) -> Iterator[Settin
         budget=profile.budget,
     )
     yield own
-    if profile.method != "static":  # which has one plan
-        for budget in budgets:
-            if budget < profile.budget:
-                yield own.model_copy(update={"name": f"{name} {budget:g}", "budget": budget})
+    for budget in budgets:
+        if budget < profile.budget and profile.method != "static":  # which has one plan
+            yield own.model_copy(update={"name": f"{name} {budget:g}", "budget": budget})
+    for target in targets:
+        if "target_skip" not in METHODS[profile.method].Options.model_fields:
+            raise ValueError(f"--target-skip: method {profile.method!r} of {name} has no target")
+        options = {"profile": name, "target_skip": target}
+        yield own.model_copy(update={"name": f"{name} -{target:.0%}", "options": options})
 
 
 def distinct(settings: Iterable[Setting]) -> list[Setting]:
