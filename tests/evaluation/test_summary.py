@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from evaluation.synthetic import PLAIN, answer, summary, timings
 
+from vllm_adaskip.evaluation.quality import interval
 from vllm_adaskip.evaluation.results import (
     ResultsError,
     Setting,
 )
 from vllm_adaskip.evaluation.settings import DENSE
-from vllm_adaskip.evaluation.summary import interval
 
 
 def test_items_are_paired_and_tasks_kept_apart() -> None:

@@ -13,8 +13,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from vllm_adaskip.evaluation.quality import Quality, loss_to
 from vllm_adaskip.evaluation.results import Answer, Manifest, Setting
-from vllm_adaskip.evaluation.summary import Column, Quality, SettingSummary, Summary, loss_to
+from vllm_adaskip.evaluation.summary import Column, SettingSummary, Summary
 
 _DROP = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(%|points?)?", re.ASCII)
 
