@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from vllm_adaskip.classifiers.hub import located
 from vllm_adaskip.classifiers.lora import Lora
 from vllm_adaskip.engine import compat
+from vllm_adaskip.engine.compat.kernels import with_kernels
 from vllm_adaskip.engine.layout import Subset
 from vllm_adaskip.engine.runtime import SkipRuntime
 from vllm_adaskip.engine.step_plan import Passing, Segment, StepPlan
@@ -38,6 +39,9 @@ class SkippingDecoder(nn.Module):
         super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
         compat.enable_amx()
         self.adaskip = SkipRuntime(vllm_config, map(self.attention_of, self.model.layers))
+        #: What steps run in which something is skipped or observed; not registered once more.
+        *layers, norm = with_kernels([*self.model.layers, self.model.norm])
+        self._layers, self._norm = tuple(layers), (norm,)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Any:
         """Load a checkpoint, with the profile's LoRA adapter merged into it if it has one."""
@@ -86,7 +90,7 @@ class SkippingDecoder(nn.Module):
             else:
                 stream = self._run_subset(piece, piece.subset, positions, stream)
         self.adaskip.end_step()
-        hidden: Tensor = self.model.norm(*stream)[0]
+        hidden: Tensor = self._norm[0](*stream)[0]
         return hidden
 
     def _run_subset(
@@ -98,7 +102,7 @@ class SkippingDecoder(nn.Module):
         return _scatter(stream, subset.tokens, part)
 
     def _pass_by(self, passing: Passing, positions: Tensor, stream: Stream) -> None:
-        layer, tokens = self.model.layers[passing.layer], passing.tokens
+        layer, tokens = self._layers[passing.layer], passing.tokens
         hidden, residual = _gather(stream, tokens)
         if residual is not None and isinstance(tokens, slice):
             hidden, residual = hidden.clone(), residual.clone()  # vLLM's norm works in place
@@ -109,7 +113,7 @@ class SkippingDecoder(nn.Module):
         if self.adaskip.observer.values is not None:
             return self._run_observed(segment, positions, stream)
         for index, part in segment.parts:
-            layer = self.model.layers[index]
+            layer = self._layers[index]
             if part == "layer":
                 stream = layer(positions, *stream)
             elif part == "attention":
@@ -122,7 +126,7 @@ class SkippingDecoder(nn.Module):
         """Run one sub-layer after the other, and show the method what each changed."""
         tokens = None if segment.subset is None else segment.subset.tokens
         for sub_layer in segment.sub_layers:
-            layer = self.model.layers[sub_layer // 2]
+            layer = self._layers[sub_layer // 2]
             if sub_layer % 2 == 0:
                 stream = self.run_attention(layer, positions, stream)
             else:

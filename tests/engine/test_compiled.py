@@ -12,9 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from batches import Entries, greedy, random_plan, random_prompts
 from conftest import TINY_LAYERS, TINY_SHAPE
 from reference import Reference
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vllm_adaskip import DecoderShape, engine_args
 from vllm_adaskip.classifiers.similarity import Similarity, SimilarityOptions
@@ -54,3 +56,36 @@ def test_compiled_gives_the_tokens_of_the_reference(
                 for prompt, plan in zip(prompts, followed, strict=True)
             ]
             assert got == want
+
+
+def test_planned_steps_run_kernels_and_the_layers_stay_stock_vllm_s(
+    engine: Callable[..., Any], tiny_llama: str
+) -> None:
+    llm = engine(tiny_llama, enforce_eager=False, **engine_args())
+    stock, planned = llm.apply_model(
+        lambda model: [operators(one) for one in (model.model.layers[0], model._layers[0])]
+    )[0]
+    assert "_C::fused_add_rms_norm" in planned and "_C::fused_add_rms_norm" not in stock
+    parameters = llm.apply_model(
+        lambda model: [
+            [each.data_ptr() for each in layer.parameters()]
+            for layer in (model.model.layers[0], model._layers[0])
+        ]
+    )[0]
+    assert parameters[0] == parameters[1]  # shared, not copied
+
+
+def operators(layer: Any) -> list[str]:
+    """Name the operators that a layer's second norm runs."""
+    names: list[str] = []
+
+    class Log(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, op: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            names.append(op.name())
+            return op(*args, **(kwargs or {}))
+
+    with Log():
+        layer.post_attention_layernorm(torch.ones(2, 128), torch.ones(2, 128))
+    return names
