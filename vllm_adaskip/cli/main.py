@@ -5,10 +5,14 @@ from __future__ import annotations
 
 import typer
 
+from vllm_adaskip.cli.ablate import ablate
 from vllm_adaskip.cli.demo import demo
 from vllm_adaskip.cli.doctor import doctor
 from vllm_adaskip.cli.eval import evaluate
+from vllm_adaskip.cli.fit import fit
+from vllm_adaskip.cli.fit_first import first
 from vllm_adaskip.cli.oracle import oracle
+from vllm_adaskip.cli.publish import publish
 from vllm_adaskip.cli.report import report
 from vllm_adaskip.cli.serve import serve
 from vllm_adaskip.cli.sweep import sweep
@@ -24,6 +28,10 @@ app.command()(doctor)
 app.command()(demo)
 app.command("eval")(evaluate)
 app.command()(report)
+fit.command()(first)
+app.add_typer(fit, name="fit")
+app.add_typer(ablate, name="ablate")
+app.command()(publish)
 app.command()(tune)
 app.command()(sweep)
 app.command()(oracle)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the bundled trained model lies."""
+"""Where the bundled trained model lies, and the profiles that were fitted to it."""
 
 from __future__ import annotations
 
@@ -20,3 +20,17 @@ def bundled_model() -> str:
             "train them with: python -m vllm_adaskip.testbed.train --out <that directory>"
         )
     return str(path)
+
+
+def bundled_profile(method: str) -> str:
+    """Give the path of the ready profile of a method for the bundled model.
+
+    Raises:
+        ValueError: there is none for this method.
+
+    """
+    folder = Path(__file__).parent / "profiles"
+    ready = sorted(one.name for one in folder.iterdir() if one.is_dir())
+    if method not in ready:
+        raise ValueError(f"no bundled profile for {method!r:.80}; there are: {', '.join(ready)}")
+    return str(folder / method)

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all of ``adaskip fit`` shares: options, examples and model, progress, how to go on."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from vllm_adaskip.cli.run import console
+from vllm_adaskip.testbed.bundled import bundled_model
+
+if TYPE_CHECKING:
+    from vllm_adaskip.evaluation.sweep import Sample
+
+fit = typer.Typer(help="Train what a method needs for one model, as a profile.")
+
+Out = Annotated[Path, typer.Option(help="Folder for the profile; a stopped fit goes on.")]
+Data = Annotated[
+    str,
+    typer.Option(
+        help="bundled, bundled:sum,hop, hub:NAME, hub:NAME:SPLIT, hub:NAME:SPLIT:CONFIG, or a "
+        "file of JSON lines, whose references are the answers."
+    ),
+]
+PromptColumn = Annotated[str, typer.Option(help="Of a data set of the hub.")]
+AnswerColumn = Annotated[str, typer.Option(help="Of a data set of the hub.")]
+Limit = Annotated[int, typer.Option(min=1, help="Examples of each task.")]
+Batch = Annotated[int, typer.Option(min=1, help="Examples in one step.")]
+Seed = Annotated[int, typer.Option(help="Of all that is drawn.")]
+Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1.")]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model that is fitted, not loaded yet, and the examples as its tokens.
+
+    Attributes:
+        name: as the user wrote it; ``bundled`` where nothing was written.
+        path: what transformers loads.
+        config: the model's, as a dict.
+
+    """
+
+    name: str
+    path: str
+    config: dict[str, Any]
+    samples: list[Sample]
+
+
+def subject(
+    model: str, data: str, columns: tuple[str, str], limit: int, batch: int, seed: int
+) -> Subject:
+    """Read the examples, then the model's config and tokenizer; refuse what cannot be used.
+
+    Raises:
+        ValueError: the message names the example, and its file and line if there are any.
+
+    """
+    # Read when torch and tqdm are imported. The bundled model is too small to share a step.
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    if not model:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    from vllm_adaskip.classifiers.fit.examples import load_examples
+
+    items = load_examples(data, limit=limit, seed=seed, batch=batch, columns=columns)
+    from transformers import AutoConfig, AutoTokenizer
+
+    from vllm_adaskip.evaluation.sweep import sample
+
+    path = model or bundled_model()
+    config = AutoConfig.from_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    samples = [sample(item, tokenizer, end=True) for item in items]
+    allowed = getattr(config.get_text_config(), "max_position_embeddings", None)
+    for item, one in zip(items, samples, strict=True):
+        if allowed is not None and len(one.ids) > allowed:
+            raise ValueError(f"{item.item}: {len(one.ids)} tokens; the model allows {allowed}")
+    return Subject(model or "bundled", path, config.to_dict(), samples)
+
+
+def loaded(one: Subject, device: str) -> Any:
+    """Load the model: as stored on a GPU, float32 on a CPU."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    name = device
+    if device == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        where = torch.device(name)
+        dtype = torch.float32 if where.type == "cpu" else "auto"
+        model = AutoModelForCausalLM.from_pretrained(one.path, dtype=dtype).eval().to(where)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {device!r:.80}: {reason}; allowed: auto, cpu, cuda") from None
+    model.name_or_path = one.name  # what an adapter says that it is for
+    return model
+
+
+@contextmanager
+def progress(steps: int) -> Iterator[Callable[[str, int], None]]:
+    """Show a bar; give what is told what is being done, and how many more steps are."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    with Progress(*columns, TimeRemainingColumn(), console=console) as shown:
+        bar = shown.add_task("", total=steps)
+        yield lambda what, done: shown.update(bar, description=what, advance=done)
+
+
+def how_to_go_on(one: Subject, out: Path) -> None:
+    """Print how to serve the profile, and how to measure it."""
+    model = one.name if one.name != "bundled" else one.path
+    profile = shlex.quote(str(out))
+    serve = f"vllm serve --model {shlex.quote(model)} --plugin adaskip"
+    named = "" if one.name == "bundled" else f"--model {shlex.quote(model)} "
+    lines = {
+        f"profile: {out}; serve it with": f"{serve} --additional-config.adaskip.profile {profile}",
+        "measure it with": f"adaskip eval {named}--profile {profile} --out {profile}-eval",
+    }
+    for what, command in lines.items():
+        console.print(what, style="bold", markup=False, soft_wrap=True)
+        console.print(command, markup=False, soft_wrap=True, highlight=False)
