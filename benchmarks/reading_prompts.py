@@ -45,7 +45,7 @@ TOKENS = 240
 
 
 def main(rounds: Annotated[int, typer.Option(min=3)] = 15) -> None:
-    """Time methods `similarity` and `first` on the bundled model and on a larger shape."""
+    """Time methods that read prompts on the bundled model and on a larger shape."""
     from vllm_adaskip import bundled_model
 
     table = Table(
@@ -60,6 +60,7 @@ def main(rounds: Annotated[int, typer.Option(min=3)] = 15) -> None:
         ):
             for method, options in (
                 ("similarity", {"method": "similarity"}),
+                ("ffn-skip", {"method": "ffn-skip"}),
                 ("first, linear", {"profile": write_first(Path(folder) / "linear", model, 0)}),
                 ("first, 16 units", {"profile": write_first(Path(folder) / "units", model, 16)}),
             ):

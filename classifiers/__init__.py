@@ -1,8 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Methods that decide skip plans. Never imports vLLM."""
 
-from vllm_adaskip.classifiers.base import Classifier, MethodOptions, Observe, PromptStatistics
+from vllm_adaskip.classifiers.base import (
+    Classifier,
+    MethodOptions,
+    Observe,
+    PromptStatistics,
+    TokenGate,
+)
 from vllm_adaskip.classifiers.dense import Dense
+from vllm_adaskip.classifiers.ffn_skip import FfnSkip
 from vllm_adaskip.classifiers.first import First
 from vllm_adaskip.classifiers.plan import DecoderShape, PlanError, SkipPlan
 from vllm_adaskip.classifiers.similarity import Similarity
@@ -10,6 +17,7 @@ from vllm_adaskip.classifiers.static import Static
 
 #: Every method by the name that users write, hyphens included.
 METHODS: dict[str, type[Classifier]] = {
+    "ffn-skip": FfnSkip,
     "first": First,
     "none": Dense,
     "similarity": Similarity,
@@ -25,4 +33,5 @@ __all__ = [
     "PlanError",
     "PromptStatistics",
     "SkipPlan",
+    "TokenGate",
 ]

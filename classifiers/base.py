@@ -45,6 +45,52 @@ class PromptStatistics:
     last: NDArray[np.float64]
 
 
+class TokenGate(ABC):
+    """Decides inside a forward which generated tokens leave out more than their plan does.
+
+    For methods that go by what becomes of a token on its way through the layers. One object
+    serves one engine. At each forward `begin` is called; then, in running order, for each of
+    ``sub_layers`` that anybody's plan runs, `closed`, and, if anybody went through it,
+    `observe`. What is decided about a token must depend on its own stream and age alone,
+    not on who else is in the batch (isolation): then a sequence that was preempted gets the same
+    decisions again when its tokens are replayed in one query (purity).
+
+    Attributes:
+        sub_layers: those that the gate may close, MLP ``2 * l + 1``. Attention would also
+            need the backend's metadata for whoever is left, and K/V written for the others.
+
+    """
+
+    sub_layers: frozenset[int]
+
+    @abstractmethod
+    def begin(self, ages: NDArray[np.int64], planned: NDArray[np.int64]) -> bool:
+        """Start a forward; False if it will close nothing.
+
+        Args:
+            ages: ``[tokens]`` how many generated tokens of its sequence came before each;
+                negative: the token is not the gate's business.
+            planned: ``[tokens]`` how many of ``sub_layers`` its plan leaves out anyhow.
+
+        """
+
+    @abstractmethod
+    def closed(self, sub_layer: int) -> NDArray[np.bool_] | None:
+        """Give ``[tokens]``, True where a token leaves the sub-layer out; None for nobody."""
+
+    @abstractmethod
+    def observe(self, sub_layer: int, before: Tensor, update: Tensor) -> None:
+        """See what a sub-layer just did.
+
+        Args:
+            sub_layer: one of ``sub_layers``.
+            before: ``[tokens, hidden_size]`` the residual stream before it, in the model's dtype.
+            update: ``[tokens, hidden_size]`` what it adds; both are meaningless for tokens that
+                left it out.
+
+        """
+
+
 class Classifier(ABC):
     """Decides, at prefill, the plan that a sequence follows while it decodes.
 
@@ -52,13 +98,17 @@ class Classifier(ABC):
     constructor that refuses options which do not fit the model (`ValueError`), `check`
     and `decide`. Both are pure functions, so that every tensor-parallel rank and every
     repetition of a request gets the same plan. A method that reads the prompt sets
-    ``width`` and brings an `observer`.
+    ``width`` and brings an `observer`; one that decides token by token sets
+    ``gates_tokens`` and brings a `gate`, which adds to the plan.
     """
 
     Options: ClassVar[type[MethodOptions]] = MethodOptions
 
     #: float32 values kept of each prompt token; 0: the method does not read the prompt.
     width: int = 0
+
+    #: Whether generated tokens may leave out more than their sequence's plan, see `gate`.
+    gates_tokens: bool = False
 
     @abstractmethod
     def __init__(
@@ -103,3 +153,7 @@ class Classifier(ABC):
 
         """
         raise NotImplementedError(f"{type(self).__name__} has width {self.width} but no observer")
+
+    def gate(self, hidden_size: int, device: torch.device) -> TokenGate:
+        """Give what decides inside the forward, for one engine of this process."""
+        raise NotImplementedError(f"{type(self).__name__} gates tokens but has no gate")

@@ -48,7 +48,12 @@ class Similarity(Classifier):
 
     def observer(self, hidden_size: int, device: torch.device) -> Observe:
         """Keep each token's cosine similarity of the stream before and after."""
-        return _similarities
+        from vllm_adaskip.classifiers.cosine import cosine  # here: it loads torch
+
+        def observe(sub_layer: int, before: Tensor, update: Tensor, values: Tensor) -> None:
+            values[:, sub_layer] = cosine(before, update)
+
+        return observe
 
     def decide(self, budget: float, prompt: PromptStatistics | None) -> SkipPlan:
         """Leave out the most similar sub-layers until the budget is met."""
@@ -62,16 +67,6 @@ class Similarity(Classifier):
             skipped.append(sub_layer)
             plan = _plan(self._shape, skipped)
         return plan
-
-
-def _similarities(sub_layer: int, before: Tensor, update: Tensor, values: Tensor) -> None:
-    # From three dot products, a fifteenth of the time of torch's cosine_similarity.
-    from torch.linalg import vecdot  # here, so that torch is not loaded to name methods
-
-    old, new = before.float(), update.float()
-    old_old, old_new, new_new = vecdot(old, old), vecdot(old, new), vecdot(new, new)
-    after_after = old_old + 2 * old_new + new_new
-    values[:, sub_layer] = (old_old + old_new) * (old_old * after_after).rsqrt()
 
 
 def _plan(shape: DecoderShape, sub_layers: list[int]) -> SkipPlan:

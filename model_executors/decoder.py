@@ -20,7 +20,6 @@ from vllm_adaskip.classifiers.hub import located
 from vllm_adaskip.classifiers.lora import Lora
 from vllm_adaskip.engine import compat
 from vllm_adaskip.engine.compat.kernels import with_kernels
-from vllm_adaskip.engine.layout import Subset
 from vllm_adaskip.engine.runtime import SkipRuntime
 from vllm_adaskip.engine.step_plan import Passing, Segment, StepPlan
 
@@ -82,23 +81,36 @@ class SkippingDecoder(nn.Module):
 
     def _run_step(self, step: StepPlan, positions: Tensor, embeddings: Tensor) -> Tensor:
         stream: Stream = (embeddings, None)
+        guarded = self.adaskip.gate.guarded
         for piece in step.pieces:
             if isinstance(piece, Passing):
                 self._pass_by(piece, positions, stream)
-            elif piece.subset is None:
-                stream = self._run_segment(piece, positions, stream)
+            elif piece.sub_layers[0] in guarded:
+                stream = self._run_guarded(piece, positions, stream)
             else:
-                stream = self._run_subset(piece, piece.subset, positions, stream)
+                stream = self._run_segment(piece, positions, stream)
         self.adaskip.end_step()
         hidden: Tensor = self._norm[0](*stream)[0]
         return hidden
 
-    def _run_subset(
-        self, segment: Segment, subset: Subset, positions: Tensor, stream: Stream
-    ) -> Stream:
+    def _run_guarded(self, guarded: Segment, positions: Tensor, stream: Stream) -> Stream:
+        """Run a sub-layer for the tokens that its gate lets through, and show the gate."""
+        segment = self.adaskip.gate.narrowed(guarded)
+        if segment is None:
+            return stream
+        stream = self._run_segment(segment, positions, stream)
+        update, before = stream
+        assert before is not None
+        self.adaskip.gate.observe(segment, before, update)
+        return stream
+
+    def _run_segment(self, segment: Segment, positions: Tensor, stream: Stream) -> Stream:
+        """Run the segment's sub-layers for its tokens; other tokens' rows stay as they are."""
+        if (subset := segment.subset) is None:
+            return self._run_sub_layers(segment, positions, stream)
         with self.adaskip.using(segment):
             part = _gather(stream, subset.tokens)
-            part = self._run_segment(segment, positions[subset.tokens], part)
+            part = self._run_sub_layers(segment, positions[subset.tokens], part)
         return _scatter(stream, subset.tokens, part)
 
     def _pass_by(self, passing: Passing, positions: Tensor, stream: Stream) -> None:
@@ -109,7 +121,7 @@ class SkippingDecoder(nn.Module):
         key, value = self.project_kv(layer, positions[tokens], (hidden, residual))
         self.adaskip.kv_fill.write(passing, key, value)
 
-    def _run_segment(self, segment: Segment, positions: Tensor, stream: Stream) -> Stream:
+    def _run_sub_layers(self, segment: Segment, positions: Tensor, stream: Stream) -> Stream:
         if self.adaskip.observer.values is not None:
             return self._run_observed(segment, positions, stream)
         for index, part in segment.parts:

@@ -9,6 +9,7 @@ says.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +18,46 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from vllm_adaskip import SkipPlan
 from vllm_adaskip.classifiers import Classifier, PromptStatistics
+
+
+@dataclass
+class MlpRule:
+    """FFN-SkipLLM (arXiv 2404.03865) for each generated token, as plainly as it can be written.
+
+    Attributes:
+        middle: layers whose MLPs may be left out.
+        left_out: of each generated token, the MLPs it left out beyond its plan.
+        margin: smallest distance of a similarity to the threshold; near float32 rounding
+            another order of summation may rightly decide otherwise.
+
+    """
+
+    middle: range
+    threshold: float
+    warm_up: int = 0
+    max_skip: int = 1_000_000
+    left_out: list[list[int]] = field(default_factory=list)
+    margin: float = float("inf")
+
+    def start(self, plan: SkipPlan) -> None:
+        """Begin with the next generated token."""
+        self.is_watching, self.is_skipping = len(self.left_out) >= self.warm_up, False
+        self.left = self.max_skip - sum(plan.mlp >> layer & 1 for layer in self.middle)
+        self.left_out.append([])
+
+    def leaves_out(self, layer: int) -> bool:
+        if not self.is_skipping or layer not in self.middle or not self.left:
+            return False
+        self.left -= 1
+        self.left_out[-1].append(layer)
+        return True
+
+    def saw(self, layer: int, before: torch.Tensor, after: torch.Tensor) -> None:
+        if self.is_watching and layer in self.middle:
+            similarity = torch.cosine_similarity(before, after, dim=-1).item()
+            self.margin = min(self.margin, abs(similarity - self.threshold))
+            if similarity >= self.threshold:
+                self.is_watching, self.is_skipping = False, True
 
 
 class Reference:
@@ -37,12 +78,13 @@ class Reference:
         *,
         kv_fill: str = "none",
         then: tuple[int, Sequence[int | str]] | None = None,
+        rule: MlpRule | None = None,
     ) -> tuple[list[int], float]:
         """Give greedy tokens, and the smallest gap between the two best logits on the way.
 
         A gap near float32 rounding means that another order of summation may rightly
         choose another token; callers check it. ``then=(n, other)`` follows another plan
-        once ``n`` tokens are there.
+        once ``n`` tokens are there. A fresh ``rule`` leaves out more than the plan.
         """
         plan = SkipPlan.parse(skip, self.num_layers)
         cache = DynamicCache(config=self.model.config)
@@ -57,7 +99,7 @@ class Reference:
             if then and len(tokens) == then[0]:
                 plan = SkipPlan.parse(then[1], self.num_layers)
             position = len(prompt) + len(tokens) - 1
-            logits = self._step(tokens[-1], position, plan, cache, kv_fill)
+            logits = self._step(tokens[-1], position, plan, cache, kv_fill, rule)
 
     @torch.inference_mode()
     def observe(self, prompt: Sequence[int], classifier: Classifier) -> PromptStatistics:
@@ -82,8 +124,16 @@ class Reference:
         return PromptStatistics(len(prompt), values.mean(dim=0).numpy(), values[-1].numpy())
 
     def _step(
-        self, token: int, position: int, plan: SkipPlan, cache: DynamicCache, kv_fill: str
+        self,
+        token: int,
+        position: int,
+        plan: SkipPlan,
+        cache: DynamicCache,
+        kv_fill: str,
+        rule: MlpRule | None,
     ) -> torch.Tensor:
+        rule = rule or MlpRule(range(0), 0)
+        rule.start(plan)
         decoder = self.model.model
         hidden = decoder.embed_tokens(torch.tensor([[token]]))
         rotary = decoder.rotary_emb(hidden, torch.tensor([[position]]))
@@ -98,8 +148,10 @@ class Reference:
                 hidden = hidden + update
             elif kv_fill == "project":
                 self._project(index, layer.input_layernorm(hidden), rotary, cache)
-            if not plan.mlp >> index & 1:
-                hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+            if not plan.mlp >> index & 1 and not rule.leaves_out(index):
+                before = hidden
+                hidden = before + layer.mlp(layer.post_attention_layernorm(before))
+                rule.saw(index, before[0, 0], hidden[0, 0])
         if kv_fill == "copy":
             self._copy(plan, cache)
         return self.model.lm_head(decoder.norm(hidden))[0, -1]

@@ -17,6 +17,7 @@ HIDDEN = 16
 
 #: Options with which every method can be made; a new method must be added here.
 EXAMPLES: dict[str, dict[str, object]] = {
+    "ffn-skip": {},
     "first": {"codebook": [[1], [1, 2]]},
     "none": {},
     "similarity": {},

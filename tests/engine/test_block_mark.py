@@ -47,6 +47,18 @@ def test_dense_requests_have_none_unless_a_method_reads_prompts() -> None:
     assert block_mark(reads, {"adaskip": "off"}, 9) is not None
 
 
+def test_gated_requests_have_one_of_their_own() -> None:
+    gated = planner(method="ffn-skip", method_options={"scope": "token"})
+    marks = [
+        block_mark(gated, None, 9),
+        block_mark(gated, None, 8),
+        block_mark(gated, {"adaskip_budget": 0.9}, 9),
+        block_mark(gated, {"adaskip_skip": ["mlp:2"]}, 9),  # the plan that meets the budget
+    ]
+    assert len({one() for one in marks if one}) == 4
+    assert block_mark(gated, {"adaskip": "off"}, 9) is None  # the method reads no prompts
+
+
 def test_budgets_tell_decided_plans_apart() -> None:
     reads = planner(method="similarity", budget=0.9)
     marks = [block_mark(reads, args, 9) for args in (None, {"adaskip_budget": 0.7})]

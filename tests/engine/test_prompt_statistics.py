@@ -27,9 +27,13 @@ from vllm_adaskip.engine.planner import Planner
 from vllm_adaskip.engine.state import _digest
 
 BUDGET = 0.6
-#: What is read of a prompt: means of all sub-layers, votes of all tokens, the last token alone.
+#: A smaller one, that all methods can meet.
+LESS = 0.45
+#: What is read of a prompt: means of all sub-layers, means of MLPs against a threshold, votes of
+#: all tokens, the last token alone.
 METHODS: dict[str, dict[str, Any]] = {
     "similarity": {},
+    "ffn-skip": {"threshold": 0.94, "keep_last": 0, "budget": 0.8},
     "first, fraction": {"reduce": "fraction"},
     "first, last": {"reduce": "last", "width": 8, "codebook": [[2, 3, 5], [4, 5], [1, 4, 6], [3]]},
 }
@@ -44,7 +48,8 @@ class Method:
         facts = AdaSkipConfig.parse(options).facts(DecoderShape(*TINY_SHAPE))
         self._classifier = Planner(facts).classifier
 
-    def plan(self, prompt: list[int], budget: float = BUDGET) -> SkipPlan:
+    def plan(self, prompt: list[int], budget: float | None = None) -> SkipPlan:
+        budget = budget or self.options["budget"]
         return self._classifier.decide(budget, self.reference.observe(prompt, self._classifier))
 
     def check(self, llm: Any, prompts: list[list[int]], tokens: int = 12) -> None:
@@ -61,11 +66,11 @@ class Method:
 def method(
     request: pytest.FixtureRequest, tiny_llama: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Method:
-    options = {"method": request.param}
+    options = {"method": request.param, **METHODS[request.param]}
     if request.param.startswith("first"):
         folder = tmp_path_factory.mktemp("profile")
         options = {"profile": write_first(folder, tiny_llama, **METHODS[request.param])}
-    return Method({**options, "budget": BUDGET}, Reference(tiny_llama))
+    return Method({"budget": BUDGET, **options}, Reference(tiny_llama))
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +152,7 @@ def test_with_parallel_samples_budgets_and_dense_requests(
     prompt = random_prompts(36, 1, longest=90)[0]
     arguments: list[tuple[dict[str, Any] | None, SkipPlan]] = [
         (None, method.plan(prompt)),
-        ({"adaskip_budget": 0.4}, method.plan(prompt, 0.4)),
+        ({"adaskip_budget": LESS}, method.plan(prompt, LESS)),
         ({"adaskip": "off"}, SkipPlan(TINY_LAYERS)),
         ({"adaskip_skip": [3]}, SkipPlan.parse([3], TINY_LAYERS)),
     ]

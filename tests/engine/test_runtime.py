@@ -24,7 +24,9 @@ class Step:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *skips: list[int | str]) -> None:
         vllm_config: Any = SimpleNamespace(
-            compilation_config=SimpleNamespace(static_forward_context={})
+            compilation_config=SimpleNamespace(static_forward_context={}),
+            model_config=SimpleNamespace(get_hidden_size=lambda: 8),
+            device_config=SimpleNamespace(device=torch.device("cpu")),
         )
         state = SkipState(Planner(EngineFacts(DecoderShape(LAYERS, 1, 3))), 4)
         self.table = state.table

@@ -12,27 +12,29 @@ from vllm_adaskip.engine.table import SequenceTable, Undecided
 LAYERS, ROWS = 3, 6
 rows = st.integers(0, ROWS - 1)
 masks = st.integers(0, (1 << LAYERS) - 1)
+prompts = st.integers(1, 99)
+flags = st.booleans()
 
 
 class TableFollowsBatch(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.table = SequenceTable(LAYERS, ROWS)
-        self.model: dict[int, tuple[SkipPlan | Undecided, int]] = {}
+        self.model: dict[int, tuple[SkipPlan | Undecided, int, bool]] = {}
         self.entered = 0
 
-    @rule(row=rows, attention=masks, mlp=masks, prompt=st.integers(1, 99), is_new=st.booleans())
-    def add(self, row: int, attention: int, mlp: int, prompt: int, is_new: bool) -> None:
-        plan = SkipPlan(LAYERS, attention, mlp)
-        self.table.add(row, plan, prompt, is_new=is_new)
-        self.model[row] = plan, prompt
+    @rule(row=rows, masks=st.tuples(masks, masks), prompt=prompts, is_new=flags, gated=flags)
+    def add(self, row: int, masks: tuple[int, int], prompt: int, is_new: bool, gated: bool) -> None:
+        plan = SkipPlan(LAYERS, *masks)
+        self.table.add(row, plan, prompt, is_new=is_new, gated=gated)
+        self.model[row] = plan, prompt, gated
         self.entered += is_new
 
-    @rule(row=rows, prompt=st.integers(1, 99))
+    @rule(row=rows, prompt=prompts)
     def add_undecided(self, row: int, prompt: int) -> None:
         undecided = Undecided(bytes([row, prompt]), 0.5)
         self.table.add(row, undecided, prompt)
-        self.model[row] = undecided, prompt
+        self.model[row] = undecided, prompt, False
         self.entered += 1
 
     @rule(row=rows, attention=masks)
@@ -40,7 +42,7 @@ class TableFollowsBatch(RuleBasedStateMachine):
         if row in self.model:
             plan = SkipPlan(LAYERS, attention)
             self.table.follow(row, plan)
-            self.model[row] = plan, self.model[row][1]
+            self.model[row] = plan, *self.model[row][1:]
 
     @rule(row=rows)
     def remove(self, row: int) -> None:
@@ -75,12 +77,13 @@ class TableFollowsBatch(RuleBasedStateMachine):
         assert self.table.requests == self.entered
         assert self.table.live_rows == len(self.model)
         for row in range(ROWS):
-            plan, prompt = self.model.get(row, (SkipPlan(LAYERS), 0))
+            plan, prompt, gated = self.model.get(row, (SkipPlan(LAYERS), 0, False))
             waits = isinstance(plan, Undecided)
             assert self.table.undecided.get(row) == (plan if waits else None)
             mask = np.zeros(2 * LAYERS, bool) if isinstance(plan, Undecided) else plan.mask()
             assert (self.table.skips[row] == mask).all()
             assert self.table.prompt_lens[row] == prompt
+            assert self.table.gated[row] == gated
 
 
 TestTableFollowsBatch = TableFollowsBatch.TestCase

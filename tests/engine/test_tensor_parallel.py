@@ -12,16 +12,18 @@ from pathlib import Path
 import pytest
 from batches import Entries, random_prompts
 from conftest import TINY_SHAPE
-from reference import Reference
+from reference import MlpRule, Reference
 
 from vllm_adaskip import DecoderShape
 from vllm_adaskip.classifiers.similarity import Similarity, SimilarityOptions
 
-#: None: decided from the prompt.
+#: None: decided by the method, from the prompt or token by token.
 PLANS: list[Entries | None] = [[], [2, 3], ["attn:4", "mlp:5"], [0], None, ["mlp:0"], None, None]
 TOKENS = 10
 BUDGET = 0.6
 METHOD = Similarity(DecoderShape(*TINY_SHAPE), SimilarityOptions())
+READING = {"method": "similarity", "budget": BUDGET, "kv_fill": "copy"}
+GATING = {"method": "ffn-skip", "scope": "token", "threshold": 0.9, "warm_up": 2}
 
 #: A process of its own, because vLLM's CPU backend then binds each rank to a core.
 SCRIPT = """
@@ -31,24 +33,26 @@ from vllm import LLM
 from vllm_adaskip import engine_args
 
 if __name__ == "__main__":
-    model, prompts, plans, tokens = json.loads(sys.argv[1])
+    model, prompts, plans, tokens, options = json.loads(sys.argv[1])
     llm = LLM(model, dtype="float32", skip_tokenizer_init=True, enforce_eager=True,
               max_model_len=256, tensor_parallel_size=2, block_size=32,
               max_num_batched_tokens=48, max_num_seqs=16,
-              **engine_args(method="similarity", budget=0.6, kv_fill="copy"))
+              **engine_args(**options))
     greedy(llm, prompts, plans, tokens)  # again, now from the prefix cache
     print(json.dumps([greedy(llm, prompts, plans, tokens), llm.collective_rpc("adaskip_report")]))
 """
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two ranks need two cores")
+@pytest.mark.parametrize("options", [READING, GATING], ids=["reading", "gating"])
 def test_two_ranks_give_the_reference_s_tokens_and_equal_reports(
-    tiny_llama: str, tmp_path: Path
+    tiny_llama: str, tmp_path: Path, options: dict[str, object]
 ) -> None:
+    """Ranks that gated differently would wait for each other for ever, in an MLP's all-reduce."""
     prompts = random_prompts(12, len(PLANS))
     (tmp_path / "ranks.py").write_text(SCRIPT)
     done = subprocess.run(
-        [sys.executable, "ranks.py", json.dumps([tiny_llama, prompts, PLANS, TOKENS])],
+        [sys.executable, "ranks.py", json.dumps([tiny_llama, prompts, PLANS, TOKENS, options])],
         cwd=tmp_path,
         env={
             **{k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"},
@@ -63,7 +67,10 @@ def test_two_ranks_give_the_reference_s_tokens_and_equal_reports(
     got, reports = json.loads(done.stdout.splitlines()[-1])
     reference = Reference(tiny_llama)
     for prompt, plan, tokens in zip(prompts, PLANS, got, strict=True):
+        rule = None
+        if plan is None and options is GATING:
+            plan, rule = [], MlpRule(range(1, TINY_SHAPE[0] - 1), 0.9, warm_up=2)
         if plan is None:
             plan = METHOD.decide(BUDGET, reference.observe(prompt, METHOD)).entries()
-        assert tokens == reference.generate(prompt, plan, TOKENS)[0]
+        assert tokens == reference.generate(prompt, plan, TOKENS, rule=rule)[0]
     assert len(reports) == 2 and reports[0] == reports[1]

@@ -32,7 +32,7 @@ def block_mark(
 ) -> Mark | None:
     """Give the mark of a request's blocks that reach past its prompt.
 
-    None where these are like anybody's: the plan is dense, and no method of this engine
+    None where these are like anybody's: every token is dense, and no method of this engine
     reads prompts. (A method that does needs its statistics of every token of a later
     prompt, and those of generated tokens are not kept.)
     """
@@ -40,13 +40,15 @@ def block_mark(
     plan, kv_fill = wanted.plan, planner.facts.kv_fill
     if plan is None:
         holes, identity = kv_fill == "none", f"budget {wanted.budget!r}"
-    elif plan.is_dense and not planner.classifier.width:
+    elif plan.is_dense and not wanted.gated and not planner.classifier.width:
         return None
     else:
         holes, identity = leaves_holes(plan, kv_fill), f"{plan.attention:x} {plan.mlp:x}"
     if holes:
         return unfindable
-    mark = f"{identity} after {prompt_len}".encode()
+    # A gate decides by tokens, age and the engine's options, of which the last are all one here.
+    gated = "gated " if wanted.gated else ""
+    mark = f"{gated}{identity} after {prompt_len}".encode()
     return lambda: mark
 
 

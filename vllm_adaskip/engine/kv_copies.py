@@ -71,7 +71,6 @@ def _place_of_tokens(plan: StepPlan, layer: int, num_tokens: int) -> IntArray:
     everyone = np.arange(num_tokens)
     if subset is None:
         return everyone
-    tokens = subset.tokens if isinstance(subset.tokens, slice) else subset.tokens.numpy()
     place = np.zeros(num_tokens, dtype=np.int64)
-    place[everyone[tokens]] = np.arange(subset.num_tokens)
+    place[subset.of(everyone)] = np.arange(subset.num_tokens)
     return place

@@ -54,13 +54,33 @@ class Layout:
         )
 
 
-class Subset:
+class Tokens:
     """The tokens that go through a sub-layer when not all of the step do.
 
     Attributes:
         tokens: index of these tokens in the step, a slice where they lie together and an
             int64 tensor where they do not.
         num_tokens: how many.
+
+    """
+
+    def __init__(self, tokens: IntArray) -> None:
+        """Take the ascending indices of at least one token."""
+        self.num_tokens = len(tokens)
+        first, last = int(tokens[0]), int(tokens[-1])
+        together = last - first + 1 == self.num_tokens
+        self.tokens = slice(first, last + 1) if together else torch.from_numpy(tokens)
+
+    def of(self, values: IntArray) -> IntArray:
+        """Pick these tokens' values, of ``[tokens of the step]``."""
+        chosen = self.tokens if isinstance(self.tokens, slice) else self.tokens.numpy()
+        return values[chosen]
+
+
+class Subset(Tokens):
+    """Such tokens with what the backend's attention must know of them.
+
+    Attributes:
         rows: int64 tensor ``[kept rows]``, batch rows with at least one such token.
         query_start_loc: int32 tensor ``[kept rows + 1]``, their start in the sub-batch.
         max_query_len: the longest query among them.

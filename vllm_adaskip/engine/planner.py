@@ -20,11 +20,13 @@ class Wanted:
     Attributes:
         plan: its plan; None where the method reads the prompt first.
         budget: largest share of decoder compute that a decided plan may keep.
+        gated: whether the method's `TokenGate` may leave out more, token by token.
 
     """
 
     plan: SkipPlan | None
     budget: float
+    gated: bool = False
 
 
 class Planner:
@@ -67,7 +69,8 @@ class Planner:
         """Let the method decide at once, unless it reads the prompt."""
         self.classifier.check(budget)
         reads = self.classifier.width > 0
-        return Wanted(None if reads else self.classifier.decide(budget, None), budget)
+        plan = None if reads else self.classifier.decide(budget, None)
+        return Wanted(plan, budget, self.classifier.gates_tokens)
 
     def _explicit(self, skip: object, budget: float | None) -> SkipPlan:
         """Give the plan a request names itself; the server's budget does not bind it."""

@@ -12,9 +12,10 @@ import numpy as np
 from vllm_adaskip.engine import compat
 from vllm_adaskip.engine.compat.kv_cache import KvCache
 from vllm_adaskip.engine.kv_fill import KV_FILLS
-from vllm_adaskip.engine.layout import Layout
+from vllm_adaskip.engine.layout import Layout, Subset
 from vllm_adaskip.engine.prompt_observer import PromptObserver
 from vllm_adaskip.engine.step_plan import Segment, StepPlan
+from vllm_adaskip.engine.token_gate import StepGate
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -41,6 +42,10 @@ class SkipRuntime:
         hidden_size = vllm_config.model_config.get_hidden_size()
         device = vllm_config.device_config.device
         self.observer = PromptObserver(self._state, self._cache, hidden_size, device)
+        classifier = self._state.planner.classifier
+        gates = classifier.gates_tokens
+        gate = classifier.gate(hidden_size, device) if gates else None
+        self.gate = StepGate(gate, self._table)
         self._layout: Layout | None = None
         self._version = -1
         self._plan: StepPlan | None = None
@@ -67,12 +72,18 @@ class SkipRuntime:
         skips = self._table.skips[:rows]
         if self._plan is None or self._is_stale(layout):
             self._version, self._layout = self._table.version, layout
-            self._plan = StepPlan.build(skips, layout, with_passing=self.kv_fill.wants_passing)
+            self._plan = StepPlan.build(
+                skips,
+                layout,
+                with_passing=self.kv_fill.wants_passing,
+                alone=self.gate.arrange(layout),
+            )
             self._is_dense = self._plan.is_dense
         self._contexts.clear()
         self._count(layout)
         self.observer.begin(layout, seq_lens, metadata.block_table)
-        if self._is_dense and self.observer.values is None:
+        self.gate.begin(seq_lens)
+        if self._is_dense and self.observer.values is None and not self.gate.guarded:
             return None
         self.kv_fill.begin(self._plan, skips, layout)
         return self._plan
@@ -91,6 +102,7 @@ class SkipRuntime:
         subset = segment.subset
         if subset is None or not segment.runs_attention:
             return nullcontext()
+        assert isinstance(subset, Subset)
         if id(subset) not in self._contexts:
             self._contexts[id(subset)] = self._sub_batches.context(subset)
         return self._sub_batches.enter(self._contexts[id(subset)])
@@ -100,7 +112,7 @@ class SkipRuntime:
 
         ``*_run[l]`` counts generated tokens that went through sub-layer l.
         """
-        run = self._generated_run.tolist()
+        run = (self._generated_run - self.gate.left_out).tolist()
         return {
             "num_layers": self._table.num_layers,
             "prompt_tokens": self._prompt_tokens,

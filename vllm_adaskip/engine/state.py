@@ -56,13 +56,18 @@ class SkipState:
                     _REMEMBERED,
                     generated,
                 )
-        self.table.add(row, plan, len(prompt), is_new=not generated)
+        self.table.add(row, plan, len(prompt), is_new=not generated, gated=wanted.gated)
 
     def plan_of(
         self, extra_args: Mapping[str, Any] | None, prompt: Sequence[int]
     ) -> SkipPlan | None:
-        """Give the plan that a request has or had; None if its prompt was not read, or long ago."""
+        """Give the plan that a request has or had.
+
+        None if its prompt was not read, or long ago, and if its tokens differ from each other.
+        """
         wanted = self.planner.wanted(extra_args)
+        if wanted.gated:
+            return None
         if wanted.plan is not None:
             return wanted.plan
         return self._memo.get(Undecided(_digest(prompt), wanted.budget))

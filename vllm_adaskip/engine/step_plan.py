@@ -6,13 +6,21 @@ Pure: made from arrays, without vLLM.
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import torch
 
-from vllm_adaskip.engine.layout import BoolArray, IntArray, Layout, Subset, generated_tokens
+from vllm_adaskip.engine.layout import (
+    BoolArray,
+    IntArray,
+    Layout,
+    Subset,
+    Tokens,
+    generated_tokens,
+)
 
 
 @dataclass(frozen=True)
@@ -21,12 +29,13 @@ class Segment:
 
     Attributes:
         sub_layers: indices in running order, attention ``2 * l`` and MLP ``2 * l + 1``.
-        subset: the tokens, or None for all of the step.
+        subset: the tokens, or None for all of the step; a `Subset` if attention is among
+            the sub-layers.
 
     """
 
     sub_layers: tuple[int, ...]
-    subset: Subset | None
+    subset: Tokens | None
 
     @cached_property
     def runs_attention(self) -> bool:
@@ -78,11 +87,22 @@ class StepPlan:
     @property
     def is_dense(self) -> bool:
         """True when every token goes through every sub-layer."""
-        everything = Segment(tuple(range(len(self.generated_run))), None)
-        return self.pieces == (everything,)
+        whole = [
+            len(piece.sub_layers)
+            for piece in self.pieces
+            if isinstance(piece, Segment) and piece.subset is None
+        ]
+        return sum(whole) == len(self.generated_run)
 
     @classmethod
-    def build(cls, skips: BoolArray, layout: Layout, *, with_passing: bool = False) -> StepPlan:
+    def build(
+        cls,
+        skips: BoolArray,
+        layout: Layout,
+        *,
+        with_passing: bool = False,
+        alone: Set[int] = frozenset(),
+    ) -> StepPlan:
         """Plan a step.
 
         Args:
@@ -90,6 +110,7 @@ class StepPlan:
             layout: the rows' tokens; prompt tokens go through everything whatever
                 ``skips`` says.
             with_passing: also say where tokens pass by an attention sub-layer.
+            alone: sub-layers that get a segment of their own.
 
         """
         skipping = skips & (layout.generated > 0)[:, None]
@@ -105,6 +126,7 @@ class StepPlan:
             chosen = subsets[key]
             last = pieces[-1] if pieces else None
             goes_on = isinstance(last, Segment) and last.subset is chosen
+            goes_on = goes_on and alone.isdisjoint((sub_layer, sub_layer - 1))
             if with_passing and chosen is not None and sub_layer % 2 == 0:
                 # Who passes by here ran nothing of a segment that goes on: before or after
                 # it is the same to them, and before it leaves the segment in one piece.

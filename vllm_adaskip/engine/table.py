@@ -36,6 +36,7 @@ class SequenceTable:
         skips: ``[capacity, 2 * num_layers]`` bool, True where the row leaves out the
             sub-layer, in running order attention 0, MLP 0, attention 1, ...
         undecided: rows that have no plan yet.
+        gated: ``[capacity]`` bool, True where the method's `TokenGate` may leave out more.
         version: grows with every change of a row, so that readers know when a step plan
             they kept is stale.
         requests: sequences that entered so far.
@@ -47,6 +48,7 @@ class SequenceTable:
         self.prompt_lens = np.zeros(capacity, dtype=np.int64)
         self.skips = np.zeros((capacity, 2 * num_layers), dtype=np.bool_)
         self.undecided: dict[int, Undecided] = {}
+        self.gated = np.zeros(capacity, dtype=np.bool_)
         self.version = 0
         self.requests = 0
 
@@ -56,11 +58,18 @@ class SequenceTable:
         return int(np.count_nonzero(self.prompt_lens))
 
     def add(
-        self, row: int, plan: SkipPlan | Undecided, prompt_len: int, *, is_new: bool = True
+        self,
+        row: int,
+        plan: SkipPlan | Undecided,
+        prompt_len: int,
+        *,
+        is_new: bool = True,
+        gated: bool = False,
     ) -> None:
         """Put a sequence into a row; ``is_new`` is False for one that comes back."""
         self.remove(row)
         self.prompt_lens[row] = prompt_len
+        self.gated[row] = gated
         self.requests += is_new
         if isinstance(plan, Undecided):
             self.undecided[row] = plan
@@ -81,6 +90,7 @@ class SequenceTable:
         """Empty a row."""
         self.prompt_lens[row] = 0
         self.skips[row] = False
+        self.gated[row] = False
         self.undecided.pop(row, None)
         self.version += 1
 
@@ -94,6 +104,7 @@ class SequenceTable:
         pair, swapped = [one, other], [other, one]
         self.prompt_lens[pair] = self.prompt_lens[swapped]
         self.skips[pair] = self.skips[swapped]
+        self.gated[pair] = self.gated[swapped]
         waiting = {row: self.undecided.pop(row) for row in pair if row in self.undecided}
         for row, undecided in waiting.items():
             self.undecided[other if row == one else one] = undecided

@@ -22,7 +22,9 @@ class AdaSkipWorkerExtension:
     ) -> list[Entries | None]:
         """Give the plan of each ``(extra_args, prompt_token_ids)``, also a decided one.
 
-        None where a method reads the prompt and has not done so, or not of late.
+        None where a method reads the prompt and has not done so, or not of late, and where
+        it decides token by token: then there is no one plan, and only `adaskip_report` says
+        what ran.
         """
         runtime = self.get_model().adaskip  # type: ignore[attr-defined]
         return [runtime.plan_of(extra_args, prompt) for extra_args, prompt in requests]

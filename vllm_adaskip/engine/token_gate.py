@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lets a method's gate close sub-layers to single tokens, in the step that runs now.
+
+Everything here but the gate's own look at the stream is host arithmetic on small arrays; on
+an accelerator the index of who goes on would have to be copied there, layer by layer.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import Tensor
+
+from vllm_adaskip.classifiers import TokenGate
+from vllm_adaskip.engine.layout import IntArray, Layout, Tokens
+from vllm_adaskip.engine.step_plan import Segment
+from vllm_adaskip.engine.table import SequenceTable
+
+#: Makes a token's age negative whatever its place in the sequence.
+_NEVER = -(1 << 40)
+
+
+class StepGate:
+    """One engine's token gate, step by step; closes nothing if its method has none.
+
+    Attributes:
+        guarded: sub-layers for which the gate decides who goes through, in the step that runs
+            now; none as long as it would close nothing.
+        left_out: ``[2 * num_layers]`` generated tokens that were kept from each sub-layer.
+
+    """
+
+    def __init__(self, gate: TokenGate | None, table: SequenceTable) -> None:
+        self._gate = gate
+        self._table = table
+        self.guarded: frozenset[int] = frozenset()
+        self.left_out = np.zeros(2 * table.num_layers, dtype=np.int64)
+        self._rows: IntArray | None = None
+
+    def arrange(self, layout: Layout) -> frozenset[int]:
+        """Take a new step's rows; give the sub-layers whose tokens are known only when they run."""
+        rows = len(layout.query_lens)
+        gated = self._table.gated[:rows] & (layout.generated > 0)
+        self._rows = None
+        if self._gate is None or not gated.any():
+            return frozenset()
+        sub_layers = self._gate.sub_layers
+        self._rows = np.repeat(np.arange(rows), layout.query_lens)
+        ends = np.cumsum(layout.query_lens)
+        self._tokens = np.arange(ends[-1])
+        # The last token of a row's query is the last of its sequence.
+        from_prompt = np.where(gated, -ends - self._table.prompt_lens[:rows], _NEVER)
+        self._offsets = self._tokens + from_prompt[self._rows]
+        self._planned = self._table.skips[:rows, sorted(sub_layers)].sum(axis=1)[self._rows]
+        return sub_layers
+
+    def begin(self, seq_lens: IntArray) -> None:
+        """Start a step with the rows that were arranged; ``[rows]`` tokens of each sequence."""
+        self.guarded = frozenset()
+        if self._gate is None or self._rows is None:
+            return
+        if self._gate.begin(seq_lens[self._rows] + self._offsets, self._planned):
+            self.guarded = self._gate.sub_layers
+
+    def narrowed(self, segment: Segment) -> Segment | None:
+        """Give a guarded segment with those of its tokens that go through; None for none."""
+        assert self._gate is not None
+        (sub_layer,) = segment.sub_layers
+        closed = self._gate.closed(sub_layer)
+        if closed is None:
+            return segment
+        tokens = self._tokens if segment.subset is None else segment.subset.of(self._tokens)
+        going = tokens[~closed[tokens]]
+        self.left_out[sub_layer] += len(tokens) - len(going)
+        if len(going) == len(tokens):
+            return segment
+        return Segment(segment.sub_layers, Tokens(going)) if len(going) else None
+
+    def observe(self, segment: Segment, before: Tensor, update: Tensor) -> None:
+        """Show the gate what a guarded segment did: ``[tokens, hidden]`` of the whole step."""
+        assert self._gate is not None
+        self._gate.observe(segment.sub_layers[0], before, update)
