@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 #: A token votes for a layer from this ``rho`` on, where ``reduce`` counts votes.
 VOTE = 0.5
+#: Layers that a codebook may leave out beyond what a budget takes; more would cost too much.
+REACH = 2
 
 
 class FirstOptions(EndsOptions):
@@ -124,21 +126,23 @@ class First(Classifier):
     def plan(self, scores: NDArray[np.float64], budget: float = 1.0) -> SkipPlan:
         """Give the plan for ``[num_layers]`` reduced scores.
 
-        Layers are left out in the order of their scores. With a codebook the threshold goes up
-        until some plan of it within the budget skips only what is allowed; without one that
-        meets the budget at all, the plan is not snapped.
+        Layers are left out in the order of their scores, below the threshold, and beyond it as far
+        as the budget asks. With a codebook, a few more layers may be allowed than that takes, so
+        that one of its plans within the budget fits; otherwise the plan is not snapped.
         """
         order = sorted(self._routed, key=lambda layer: (scores[layer], layer))
         allowed = sum(bool(scores[layer] < self._threshold) for layer in order)
+        plans = [_layers(order[:count], self._shape.num_layers) for count in range(len(order) + 1)]
+        needed = next(
+            count
+            for count in range(allowed, len(plans))
+            if plans[count].share(self._shape) <= budget
+        )
         fitting = [plan for plan in self._codebook if plan.share(self._shape) <= budget]
-        for count in range(allowed, len(order) + 1):
-            plan = _layers(order[:count], self._shape.num_layers)
-            if fitting:
-                if snapped := nearest_within(plan, fitting):
-                    return snapped
-            elif plan.share(self._shape) <= budget:
-                return plan
-        raise AssertionError("check() let a budget pass that cannot be met")
+        for plan in plans[allowed : needed + 1 + REACH]:
+            if snapped := nearest_within(plan, fitting):
+                return snapped
+        return plans[needed]
 
 
 def _layers(layers: Sequence[int], num_layers: int) -> SkipPlan:

@@ -72,7 +72,8 @@ def plain_errors() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        extra = "lm-eval" if (error.name or "").startswith("lm_eval") else "eval"
+        missing = (error.name or "").partition(".")[0]
+        extra = {"lm_eval": "lm-eval", "peft": "fit", "datasets": "fit"}.get(missing, "eval")
         console.print(f"error: {error}; install vllm-adaskip[{extra}]", style="red", markup=False)
         raise typer.Exit(2) from None
     except (ValueError, OSError) as error:
