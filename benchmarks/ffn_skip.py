@@ -7,7 +7,7 @@ middle, the most it can cost; with one that everything reaches, once. Then times
 against dense ones, round by round. On the bundled model, and at the shape of Llama-3.2-1B with
 random weights.
 
-    python benchmarks/ffn_skip.py --rounds 15
+    python benchmarks/ffn_skip.py --rounds 15    # a third of them for the large one
 """
 
 from __future__ import annotations
@@ -55,16 +55,16 @@ def main(rounds: Annotated[int, typer.Option(min=3)] = 15) -> None:
         "model", "batch", *VARIANTS, title="time of a decode step against dense (the same)"
     )
     with TemporaryDirectory() as folder:
-        for model, name, tokens in (
-            (bundled_model(), "bundled", 48),
-            (write_shape(Path(folder)), "Llama-3.2-1B's shape", 4),
+        for model, name, tokens, turns in (
+            (bundled_model(), "bundled", 48, rounds),
+            (write_shape(Path(folder)), "Llama-3.2-1B's shape", 3, max(3, rounds // 3)),
         ):
             engines = {threshold: make(model, threshold) for threshold in (NEVER, ALWAYS)}
             for batch in BATCHES:
-                taken = [taken_in(engines, batch, tokens) for _ in rounds_of(rounds, name, batch)]
+                taken = [taken_in(engines, batch, tokens) for _ in rounds_of(turns, name, batch)]
                 step = statistics.median(one["dense"] for one in taken[1:])
                 shares = (
-                    [spent_in(engines[threshold], batch, tokens) for _ in range(rounds)]
+                    [spent_in(engines[threshold], batch, tokens) for _ in range(turns)]
                     for threshold in (NEVER, ALWAYS)
                 )
                 costs.add_row(name, str(batch), f"{step * 1e3:.2f} ms", *map(spread, shares))

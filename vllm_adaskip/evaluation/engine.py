@@ -79,8 +79,15 @@ class Engine:
     def plans(self, args: dict[str, Any], outputs: Sequence[Any]) -> list[list[int | str]]:
         """Give the plans that requests with these arguments followed."""
         prompts = [(args, output.prompt_token_ids) for output in outputs]
-        found: list[list[int | str]] = self.llm.collective_rpc("adaskip_plans", args=(prompts,))[0]
-        return found
+        found: list[list[int | str] | None]
+        found = self.llm.collective_rpc("adaskip_plans", args=(prompts,))[0]
+        known = [skip for skip in found if skip is not None]
+        if len(known) < len(found):
+            raise ValueError(
+                "a request has no one plan: its method decides token by token (ffn-skip with scope "
+                "'token'), which cannot be evaluated yet; use scope 'sequence'"
+            )
+        return known
 
     def seconds(self, setting: Setting, prompts: Sequence[str], tokens: int) -> float:
         """Time one batch, every sequence giving the same number of tokens."""
