@@ -25,6 +25,7 @@ from vllm_adaskip.classifiers.fit.settings import FirstSettings
 from vllm_adaskip.classifiers.fit.thresholds import at_target, share_skipped, with_thresholds
 from vllm_adaskip.classifiers.fit.training import Curve
 from vllm_adaskip.classifiers.lora import FOLDER as LORA
+from vllm_adaskip.classifiers.plan import SkipPlan
 from vllm_adaskip.evaluation.sweep import Sample
 
 #: In the profile's folder until the fit is done, one for each phase.
@@ -75,8 +76,8 @@ def fit_first(
     )  # fmt: skip
     curves = {"routers": curve}
     report("asking held-back questions", 0)
-    nothing = np.zeros((len(held_back), len(routers.weight)), dtype=np.bool_)
-    dense = answers_right(model, held_back, nothing, batch)
+    num_layers = len(routers.weight)
+    dense = answers_right(model, held_back, [SkipPlan(num_layers)] * len(held_back), batch)
 
     def scores(some: Sequence[Sample]) -> Scores:
         report("scoring prompts", 0)
@@ -101,7 +102,8 @@ def fit_first(
     plans = plans_of(own, options)
     unsnapped = plans_of(own, options.model_copy(update={"codebook": []}))
     report("asking held-back questions", 0)
-    routed = answers_right(model, held_back, plans, batch)
+    followed = [SkipPlan.parse(np.flatnonzero(row).tolist(), num_layers) for row in plans]
+    routed = answers_right(model, held_back, followed, batch)
     routers.save(folder)
     tasks = by_task(held_back, plans, dense, routed)
     metrics: dict[str, float | int | str] = {

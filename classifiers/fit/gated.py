@@ -12,45 +12,20 @@ but its keys and values of answer tokens are read by no one but itself.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
+from vllm_adaskip.classifiers.fit.answers import answer_logits, answer_loss
 from vllm_adaskip.classifiers.fit.batch import Batch
-from vllm_adaskip.evaluation.sweep import IGNORED
+from vllm_adaskip.classifiers.fit.sub_layers import decoder_layers
 
 #: Gates ``[rows]`` of a layer, from its index and the stream before it ``[rows, tokens, hidden]``.
 Gate = Callable[[int, Tensor], Tensor]
-
-
-class GateError(ValueError):
-    """A model whose decoder layers cannot be told."""
-
-
-def decoder_layers(model: Any) -> nn.ModuleList:
-    """Find the list of decoder layers in a transformers model, whatever it calls them.
-
-    Raises:
-        GateError: an encoder-decoder, or not exactly one list of as many layers as its config says.
-
-    """
-    config = model.config.get_text_config()
-    number = config.num_hidden_layers
-    found = [
-        one for one in model.modules() if isinstance(one, nn.ModuleList) and len(one) == number
-    ]
-    if model.config.is_encoder_decoder or len(found) != 1:
-        raise GateError(
-            f"{type(model).__name__}: {len(found)} lists of {number} decoder layers; "
-            "allowed: decoder-only models with one"
-        )
-    return found[0]
 
 
 @contextmanager
@@ -68,31 +43,15 @@ def gated(model: Any, batch: Batch, gate: Gate) -> Iterator[None]:
             hook.remove()
 
 
-def answer_logits(model: Any, batch: Batch, gate: Gate) -> Tensor:
-    """Give logits ``[rows, tokens - 1 or fewer, vocabulary]`` for the last of `Batch.labels`."""
-    wanted = inspect.signature(model.forward).parameters
-    first = int(batch.answer.any(0).int().argmax())
-    inputs = {
-        "input_ids": batch.ids,
-        "attention_mask": batch.real.long(),
-        "position_ids": batch.positions,
-        "use_cache": False,
-        # The logits of a prompt would take more memory than all else.
-        "logits_to_keep": batch.ids.shape[1] - first + 1,
-    }
+def gated_logits(model: Any, batch: Batch, gate: Gate) -> Tensor:
+    """Give `answer_logits` under these gates."""
     with gated(model, batch, gate):
-        output = model(**{name: each for name, each in inputs.items() if name in wanted})
-    logits: Tensor = output.logits[:, first - 1 - batch.ids.shape[1] : -1]
-    return logits
+        return answer_logits(model, batch)
 
 
-def answer_loss(model: Any, batch: Batch, gate: Gate) -> Tensor:
-    """Give the mean cross-entropy of the answers' tokens."""
-    logits = answer_logits(model, batch, gate)
-    labels = batch.labels[:, -logits.shape[1] :]
-    return functional.cross_entropy(
-        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED
-    )
+def gated_loss(model: Any, batch: Batch, gate: Gate) -> Tensor:
+    """Give `answer_loss` under these gates."""
+    return answer_loss(batch, gated_logits(model, batch, gate))
 
 
 def _skip(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vllm_adaskip.classifiers.fit.batch import Batch
-from vllm_adaskip.classifiers.fit.gated import Gate, answer_loss
+from vllm_adaskip.classifiers.fit.gated import Gate, gated_loss
 from vllm_adaskip.classifiers.fit.training import Curve, Training
 from vllm_adaskip.evaluation.sweep import Sample
 
@@ -56,6 +56,6 @@ def train_lora(
     )
 
     def loss(one: Batch) -> Mapping[str, Tensor]:
-        return {"cross-entropy": answer_loss(model, one, gate_of(one))}
+        return {"cross-entropy": gated_loss(model, one, gate_of(one))}
 
     return training.run(loss, model.device, made)

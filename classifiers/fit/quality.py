@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+from vllm_adaskip.classifiers.fit.answers import answer_logits, answer_loss
 from vllm_adaskip.classifiers.fit.batch import batches_of
-from vllm_adaskip.classifiers.fit.gated import Gate, answer_logits, answer_loss
+from vllm_adaskip.classifiers.fit.sub_layers import leaving_out, visited
+from vllm_adaskip.classifiers.plan import SkipPlan
 from vllm_adaskip.evaluation.sweep import IGNORED, Sample
 
 Bools = NDArray[np.bool_]
@@ -39,14 +40,17 @@ class TaskQuality:
 
 
 @torch.no_grad()
-def answers_right(model: Any, samples: Sequence[Sample], plans: Bools, batch: int) -> Bools:
-    """Give ``[samples]``, each under the layers ``[samples, layers]`` that it leaves out.
+def answers_right(
+    model: Any, samples: Sequence[Sample], plans: Sequence[SkipPlan], batch: int
+) -> Bools:
+    """Give ``[samples]``, each under its plan.
 
     Fed with the right tokens: each is the likeliest one just where greedy decoding gives them all.
     """
     right = np.zeros(len(samples), dtype=np.bool_)
     for places, one in batches_of(samples, batch, model.device):
-        logits = answer_logits(model, one, _hard(torch.tensor(~plans[places], device=model.device)))
+        with visited(model, leaving_out(one, [plans[place] for place in places])):
+            logits = answer_logits(model, one)
         labels = one.labels[:, -logits.shape[1] :]
         same = (logits.argmax(-1) == labels) | (labels == IGNORED)
         right[places] = same.all(1).cpu().numpy()
@@ -54,18 +58,14 @@ def answers_right(model: Any, samples: Sequence[Sample], plans: Bools, batch: in
 
 
 @torch.no_grad()
-def plan_loss(model: Any, samples: Sequence[Sample], left_out: Sequence[int], batch: int) -> float:
-    """Give the mean cross-entropy of answers that all leave out these layers."""
-    losses = []
+def plan_loss(model: Any, samples: Sequence[Sample], plan: SkipPlan, batch: int) -> float:
+    """Give the mean cross-entropy of the tokens of answers that all follow a plan."""
+    losses, tokens = [], []
     for _, one in batches_of(samples, batch, model.device):
-        kept = torch.ones(len(one.ids), model.config.num_hidden_layers, dtype=torch.bool)
-        kept[:, list(left_out)] = False
-        losses.append(answer_loss(model, one, _hard(kept.to(model.device))).item())
-    return float(np.mean(losses))
-
-
-def _hard(kept: Tensor) -> Gate:
-    return lambda layer, before: kept[:, layer].to(before.dtype)
+        with visited(model, leaving_out(one, [plan] * len(one.ids))):
+            losses.append(answer_loss(one, answer_logits(model, one)).item())
+        tokens.append(int(one.answer.sum()))
+    return float(np.average(losses, weights=tokens))
 
 
 def by_task(

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from vllm_adaskip.classifiers.fit.batch import Batch
-from vllm_adaskip.classifiers.fit.gated import answer_loss
+from vllm_adaskip.classifiers.fit.gated import gated_loss
 from vllm_adaskip.classifiers.fit.routing import Routing
 from vllm_adaskip.classifiers.fit.settings import FirstSettings
 from vllm_adaskip.classifiers.fit.training import Curve, Training
@@ -48,7 +48,7 @@ def train_routers(
 
     def loss(batch: Batch) -> Mapping[str, Tensor]:
         routing = Routing(routers, settings.method, batch, lambda score: score)
-        cross_entropy = answer_loss(model, batch, routing)
+        cross_entropy = gated_loss(model, batch, routing)
         tokens = batch.answer.sum(1)
         rho = torch.stack([*routing.scores.values()]) @ (tokens / tokens.sum())
         norms = torch.stack([one.square().sum() for one in matrices]).sum() / routed

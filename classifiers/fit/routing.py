@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vllm_adaskip.classifiers.first import VOTE, FirstOptions
 from vllm_adaskip.classifiers.fit.batch import Batch, batches_of
-from vllm_adaskip.classifiers.fit.gated import answer_logits
+from vllm_adaskip.classifiers.fit.gated import gated_logits
 from vllm_adaskip.classifiers.routers import Routers
 from vllm_adaskip.evaluation.sweep import Sample
 
@@ -80,7 +80,7 @@ def prompt_scores(
     scores = np.ones((len(samples), len(routers.weight)))
     for places, one in batches_of(samples, batch, model.device):
         routing = Routing(routers, options, one, torch.ones_like)
-        answer_logits(model, one, routing)
+        gated_logits(model, one, routing)
         for layer, score in routing.scores.items():
             scores[places, layer] = score.double().cpu().numpy()
     return scores

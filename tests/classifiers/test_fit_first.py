@@ -17,7 +17,7 @@ from vllm_adaskip.classifiers.fit import training
 from vllm_adaskip.classifiers.fit.batch import batch_of
 from vllm_adaskip.classifiers.fit.codebook import plans_of
 from vllm_adaskip.classifiers.fit.first import CHECKPOINTS, fit_first
-from vllm_adaskip.classifiers.fit.gated import answer_logits
+from vllm_adaskip.classifiers.fit.gated import gated_logits
 from vllm_adaskip.classifiers.fit.lora import adapt, no_skipping, train_lora
 from vllm_adaskip.classifiers.fit.routing import prompt_scores
 from vllm_adaskip.classifiers.fit.settings import FirstSettings
@@ -128,7 +128,7 @@ def test_lora_learns_what_skipping_lost_and_is_what_a_server_merges(tmp_path: Pa
     served.load_state_dict(dict(lora.merged(served.state_dict().items())))
     batch = batch_of(samples[:4], torch.device("cpu"))
     with torch.no_grad():
-        want, got = (answer_logits(one, batch, no_skipping(batch)) for one in (adapted, served))
+        want, got = (gated_logits(one, batch, no_skipping(batch)) for one in (adapted, served))
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
 
 

@@ -13,13 +13,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from vllm_adaskip.classifiers.fit.batch import Batch, batch_of
-from vllm_adaskip.classifiers.fit.gated import (
-    Gate,
-    GateError,
-    answer_logits,
-    answer_loss,
-    decoder_layers,
-)
+from vllm_adaskip.classifiers.fit.gated import Gate, gated_logits, gated_loss
+from vllm_adaskip.classifiers.fit.sub_layers import DecoderError, decoder_layers
 from vllm_adaskip.evaluation.sweep import IGNORED, Sample
 
 CPU = torch.device("cpu")
@@ -75,8 +70,8 @@ def served(model: Any, sample: Sample, plan: list[int]) -> Tensor:
 def test_hard_gates_are_what_is_served(family: str, pad: Any) -> None:
     model, batch = tiny(family), pad(SAMPLES)
     with torch.no_grad():
-        logits = answer_logits(model, batch, keeping(PLANS, 4))
-        whole = answer_logits(model, batch, keeping([[]] * 3, 4))
+        logits = gated_logits(model, batch, keeping(PLANS, 4))
+        whole = gated_logits(model, batch, keeping([[]] * 3, 4))
     wanted = batch.labels[:, -logits.shape[1] :] != IGNORED
     for row, (sample, plan) in enumerate(zip(SAMPLES, PLANS, strict=True)):
         right = served(model, sample, plan)
@@ -94,7 +89,7 @@ def test_hard_gates_are_what_the_reference_does(tiny_llama: str) -> None:
         assert gap > 1e-3
         samples.append(Sample("", [*prompt, *tokens], 8))
     with torch.no_grad():
-        logits = answer_logits(reference.model, batch_of(samples, CPU), keeping(plans, 8))
+        logits = gated_logits(reference.model, batch_of(samples, CPU), keeping(plans, 8))
     assert [row.tolist() for row in logits.argmax(-1)] == [one.ids[-8:] for one in samples]
 
 
@@ -102,7 +97,7 @@ def test_hard_gates_are_what_the_reference_does(tiny_llama: str) -> None:
 def test_gates_of_one_change_nothing_to_the_bit_and_leave_no_hook(family: str) -> None:
     model, batch = tiny(family), batch_of(SAMPLES, CPU)
     with torch.no_grad():
-        logits = answer_logits(model, batch, keeping([[]] * 3, 4))
+        logits = gated_logits(model, batch, keeping([[]] * 3, 4))
         stock = model(
             batch.ids,
             attention_mask=batch.real.long(),
@@ -119,7 +114,7 @@ def test_gates_between_have_the_gradient_of_the_loss() -> None:
     model = model.double()
 
     def loss(given: Tensor) -> Tensor:
-        return answer_loss(model, batch, lambda layer, before: given[layer])
+        return gated_loss(model, batch, lambda layer, before: given[layer])
 
     # The loss is in float32, so no finer steps.
     assert torch.autograd.gradcheck(loss, (shares,), eps=1e-3, atol=2e-3)
@@ -132,9 +127,9 @@ def test_a_model_whose_layers_cannot_be_told_is_refused() -> None:
     from transformers import T5Config, T5ForConditionalGeneration
 
     pair = T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=2, num_heads=2, vocab_size=9)
-    with pytest.raises(GateError, match=r"T5.*decoder-only"):
+    with pytest.raises(DecoderError, match=r"T5.*decoder-only"):
         decoder_layers(T5ForConditionalGeneration(pair))
     two = tiny("llama")
     two.other = torch.nn.ModuleList(torch.nn.Linear(1, 1) for _ in range(4))
-    with pytest.raises(GateError, match="2 lists of 4"):
+    with pytest.raises(DecoderError, match="2 lists of 4"):
         decoder_layers(two)

@@ -14,7 +14,7 @@ from torch import nn
 from vllm_adaskip.classifiers import DecoderShape
 from vllm_adaskip.classifiers.first import First, FirstOptions
 from vllm_adaskip.classifiers.fit.batch import batch_of
-from vllm_adaskip.classifiers.fit.gated import answer_logits
+from vllm_adaskip.classifiers.fit.gated import gated_logits
 from vllm_adaskip.classifiers.fit.routing import Routing, prompt_scores, straight_through
 from vllm_adaskip.classifiers.routers import Routers
 
@@ -62,7 +62,7 @@ def test_only_routed_layers_learn_and_the_ends_always_run(reduce: str) -> None:
         seen.append(score)
         return straight_through(torch.zeros_like(score), score)
 
-    logits = answer_logits(model, batch, Routing(routers, options, batch, never))
+    logits = gated_logits(model, batch, Routing(routers, options, batch, never))
     assert len(seen) == LAYERS - 2
     logits.logsumexp(-1).sum().backward()
     assert routers.weight.grad is not None

@@ -14,6 +14,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from vllm_adaskip.classifiers.plan import SkipPlan
 from vllm_adaskip.classifiers.profile import FILE, Profile, fingerprint
 from vllm_adaskip.cli import fit, run
 from vllm_adaskip.evaluation.results import Answer, Results
@@ -126,7 +127,11 @@ def _derived(
         made = variants(out / "routers-0", score, out / "variants")
     with run.console.status("searching for the best fixed plans"):
         few = held_back[:SEARCHED]
-        fixed = best_fixed(lambda left_out: plan_loss(loaded, few, left_out, 16), counts, layers)
+
+        def loss(left_out: Sequence[int]) -> float:
+            return plan_loss(loaded, few, SkipPlan.parse([*left_out], layers), 16)
+
+        fixed = best_fixed(loss, counts, layers)
     tuned = _tuned(out / "lora-alone", subject, loaded, training, lora_steps)
     routed = [out / f"routers-{seed}" for seed in range(seeds)]
     return Fits(routed, out / "lora-0", tuned, made), fixed
