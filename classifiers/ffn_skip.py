@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
@@ -16,7 +16,7 @@ from vllm_adaskip.classifiers.base import (
     PromptStatistics,
     TokenGate,
 )
-from vllm_adaskip.classifiers.ends import EndsOptions
+from vllm_adaskip.classifiers.calibration import CalibratedOptions
 from vllm_adaskip.classifiers.plan import DecoderShape, PlanError, SkipPlan
 
 if TYPE_CHECKING:
@@ -24,20 +24,23 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class FfnSkipOptions(EndsOptions):
+class FfnSkipOptions(CalibratedOptions):
     """The paper's knobs; its cold regions are the layers at both ends that are kept.
 
     Attributes:
         scope: ``sequence``: the prompt decides once, decoding pays nothing; ``token``: each
             generated token decides for itself on its way through the layers, as published.
         threshold: leave out where the similarity is at least this. The paper gives no value;
-            it sets how much is skipped, and differs by model.
+            it sets how much is skipped, and differs by model; `fit_ffn_skip` finds it, for one
+            scope and one middle.
         max_skip: most MLPs that one sequence, or one token, may leave out (the paper's k);
             none: all in the middle.
         warm_up: generated tokens of each sequence before any decides for itself; scope
             ``token`` only. The paper's ablation saturates at 25 to 30.
 
     """
+
+    falls: ClassVar[bool] = True
 
     scope: Literal["sequence", "token"] = "sequence"
     threshold: float = Field(default=0.99, ge=-1, allow_inf_nan=False)
@@ -64,6 +67,7 @@ class FfnSkip(Classifier):
         self._most = min(options.max_skip or len(self._middle), len(self._middle))
         self._shape = shape
         self._options = options
+        self._threshold = options.resolved_threshold()
         self.gates_tokens = options.scope == "token"
         self.width = 0 if self.gates_tokens else len(self._middle)
 
@@ -88,7 +92,7 @@ class FfnSkip(Classifier):
 
         return MlpGate(
             self._middle,
-            threshold=self._options.threshold,
+            threshold=self._threshold,
             warm_up=self._options.warm_up,
             max_skip=self._most,
             hidden_size=hidden_size,
@@ -102,7 +106,7 @@ class FfnSkip(Classifier):
             return self._without(self._middle[len(self._middle) - least :])
         similar = dict(zip(self._middle, prompt.mean.tolist(), strict=True))
         order = sorted(self._middle, key=lambda layer: (-similar[layer], layer))
-        above = sum(value >= self._options.threshold for value in similar.values())
+        above = sum(value >= self._threshold for value in similar.values())
         return self._without(order[: max(min(above, self._most), least)])
 
     def _least(self, budget: float) -> int:

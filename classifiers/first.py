@@ -5,16 +5,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
 from vllm_adaskip.classifiers.base import Classifier, MethodOptions, Observe, PromptStatistics
+from vllm_adaskip.classifiers.calibration import CalibratedOptions
 from vllm_adaskip.classifiers.codebook import nearest_within
-from vllm_adaskip.classifiers.ends import EndsOptions
-from vllm_adaskip.classifiers.plan import DecoderShape, PlanError, SkipPlan
+from vllm_adaskip.classifiers.plan import DecoderShape, SkipPlan
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +26,7 @@ VOTE = 0.5
 REACH = 2
 
 
-class FirstOptions(EndsOptions):
+class FirstOptions(CalibratedOptions):
     """How the routers' scores become one decision per layer and sequence.
 
     The paper leaves this open. A layer is left out where its reduced score is below ``threshold``.
@@ -37,38 +37,12 @@ class FirstOptions(EndsOptions):
             is at least 0.5, or ``rho`` of the ``last`` token.
         threshold: on that score. A budget moves it up until the plan meets the budget.
         codebook: plans that decisions snap to, as lists of layers; none: any plan.
-        target_skip: share of layers to leave out on average over prompts like those of the fit;
-            takes the place of ``threshold``.
-        calibration: pairs of a threshold and the share left out at it on average, ascending; what
-            ``target_skip`` looks up. From the fit.
 
     """
 
     reduce: Literal["mean", "fraction", "last"] = "mean"
     threshold: float = Field(default=0.5, ge=0, le=1)
     codebook: list[list[int | str]] = Field(default=[], max_length=256)
-    target_skip: float | None = Field(default=None, ge=0, lt=1)
-    calibration: list[Annotated[list[float], Field(min_length=2, max_length=2)]] = Field(
-        default=[], max_length=256
-    )
-
-    def resolved_threshold(self) -> float:
-        """Give the threshold that ``target_skip`` asks for, if it does.
-
-        Raises:
-            PlanError: the fit never left out so much, or the profile does not say.
-
-        """
-        if self.target_skip is None:
-            return self.threshold
-        thresholds, shares = np.array(self.calibration or [[0.0, 0.0]]).T
-        if not (np.diff(thresholds) >= 0).all() or not (np.diff(shares) >= 0).all():
-            raise PlanError("calibration: thresholds and shares left out must ascend")
-        if self.target_skip > shares[-1]:
-            raise PlanError(
-                f"target_skip {self.target_skip:g}; allowed with this profile: 0 to {shares[-1]:g}"
-            )
-        return float(np.interp(self.target_skip, shares, thresholds))
 
 
 class First(Classifier):

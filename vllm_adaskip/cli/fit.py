@@ -5,15 +5,18 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from pydantic import ValidationError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from vllm_adaskip.classifiers.base import MethodOptions
+from vllm_adaskip.classifiers.profile import FILE, Profile, fingerprint
 from vllm_adaskip.cli.run import console
 from vllm_adaskip.testbed.bundled import bundled_model
 
@@ -103,6 +106,44 @@ def loaded(one: Subject, device: str) -> Any:
         raise ValueError(f"--device {device!r:.80}: {reason}; allowed: auto, cpu, cuda") from None
     model.name_or_path = one.name  # what an adapter says that it is for
     return model
+
+
+def begins(out: Path, method: str, one: Subject, data: str, told: Mapping[str, Any]) -> bool:
+    """Write down what a fit is told; False if the folder has its profile already.
+
+    Raises:
+        ValueError: the folder has another fit.
+
+    """
+    from vllm_adaskip.classifiers.fit.resume import digest, start_or_resume
+
+    facts = {
+        "fit": method,
+        "model": one.name,
+        "fingerprint": fingerprint(one.config),
+        "data": data,
+        "examples": digest(one.samples),
+    }
+    start_or_resume(out, {**facts, **told})
+    return not (out / FILE).exists()
+
+
+def save(out: Path, method: str, one: Subject, options: MethodOptions, **others: Any) -> None:
+    """Write the profile; ``others`` are of `Profile`."""
+    Profile(
+        method=method,
+        options=options.model_dump(exclude_defaults=True),
+        model=one.name,
+        fingerprint=fingerprint(one.config),
+        **others,
+    ).save(out)
+
+
+def refused(error: ValidationError) -> ValueError:
+    """Say which option of the command was wrong."""
+    wrong = error.errors(include_url=False)[0]
+    option = str(wrong["loc"][-1]).replace("_", "-")
+    return ValueError(f"--{option} {wrong['input']!r:.80}: {wrong['msg']}")
 
 
 @contextmanager

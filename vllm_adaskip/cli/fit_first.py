@@ -12,7 +12,6 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from vllm_adaskip.classifiers.profile import FILE, Profile, fingerprint
 from vllm_adaskip.cli import fit
 from vllm_adaskip.cli.run import Model, plain_errors
 
@@ -72,19 +71,11 @@ def first(
         one = fit.subject(model, data, columns, limit, batch, seed)
         settings.check(one.config["num_hidden_layers"])
 
-        from vllm_adaskip.classifiers.fit.resume import digest, start_or_resume
-
-        facts = {
-            "fit": "first",
-            "model": one.name,
-            "fingerprint": fingerprint(one.config),
-            "data": data,
-            "examples": digest(one.samples),
+        told = {
             **settings.model_dump(exclude={"method"}),
             **settings.method.model_dump(include={"reduce", "keep_first", "keep_last"}),
         }
-        start_or_resume(out, facts)
-        if not (out / FILE).exists():
+        if fit.begins(out, "first", one, data, told):
             from vllm_adaskip.classifiers.fit.curve import draw_curves
             from vllm_adaskip.classifiers.fit.first import CHECKPOINTS, fit_first
 
@@ -92,13 +83,7 @@ def first(
                 report("loading the model", 0)
                 fitted = fit_first(fit.loaded(one, device), one.samples, settings, out, report)
             draw_curves(fitted.curves, out)
-            Profile(
-                method="first",
-                options=fitted.options.model_dump(exclude_defaults=True),
-                model=one.name,
-                fingerprint=fingerprint(one.config),
-                metrics=fitted.metrics,
-            ).save(out)
+            fit.save(out, "first", one, fitted.options, metrics=fitted.metrics)
             for name in CHECKPOINTS:
                 (out / name).unlink(missing_ok=True)
             Console().print(table(fitted.tasks))
@@ -116,9 +101,7 @@ def _settings(reduce: str, keep_first: int, keep_last: int, **others: Any) -> Fi
         )
         return FirstSettings(method=method, **others)
     except ValidationError as error:
-        wrong = error.errors(include_url=False)[0]
-        option = str(wrong["loc"][-1]).replace("_", "-")
-        raise ValueError(f"--{option} {wrong['input']!r:.80}: {wrong['msg']}") from None
+        raise fit.refused(error) from None
 
 
 def table(tasks: Sequence[TaskQuality]) -> Table:
