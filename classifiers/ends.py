@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import Field
 
 from vllm_adaskip.classifiers.base import MethodOptions
@@ -18,16 +20,19 @@ class EndsOptions(MethodOptions):
 
     """
 
+    #: Fewest layers that must be kept, so that no plan leaves out everything.
+    least_kept: ClassVar[int] = 1
+
     keep_first: int = Field(default=1, ge=0)
     keep_last: int = Field(default=1, ge=0)
 
     def inner(self, num_layers: int) -> range:
         """Give the layers that may be left out (`PlanError`: none, or all)."""
         kept = self.keep_first + self.keep_last
-        if not 0 < kept < num_layers:
+        if not self.least_kept <= kept < num_layers:
             raise PlanError(
                 f"keep_first {self.keep_first} and keep_last {self.keep_last} keep {kept} "
-                f"layers; allowed: 1 to {num_layers - 1} in all, of {num_layers}"
+                f"layers; allowed: {self.least_kept} to {num_layers - 1} in all, of {num_layers}"
             )
         return range(self.keep_first, num_layers - self.keep_last)
 

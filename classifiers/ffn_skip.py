@@ -41,6 +41,7 @@ class FfnSkipOptions(CalibratedOptions):
     """
 
     falls: ClassVar[bool] = True
+    least_kept: ClassVar[int] = 0  # attention stays
 
     scope: Literal["sequence", "token"] = "sequence"
     threshold: float = Field(default=0.99, ge=-1, allow_inf_nan=False)

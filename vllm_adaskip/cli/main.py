@@ -10,6 +10,7 @@ from vllm_adaskip.cli.demo import demo
 from vllm_adaskip.cli.doctor import doctor
 from vllm_adaskip.cli.eval import evaluate
 from vllm_adaskip.cli.fit import fit
+from vllm_adaskip.cli.fit_ffn_skip import ffn_skip
 from vllm_adaskip.cli.fit_first import first
 from vllm_adaskip.cli.oracle import oracle
 from vllm_adaskip.cli.publish import publish
@@ -28,6 +29,7 @@ app.command()(doctor)
 app.command()(demo)
 app.command("eval")(evaluate)
 app.command()(report)
+fit.command()(ffn_skip)
 fit.command()(first)
 app.add_typer(fit, name="fit")
 app.add_typer(ablate, name="ablate")
