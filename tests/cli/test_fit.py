@@ -19,19 +19,6 @@ from vllm_adaskip.config import AdaSkipConfig
 FEW = ["--data", "bundled:topic,sum", "--limit", "30", "--batch", "8", "--codebook", "2"]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A random model with the bundled one's tokenizer."""
-    import torch
-
-    from vllm_adaskip.testbed import network, tokenizer
-
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("model")
-    network.save(network.create(words := tokenizer.build(), 4, 32), words, folder)
-    return str(folder)
-
-
 def fit(out: Path, *arguments: str) -> Result:
     return CliRunner().invoke(app, ["fit", "first", "--out", str(out), *arguments])
 
