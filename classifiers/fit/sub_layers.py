@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vllm_adaskip.classifiers.fit.batch import Batch
-from vllm_adaskip.classifiers.plan import SkipPlan
+from vllm_adaskip.classifiers.plan import DecoderShape, SkipPlan
 
 #: What transformers calls the module whose output is the update.
 _ATTENTION = ("self_attn",)
@@ -47,6 +47,14 @@ def decoder_layers(model: Any) -> nn.ModuleList:
             "allowed: decoder-only models with one"
         )
     return found[0]
+
+
+def decoder_shape(model: Any) -> DecoderShape:
+    """Count the projections' parameters, a layer's on average; what is not attention's is MLP's."""
+    layers = decoder_layers(model)
+    attention = sum(_weights(_part(layer, _ATTENTION)) for layer in layers)
+    mlp = sum(map(_weights, layers)) - attention
+    return DecoderShape(len(layers), attention // len(layers), mlp // len(layers))
 
 
 @contextmanager
@@ -118,3 +126,7 @@ def _part(layer: nn.Module, names: Sequence[str]) -> nn.Module:
         if isinstance(part := getattr(layer, name, None), nn.Module):
             return part
     raise DecoderError(f"{type(layer).__name__}: no module {' or '.join(names)}")
+
+
+def _weights(module: nn.Module) -> int:
+    return sum(one.numel() for one in module.parameters() if one.ndim > 1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests of several commands share."""
+"""What the tests of commands share."""
 
 from __future__ import annotations
 

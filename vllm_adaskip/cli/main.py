@@ -12,6 +12,7 @@ from vllm_adaskip.cli.eval import evaluate
 from vllm_adaskip.cli.fit import fit
 from vllm_adaskip.cli.fit_ffn_skip import ffn_skip
 from vllm_adaskip.cli.fit_first import first
+from vllm_adaskip.cli.fit_static import static
 from vllm_adaskip.cli.oracle import oracle
 from vllm_adaskip.cli.publish import publish
 from vllm_adaskip.cli.report import report
@@ -31,6 +32,7 @@ app.command("eval")(evaluate)
 app.command()(report)
 fit.command()(ffn_skip)
 fit.command()(first)
+fit.command()(static)
 app.add_typer(fit, name="fit")
 app.add_typer(ablate, name="ablate")
 app.command()(publish)

@@ -17,11 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllm_adaskip.classifiers.first import FirstOptions
+from vllm_adaskip.classifiers.fit.greedy import greedy
 from vllm_adaskip.classifiers.profile import Profile
 from vllm_adaskip.evaluation.results import Setting
 from vllm_adaskip.evaluation.settings import DENSE, distinct, plans
-from vllm_adaskip.evaluation.sleb import sleb_order
-from vllm_adaskip.evaluation.sweep import Damage
 
 Reduce = Literal["mean", "fraction", "last"]
 REDUCES: tuple[Reduce, ...] = ("mean", "fraction", "last")
@@ -86,18 +85,16 @@ def best_fixed(
 ) -> dict[int, list[int | str]]:
     """Give, for each number of layers, the greedily best plan (SLEB, arXiv 2402.09025).
 
+    The first and the last layer stay.
+
     Args:
         loss: of the answers, with these layers left out after the prompt.
         counts: how many layers are left out.
         num_layers: of the model.
 
     """
-
-    def of(damage: Damage) -> float:
-        return loss(damage.layers)
-
-    steps = list(sleb_order(of, num_layers, max(counts)))
-    return {count: [*sorted(steps[count - 1].deleted)] for count in counts}
+    steps = list(greedy(loss, range(1, num_layers - 1), max(counts)))
+    return {count: [*sorted(steps[count - 1].left_out)] for count in counts}
 
 
 def variants(profile: Path, scored: Scored, folder: Path) -> dict[str, Path]:

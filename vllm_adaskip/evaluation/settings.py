@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterable, Iterator
 from math import ceil
 from typing import Any
 
-from vllm_adaskip.classifiers import METHODS, SkipPlan
+from vllm_adaskip.classifiers import METHODS, SkipPlan, fixed_plans
 from vllm_adaskip.classifiers.hub import located
 from vllm_adaskip.classifiers.profile import Profile
 from vllm_adaskip.evaluation.results import Setting
@@ -21,14 +20,12 @@ PLAN_FAMILIES = ("uniform", "random", "exit")
 
 def uniform(num_layers: int, left_out: int) -> list[int | str]:
     """Leave out layers evenly spaced between the first and the last, which stay."""
-    inner = num_layers - 2
-    return [1 + (2 * index + 1) * inner // (2 * left_out) for index in range(left_out)]
+    return [*fixed_plans.evenly(range(1, num_layers - 1), left_out)]
 
 
 def at_random(num_layers: int, left_out: int, seed: int) -> list[int | str]:
     """Leave out any layers between the first and the last, which stay."""
-    rng = random.Random(seed)
-    return [*sorted(rng.sample(range(1, num_layers - 1), left_out))]
+    return [*fixed_plans.at_random(range(1, num_layers - 1), left_out, seed)]
 
 
 def early_exit(num_layers: int, left_out: int) -> list[int | str]:

@@ -3,8 +3,7 @@
 
 Each step tries every layer that is left and deletes the one without which the loss is least.
 Here the loss is the reference answers' on the sweep's items, not that of running text. As in
-SLEB the first and the last layer stay. No set of layers is searched for as a whole, so two
-layers that can only go together may both stay.
+SLEB the first and the last layer stay.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+from vllm_adaskip.classifiers.fit import greedy
 from vllm_adaskip.evaluation.results import SweepCell
 from vllm_adaskip.evaluation.sweep import Damage, overall
 
@@ -52,14 +52,13 @@ def sleb_order(
         protected: this many first layers stay, and as many last ones.
 
     """
-    left = list(range(protected, num_layers - protected))
-    deleted: tuple[int, ...] = ()
-    for _ in range(min(steps, len(left), num_layers - 1)):
-        tried = [Step((*deleted, layer), 0.0) for layer in left]
-        best = min((Step(one.deleted, loss(one.damage)) for one in tried), key=_rank)
-        yield best
-        deleted = best.deleted
-        left.remove(deleted[-1])
+
+    def without(layers: tuple[int, ...]) -> float:
+        return loss(Step(layers, 0.0).damage)
+
+    candidates = range(protected, num_layers - protected)
+    for step in greedy.greedy(without, candidates, min(steps, num_layers - 1)):
+        yield Step(step.left_out, step.loss)
 
 
 def stored_order(
@@ -78,9 +77,5 @@ def stored_order(
 
 def trials(num_layers: int, steps: int, protected: int = PROTECTED) -> int:
     """Count the losses that `sleb_order` asks for."""
-    left = max(num_layers - 2 * protected, 0)
-    return sum(left - step for step in range(min(steps, left, num_layers - 1)))
-
-
-def _rank(step: Step) -> tuple[float, int]:
-    return step.loss, step.deleted[-1]
+    candidates = max(num_layers - 2 * protected, 0)
+    return greedy.trials(candidates, min(steps, num_layers - 1))
