@@ -30,13 +30,9 @@ GATING = {"method": "ffn-skip", "scope": "token", "threshold": 0.9, "warm_up": 2
 #: A process of its own, because vLLM's CPU backend then binds each rank to a core.
 SCRIPT = """
 import json, sys
-from batches import greedy
+from batches import decisions, greedy
 from vllm import LLM
 from vllm_adaskip import engine_args
-
-def decisions(model):
-    memo = model.adaskip._state._memo.values()
-    return [[str(plan), factors is not None and factors.tobytes().hex()] for plan, factors in memo]
 
 if __name__ == "__main__":
     model, prompts, plans, tokens, options = json.loads(sys.argv[1])
@@ -65,7 +61,7 @@ def test_two_ranks_give_the_reference_s_tokens_and_equal_reports(
         cwd=tmp_path,
         env={
             **{k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"},
-            "PYTHONPATH": str(Path(__file__).parents[1]),
+            "PYTHONPATH": f"{Path(__file__).parents[1]}:{os.environ.get('PYTHONPATH', '')}",
             "VLLM_CPU_OMP_THREADS_BIND": "0|1",
             "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # of the function that looks at each rank
         },
