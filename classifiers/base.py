@@ -99,7 +99,8 @@ class Classifier(ABC):
     and `decide`. Both are pure functions, so that every tensor-parallel rank and every
     repetition of a request gets the same plan. A method that reads the prompt sets
     ``width`` and brings an `observer`; one that decides token by token sets
-    ``gates_tokens`` and brings a `gate`, which adds to the plan.
+    ``gates_tokens`` and brings a `gate`, which adds to the plan; one that makes up for what is
+    left out sets ``scales`` and brings `factors`.
     """
 
     Options: ClassVar[type[MethodOptions]] = MethodOptions
@@ -109,6 +110,9 @@ class Classifier(ABC):
 
     #: Whether generated tokens may leave out more than their sequence's plan, see `gate`.
     gates_tokens: bool = False
+
+    #: Whether `factors` gives any.
+    scales: bool = False
 
     @abstractmethod
     def __init__(
@@ -137,6 +141,14 @@ class Classifier(ABC):
             prompt: what was observed of the prompt; None where ``width`` is 0.
 
         """
+
+    def factors(self, plan: SkipPlan, prompt: PromptStatistics) -> NDArray[np.float32] | None:
+        """Give what left-out sub-layers multiply the residual stream by, where ``scales``.
+
+        ``[2 * num_layers]`` in running order, of the plan that was decided from this prompt;
+        1 where the sub-layer runs. They hold for generated tokens, as the plan does.
+        """
+        return None
 
     def observer(self, hidden_size: int, device: torch.device) -> Observe:
         """Give what writes down what is kept of each token, for one engine of this process.

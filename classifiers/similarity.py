@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Method ``similarity``: leave out the sub-layers that changed this prompt least."""
+"""Method ``similarity``: leave out the sub-layers that changed this prompt least (AdaSkip)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vllm_adaskip.classifiers.base import Classifier, MethodOptions, Observe, PromptStatistics
 from vllm_adaskip.classifiers.ends import EndsOptions
@@ -18,7 +19,15 @@ if TYPE_CHECKING:
 
 
 class SimilarityOptions(EndsOptions):
-    """Both ends are kept."""
+    """Both ends are kept.
+
+    Attributes:
+        scale: a left-out sub-layer multiplies the stream by what it did to its norm over the
+            prompt.
+
+    """
+
+    scale: bool = False
 
 
 class Similarity(Classifier):
@@ -27,7 +36,7 @@ class Similarity(Classifier):
     The rank is the cosine similarity of the residual stream before and after a sub-layer,
     mean over the prompt's tokens; the most similar are left out first, until the plan keeps
     no more than the budget. This is the ranking of AdaSkip (arXiv 2501.02336), for each
-    sequence by itself; without its scale compensation.
+    sequence by itself; ``scale`` adds its scale compensation.
     """
 
     Options = SimilarityOptions
@@ -37,7 +46,10 @@ class Similarity(Classifier):
     ) -> None:
         assert isinstance(options, SimilarityOptions)
         inner = options.inner(shape.num_layers)
-        self.width = 2 * shape.num_layers
+        self.scales = options.scale
+        # Similarities; then squared norms of the stream, before each sub-layer and at the end.
+        self._sub_layers = 2 * shape.num_layers
+        self.width = self._sub_layers + (self._sub_layers + 1 if options.scale else 0)
         self._shape = shape
         self._options = options
         self._candidates = range(2 * inner.start, 2 * inner.stop)
@@ -48,12 +60,20 @@ class Similarity(Classifier):
 
     def observer(self, hidden_size: int, device: torch.device) -> Observe:
         """Keep each token's cosine similarity of the stream before and after."""
-        from vllm_adaskip.classifiers.cosine import cosine  # here: it loads torch
+        from vllm_adaskip.classifiers.cosine import cosine, squared_norm  # here: it loads torch
+
+        norms = self._sub_layers
 
         def observe(sub_layer: int, before: Tensor, update: Tensor, values: Tensor) -> None:
             values[:, sub_layer] = cosine(before, update)
 
-        return observe
+        def observe_norms(sub_layer: int, before: Tensor, update: Tensor, values: Tensor) -> None:
+            observe(sub_layer, before, update, values)
+            values[:, norms + sub_layer] = squared_norm(before)
+            if sub_layer == norms - 1:  # the stream after any other is that before the next
+                values[:, -1] = squared_norm(before.float() + update)
+
+        return observe_norms if self.scales else observe
 
     def decide(self, budget: float, prompt: PromptStatistics | None) -> SkipPlan:
         """Leave out the most similar sub-layers until the budget is met."""
@@ -67,6 +87,17 @@ class Similarity(Classifier):
             skipped.append(sub_layer)
             plan = _plan(self._shape, skipped)
         return plan
+
+    def factors(self, plan: SkipPlan, prompt: PromptStatistics) -> NDArray[np.float32] | None:
+        """Give ``norm(after) / norm(before)``, Frobenius norms over the prompt's tokens."""
+        if not self.scales:
+            return None
+        squares = prompt.mean[self._sub_layers :]
+        before, after = squares[:-1], squares[1:]
+        usable = plan.mask() & (before > 0)
+        factors = np.ones(self._sub_layers, dtype=np.float32)
+        factors[usable] = np.sqrt(after[usable] / before[usable])
+        return factors
 
 
 def _plan(shape: DecoderShape, sub_layers: list[int]) -> SkipPlan:

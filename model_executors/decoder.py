@@ -21,6 +21,7 @@ from vllm_adaskip.classifiers.lora import Lora
 from vllm_adaskip.engine import compat
 from vllm_adaskip.engine.compat.kernels import with_kernels
 from vllm_adaskip.engine.runtime import SkipRuntime
+from vllm_adaskip.engine.scaling import Scaling
 from vllm_adaskip.engine.step_plan import Passing, Segment, StepPlan
 
 if TYPE_CHECKING:
@@ -85,6 +86,8 @@ class SkippingDecoder(nn.Module):
         for piece in step.pieces:
             if isinstance(piece, Passing):
                 self._pass_by(piece, positions, stream)
+            elif isinstance(piece, Scaling):
+                _scale(stream, piece)
             elif piece.sub_layers[0] in guarded:
                 stream = self._run_guarded(piece, positions, stream)
             else:
@@ -156,6 +159,13 @@ def add_and_norm(norm: nn.Module, stream: Stream) -> tuple[Tensor, Tensor]:
         return norm(hidden), hidden
     normed, residual = norm(hidden, residual)
     return normed, residual
+
+
+def _scale(stream: Stream, scaling: Scaling) -> None:
+    """Multiply some rows of both halves of the stream, in place as vLLM's norms are."""
+    for half in stream:
+        if half is not None:
+            half[scaling.tokens] *= scaling.factors
 
 
 def _gather(stream: Stream, tokens: slice | Tensor) -> Stream:

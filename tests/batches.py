@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random prompts and plans for engine tests, and a greedy run of them."""
+"""Random prompts and plans for engine tests, a greedy run of them, what a model decided."""
 
 from __future__ import annotations
 
@@ -64,3 +64,9 @@ def greedy(
         use_tqdm=False,
     )
     return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def decisions(model: Any) -> list[tuple[str, str]]:
+    """Give every decided plan with the bytes of its factors; for `LLM.apply_model`."""
+    memo = model.adaskip._state._memo.values()
+    return [(str(plan), "" if by is None else by.tobytes().hex()) for plan, by in memo]

@@ -79,14 +79,17 @@ class Reference:
         kv_fill: str = "none",
         then: tuple[int, Sequence[int | str]] | None = None,
         rule: MlpRule | None = None,
+        factors: Sequence[float] | None = None,
     ) -> tuple[list[int], float]:
         """Give greedy tokens, and the smallest gap between the two best logits on the way.
 
         A gap near float32 rounding means that another order of summation may rightly
         choose another token; callers check it. ``then=(n, other)`` follows another plan
-        once ``n`` tokens are there. A fresh ``rule`` leaves out more than the plan.
+        once ``n`` tokens are there. A fresh ``rule`` leaves out more than the plan. ``factors``
+        (one each) are what sub-layers that the first plan leaves out multiply the stream by.
         """
         plan = SkipPlan.parse(skip, self.num_layers)
+        ones = [1.0] * 2 * self.num_layers
         cache = DynamicCache(config=self.model.config)
         logits = self.model(torch.tensor([prompt]), past_key_values=cache).logits[0, -1]
         tokens, gap = [], float("inf")
@@ -97,9 +100,10 @@ class Reference:
             if len(tokens) == max_tokens:
                 return tokens, gap
             if then and len(tokens) == then[0]:
-                plan = SkipPlan.parse(then[1], self.num_layers)
+                plan, factors = SkipPlan.parse(then[1], self.num_layers), None
             position = len(prompt) + len(tokens) - 1
-            logits = self._step(tokens[-1], position, plan, cache, kv_fill, rule)
+            scale = ones if factors is None else factors
+            logits = self._step(tokens[-1], position, plan, cache, kv_fill, rule, scale)
 
     @torch.inference_mode()
     def observe(self, prompt: Sequence[int], classifier: Classifier) -> PromptStatistics:
@@ -131,6 +135,7 @@ class Reference:
         cache: DynamicCache,
         kv_fill: str,
         rule: MlpRule | None,
+        factors: Sequence[float],
     ) -> torch.Tensor:
         rule = rule or MlpRule(range(0), 0)
         rule.start(plan)
@@ -146,9 +151,13 @@ class Reference:
                     past_key_values=cache,
                 )
                 hidden = hidden + update
-            elif kv_fill == "project":
-                self._project(index, layer.input_layernorm(hidden), rotary, cache)
-            if not plan.mlp >> index & 1 and not rule.leaves_out(index):
+            else:
+                if kv_fill == "project":
+                    self._project(index, layer.input_layernorm(hidden), rotary, cache)
+                hidden = hidden * float(factors[2 * index])
+            if plan.mlp >> index & 1:
+                hidden = hidden * float(factors[2 * index + 1])
+            elif not rule.leaves_out(index):
                 before = hidden
                 hidden = before + layer.mlp(layer.post_attention_layernorm(before))
                 rule.saw(index, before[0, 0], hidden[0, 0])

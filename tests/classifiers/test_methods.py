@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_adaskip.classifiers import METHODS, Classifier, DecoderShape, PlanError, PromptStatistics
+from vllm_adaskip.classifiers import (
+    METHODS,
+    Classifier,
+    DecoderShape,
+    PlanError,
+    PromptStatistics,
+    SkipPlan,
+)
 from vllm_adaskip.classifiers.routers import Routers
 from vllm_adaskip.classifiers.similarity import Similarity, SimilarityOptions
 from vllm_adaskip.classifiers.static import Static, StaticOptions
@@ -21,6 +28,7 @@ EXAMPLES: dict[str, dict[str, object]] = {
     "first": {"codebook": [[1], [1, 2]]},
     "none": {},
     "similarity": {},
+    "similarity, scaled": {"scale": True},
     "static": {"skip": [1, "attn:2"]},
 }
 
@@ -34,7 +42,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Classifier
     routers.save(folder)
 
     def made(name: str) -> Classifier:
-        method = METHODS[name]
+        method = METHODS[name.partition(",")[0]]
         return method(SHAPE, method.Options.model_validate(EXAMPLES[name]), folder)
 
     return made
@@ -51,7 +59,11 @@ def prompt_for(classifier: Classifier, seed: int = 0) -> PromptStatistics | None
     return PromptStatistics(5, mean, last)
 
 
-@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_an_example() -> None:
+    assert {name.partition(",")[0] for name in EXAMPLES} == set(METHODS)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_every_method_decides_the_same_plan_again_within_its_budget(made: Made, name: str) -> None:
     classifier = made(name)
     prompt = prompt_for(classifier)
@@ -70,7 +82,7 @@ def test_every_method_decides_the_same_plan_again_within_its_budget(made: Made, 
 
 def test_every_method_that_reads_prompts_observes_each_token_by_itself(made: Made) -> None:
     """Purity: the batch, or the chunk, that a token came in must not matter."""
-    for classifier in map(made, METHODS):
+    for classifier in map(made, EXAMPLES):
         if not classifier.width:
             continue
         before, update = torch.randn(2, 6, HIDDEN)
@@ -100,6 +112,54 @@ def test_similarity_leaves_out_what_changed_the_prompt_least(made: Made) -> None
     assert similarity.decide(0.9, prompt).entries() == ["mlp:1"]
     assert similarity.decide(0.75, prompt).entries() == ["attn:2", "mlp:1"]
     assert similarity.decide(0.5, prompt).entries() == [1, 2]
+
+
+def test_factors_are_the_ratios_of_the_stream_s_norms_over_the_prompt() -> None:
+    """Frobenius norms, so that tokens with a large norm weigh more; the last sub-layer included."""
+    scaled = Similarity(SHAPE, SimilarityOptions(scale=True, keep_last=0))
+    assert scaled.scales
+    torch.manual_seed(0)
+    updates = torch.randn(8, 6, HIDDEN) * torch.tensor([1, 9, 2, 1, 0.1, 3]).view(1, 6, 1)
+    streams = torch.cat((torch.randn(1, 6, HIDDEN), updates)).cumsum(0)
+    values = torch.zeros(6, scaled.width)
+    observe = scaled.observer(HIDDEN, values.device)
+    for sub_layer, update in enumerate(updates):
+        observe(sub_layer, streams[sub_layer], update, values)
+    prompt = PromptStatistics(6, values.double().mean(0).numpy(), values[-1].double().numpy())
+    norms = torch.linalg.matrix_norm(streams)
+    want = (norms[1:] / norms[:-1]).numpy()
+    for plan in (SkipPlan.parse([1, "mlp:3"], 4), SkipPlan.parse(["attn:2"], 4)):
+        factors = scaled.factors(plan, prompt)
+        assert factors is not None and factors.dtype == np.float32
+        np.testing.assert_allclose(factors, np.where(plan.mask(), want, 1), rtol=1e-5)
+    assert scaled.decide(0.7, prompt) == Similarity(SHAPE, SimilarityOptions(keep_last=0)).decide(
+        0.7, PromptStatistics(6, prompt.mean[:8], prompt.last[:8])
+    )
+
+
+def test_a_stream_of_zeros_is_not_scaled() -> None:
+    scaled = Similarity(SHAPE, SimilarityOptions(scale=True, keep_first=0))
+    nothing = PromptStatistics(1, np.zeros(scaled.width), np.zeros(scaled.width))
+    factors = scaled.factors(SkipPlan.parse([0, 1], 4), nothing)
+    assert factors is not None and (factors == 1).all()
+
+
+def test_norms_of_bfloat16_streams_do_not_overflow_or_vanish() -> None:
+    scaled = Similarity(SHAPE, SimilarityOptions(scale=True))
+    for size in (1e-4, 1.0, 1e4):
+        before = torch.full((2, 4096), size, dtype=torch.bfloat16)
+        values = torch.zeros(2, scaled.width)
+        scaled.observer(4096, values.device)(3, before, before, values)
+        assert torch.allclose(values[:, 8 + 3], torch.tensor(4096 * size**2), rtol=0.01)
+
+
+def test_nothing_is_scaled_unless_asked_for(made: Made) -> None:
+    for classifier in map(made, METHODS):
+        prompt = prompt_for(classifier)
+        assert not classifier.scales
+        if prompt is not None:
+            assert classifier.factors(classifier.decide(1.0, prompt), prompt) is None
+    assert made("similarity").width == 8
 
 
 @pytest.mark.parametrize("ends", [{"keep_first": 0, "keep_last": 0}, {"keep_first": 4}])

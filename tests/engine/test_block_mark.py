@@ -65,6 +65,14 @@ def test_budgets_tell_decided_plans_apart() -> None:
     assert len({one() for one in marks if one}) == 2
 
 
+def test_a_decided_plan_is_told_apart_from_the_same_plan_of_a_request() -> None:
+    """Of which only the first may come with factors."""
+    scales = planner(method="similarity", budget=0.7, method_options={"scale": True})
+    decided = block_mark(scales, None, 9)
+    assert decided is not None
+    assert decided() not in {mark(scales, skip) for skip in ([], [1], [2], [1, 2], ["mlp:1"])}
+
+
 @pytest.mark.parametrize(
     ("kv_fill", "skip", "has_holes"),
     [

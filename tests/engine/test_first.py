@@ -54,7 +54,7 @@ def test_a_decoding_step_under_a_decided_plan_is_that_of_an_explicit_one(
     llm = engine(tiny_llama, **engine_args(profile=write_first(tmp_path, tiny_llama), budget=0.6))
     (prompt,) = random_prompts(52, 1)
     greedy(llm, [prompt], [None], max_tokens=3)
-    (plan,) = llm.apply_model(lambda model: list(model.adaskip._state._memo.values()))[0]
+    ((plan, _),) = llm.apply_model(lambda model: list(model.adaskip._state._memo.values()))[0]
     assert isinstance(plan, SkipPlan) and not plan.is_dense
     pieces = []
     for plans in ([None], [plan.entries()]):

@@ -15,24 +15,27 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 from batches import greedy, random_prompts, sampling
-from conftest import TINY_LAYERS, TINY_SHAPE
+from conftest import TINY_SHAPE
 from profiles import write_first
 from reference import Reference
 
 from vllm_adaskip import DecoderShape, SkipPlan, engine_args
 from vllm_adaskip.config import AdaSkipConfig
 from vllm_adaskip.engine.planner import Planner
-from vllm_adaskip.engine.state import _digest
+from vllm_adaskip.engine.state import Decision, _digest
+from vllm_adaskip.engine.table import Factors
 
 BUDGET = 0.6
 #: A smaller one, that all methods can meet.
 LESS = 0.45
-#: What is read of a prompt: means of all sub-layers, means of MLPs against a threshold, votes of
-#: all tokens, the last token alone.
+#: What is read of a prompt: means of all sub-layers, these with norms, from which factors follow,
+#: means of MLPs against a threshold, votes of all tokens, the last token alone.
 METHODS: dict[str, dict[str, Any]] = {
     "similarity": {},
+    "similarity, scaled": {"scale": True},
     "ffn-skip": {"threshold": 0.94, "keep_last": 0, "budget": 0.8},
     "first, fraction": {"reduce": "fraction"},
     "first, last": {"reduce": "last", "width": 8, "codebook": [[2, 3, 5], [4, 5], [1, 4, 6], [3]]},
@@ -48,25 +51,38 @@ class Method:
         facts = AdaSkipConfig.parse(options).facts(DecoderShape(*TINY_SHAPE))
         self._classifier = Planner(facts).classifier
 
-    def plan(self, prompt: list[int], budget: float | None = None) -> SkipPlan:
-        budget = budget or self.options["budget"]
-        return self._classifier.decide(budget, self.reference.observe(prompt, self._classifier))
+    def plan(self, prompt: list[int]) -> SkipPlan:
+        read = self.reference.observe(prompt, self._classifier)
+        return self._classifier.decide(self.options["budget"], read)
+
+    def want(
+        self, prompt: list[int], tokens: int, budget: float | None = None
+    ) -> tuple[list[int], SkipPlan, Factors | None]:
+        """Give a sequence's tokens, plan and factors."""
+        read = self.reference.observe(prompt, self._classifier)
+        plan = self._classifier.decide(budget or self.options["budget"], read)
+        factors = self._classifier.factors(plan, read)
+        by = None if factors is None else factors.tolist()
+        return self.reference.generate(prompt, plan.entries(), tokens, factors=by)[0], plan, factors
 
     def check(self, llm: Any, prompts: list[list[int]], tokens: int = 12) -> None:
-        """Run a batch; compare plans and tokens with the reference's."""
+        """Run a batch; compare plans, factors and tokens with the reference's."""
         got = greedy(llm, prompts, [None] * len(prompts), max_tokens=tokens)
-        plans = decided(llm)
+        decisions = decided(llm)
         for prompt, output in zip(prompts, got, strict=True):
-            want = self.plan(prompt)
-            assert plans[_digest(prompt)] == want
-            assert output == self.reference.generate(prompt, want.entries(), tokens)[0]
+            want, plan, factors = self.want(prompt, tokens)
+            assert decisions[_digest(prompt)][0] == plan
+            assert (factors is None) is ("scale" not in self.options)
+            if factors is not None:
+                np.testing.assert_allclose(decisions[_digest(prompt)][1], factors, rtol=1e-4)
+            assert output == want
 
 
 @pytest.fixture(scope="module", params=METHODS)
 def method(
     request: pytest.FixtureRequest, tiny_llama: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Method:
-    options = {"method": request.param, **METHODS[request.param]}
+    options = {"method": request.param.partition(",")[0], **METHODS[request.param]}
     if request.param.startswith("first"):
         folder = tmp_path_factory.mktemp("profile")
         options = {"profile": write_first(folder, tiny_llama, **METHODS[request.param])}
@@ -82,10 +98,10 @@ def make(engine: Callable[..., Any], tiny_llama: str, method: Method) -> Callabl
     return make
 
 
-def decided(llm: Any) -> dict[bytes, SkipPlan]:
-    """Every plan the engine's worker has decided so far, by digest of the prompt."""
+def decided(llm: Any) -> dict[bytes, Decision]:
+    """Every decision of the engine's worker so far, by digest of the prompt."""
     memo = llm.apply_model(lambda model: model.adaskip._state._memo)[0]
-    return {undecided.prompt_hash: plan for undecided, plan in memo.items()}
+    return {undecided.prompt_hash: decision for undecided, decision in memo.items()}
 
 
 def forget(llm: Any) -> None:
@@ -150,19 +166,18 @@ def test_with_parallel_samples_budgets_and_dense_requests(
 ) -> None:
     llm = make(max_num_batched_tokens=48)
     prompt = random_prompts(36, 1, longest=90)[0]
-    arguments: list[tuple[dict[str, Any] | None, SkipPlan]] = [
-        (None, method.plan(prompt)),
-        ({"adaskip_budget": LESS}, method.plan(prompt, LESS)),
-        ({"adaskip": "off"}, SkipPlan(TINY_LAYERS)),
-        ({"adaskip_skip": [3]}, SkipPlan.parse([3], TINY_LAYERS)),
+    arguments: list[tuple[dict[str, Any] | None, list[int]]] = [
+        (None, method.want(prompt, 12)[0]),
+        ({"adaskip_budget": LESS}, method.want(prompt, 12, LESS)[0]),
+        ({"adaskip": "off"}, method.reference.generate(prompt, [], 12)[0]),
+        ({"adaskip_skip": [3]}, method.reference.generate(prompt, [3], 12)[0]),
     ]
     outputs = llm.generate(
         [{"prompt_token_ids": prompt}] * len(arguments),
         [sampling(None, 12, n=2, temperature=1.0, top_k=1, extra_args=one) for one, _ in arguments],
         use_tqdm=False,
     )
-    for output, (_, plan) in zip(outputs, arguments, strict=True):
-        want = method.reference.generate(prompt, plan.entries(), 12)[0]
+    for output, (_, want) in zip(outputs, arguments, strict=True):
         assert [list(one.token_ids) for one in output.outputs] == [want] * 2
 
 

@@ -5,10 +5,12 @@ import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from vllm_adaskip.engine.kv_copies import Copies
 from vllm_adaskip.engine.layout import Layout
-from vllm_adaskip.engine.step_plan import Passing, StepPlan
+from vllm_adaskip.engine.scaling import Scaling
+from vllm_adaskip.engine.step_plan import Passing, Segment, StepPlan
 
 LAYERS = 3
 
@@ -22,12 +24,19 @@ rows = st.tuples(
 )
 
 
-def plan_of(batch: list[Row], *, with_passing: bool = False) -> tuple[StepPlan, Layout]:
+#: Few values, so that runs of sub-layers without a factor, and products that are 1, do occur.
+scales = st.lists(st.sampled_from([0.5, 1.0, 1.25, 2.0]), min_size=6, max_size=6)
+FloatArray = NDArray[np.float32]
+
+
+def plan_of(
+    batch: list[Row], *, with_passing: bool = False, factors: FloatArray | None = None
+) -> tuple[StepPlan, Layout]:
     computed, query, prompts = (np.array([row[i] for row in batch]) for i in range(3))
     starts = np.concatenate(([0], np.cumsum(query)))
     layout = Layout.of(starts, computed + query, prompts)
     skips = np.array([row[3] for row in batch])
-    return StepPlan.build(skips, layout, with_passing=with_passing), layout
+    return StepPlan.build(skips, layout, with_passing=with_passing, factors=factors), layout
 
 
 def expected_tokens(batch: list[Row], sub_layer: int) -> list[int]:
@@ -134,6 +143,94 @@ def test_copies_come_from_the_nearest_attention_that_ran(batch: list[Row]) -> No
             got.add((source, token, int(copies.layers[index])))
         start += len(places)
     assert got == want
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.lists(st.tuples(rows, scales), min_size=1, max_size=4), st.booleans())
+def test_each_token_is_scaled_by_what_it_left_out_before_anything_looks_at_it(
+    batch: list[tuple[Row, list[float]]], with_passing: bool
+) -> None:
+    """What every sub-layer sees of every token's stream, and what is left of it at the end."""
+    factors = np.array([own for _, own in batch], np.float32)
+    tokens = [row for row, _ in batch]
+    plan, _ = plan_of(tokens, with_passing=with_passing, factors=factors)
+    row_of = [index for index, row in enumerate(tokens) for _ in range(row[1])]
+    everything = torch.arange(len(row_of))
+    scale = torch.ones(len(row_of))
+    left_out = [[s for s in range(6) if t not in expected_tokens(tokens, s)] for t in everything]
+
+    def check(chosen: torch.Tensor, sub_layer: int) -> None:
+        for token in chosen.tolist():
+            before = [one for one in left_out[token] if one < sub_layer]
+            assert scale[token] == factors[row_of[token], before].prod()  # exact: short binaries
+
+    for piece in plan.pieces:
+        if isinstance(piece, Scaling):
+            assert len(everything[piece.tokens]) == len(piece.factors)
+            assert (piece.factors != 1).all()
+            scale[piece.tokens] *= piece.factors[:, 0]
+        elif isinstance(piece, Passing):
+            check(everything[piece.tokens], 2 * piece.layer)
+        else:
+            subset = piece.subset
+            chosen = everything if subset is None else everything[subset.tokens]
+            for sub_layer in piece.sub_layers:
+                check(chosen, sub_layer)
+    check(everything, 6)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(rows, scales), min_size=2, max_size=8), st.booleans())
+def test_a_token_s_factors_do_not_depend_on_its_neighbours(
+    batch: list[tuple[Row, list[float]]], with_passing: bool
+) -> None:
+    """Also not how they are multiplied together, which rounding would show."""
+
+    def of_row(batch: list[tuple[Row, list[float]]], row: int) -> list[list[float]]:
+        factors = np.array([own for _, own in batch], np.float32)
+        tokens = [one for one, _ in batch]
+        plan, _ = plan_of(tokens, with_passing=with_passing, factors=factors)
+        start = sum(one[1] for one in tokens[:row])
+        end = start + tokens[row][1]
+        steps: list[list[float]] = []
+        for piece in plan.pieces:
+            if isinstance(piece, Scaling):
+                each = torch.ones(sum(one[1] for one in tokens))
+                each[piece.tokens] = piece.factors[:, 0]
+                if (each[start:end] != 1).any():
+                    steps.append(each[start:end].tolist())
+        return steps
+
+    assert of_row(batch, 1) == of_row(batch[1:2], 0)
+
+
+@settings(deadline=None)
+@given(st.lists(rows, min_size=1, max_size=8), st.booleans())
+def test_factors_of_one_change_no_step_plan(batch: list[Row], with_passing: bool) -> None:
+    ones = np.ones((len(batch), 2 * LAYERS), np.float32)
+    plain, _ = plan_of(batch, with_passing=with_passing)
+    scaled, _ = plan_of(batch, with_passing=with_passing, factors=ones)
+    assert list(map(described, plain.pieces)) == list(map(described, scaled.pieces))
+
+
+def described(piece: object) -> str:
+    """Say what a piece holds: its tensors, not which they are."""
+    if isinstance(piece, Segment):
+        return f"{piece.sub_layers} {piece.subset and piece.subset.tokens}"
+    return repr(piece)
+
+
+def test_sub_layers_in_a_row_are_scaled_at_once_and_split_no_others() -> None:
+    row = [False, True, True, True, False, False]
+    factors = np.array([[1, 2, 3, 4, 1, 1], [9] * 6], np.float32)
+    plan, _ = plan_of([(5, 1, 2, row), (5, 1, 2, [False] * 6)], factors=factors)
+    scalings = [piece for piece in plan.pieces if isinstance(piece, Scaling)]
+    assert [one.factors.tolist() for one in scalings] == [[[24.0]]]
+    assert [one.tokens for one in scalings] == [slice(0, 1)]
+    assert len(plan.pieces) == 4  # 0 by both; 1 to 3 by one; scaled; 4 and 5 by both
+    alone, _ = plan_of([(5, 1, 2, [False, True, False, False, False, False])], factors=factors[:1])
+    kinds = [type(piece).__name__ for piece in alone.pieces]
+    assert kinds == ["Segment", "Scaling", "Segment"]  # though the same tokens run both
 
 
 def test_a_sub_layer_that_nobody_needs_is_in_no_segment() -> None:

@@ -22,13 +22,15 @@ PLANS: list[Entries | None] = [[], [2, 3], ["attn:4", "mlp:5"], [0], None, ["mlp
 TOKENS = 10
 BUDGET = 0.6
 METHOD = Similarity(DecoderShape(*TINY_SHAPE), SimilarityOptions())
+SCALED = Similarity(DecoderShape(*TINY_SHAPE), SimilarityOptions(scale=True))
+SCALING = {"method": "similarity", "budget": BUDGET, "scale": True, "kv_fill": "project"}
 READING = {"method": "similarity", "budget": BUDGET, "kv_fill": "copy"}
 GATING = {"method": "ffn-skip", "scope": "token", "threshold": 0.9, "warm_up": 2}
 
 #: A process of its own, because vLLM's CPU backend then binds each rank to a core.
 SCRIPT = """
 import json, sys
-from batches import greedy
+from batches import decisions, greedy
 from vllm import LLM
 from vllm_adaskip import engine_args
 
@@ -39,12 +41,15 @@ if __name__ == "__main__":
               max_num_batched_tokens=48, max_num_seqs=16,
               **engine_args(**options))
     greedy(llm, prompts, plans, tokens)  # again, now from the prefix cache
-    print(json.dumps([greedy(llm, prompts, plans, tokens), llm.collective_rpc("adaskip_report")]))
+    got = greedy(llm, prompts, plans, tokens)
+    print(json.dumps([got, llm.collective_rpc("adaskip_report"), llm.apply_model(decisions)]))
 """
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two ranks need two cores")
-@pytest.mark.parametrize("options", [READING, GATING], ids=["reading", "gating"])
+@pytest.mark.parametrize(
+    "options", [READING, SCALING, GATING], ids=["reading", "scaling", "gating"]
+)
 def test_two_ranks_give_the_reference_s_tokens_and_equal_reports(
     tiny_llama: str, tmp_path: Path, options: dict[str, object]
 ) -> None:
@@ -56,21 +61,28 @@ def test_two_ranks_give_the_reference_s_tokens_and_equal_reports(
         cwd=tmp_path,
         env={
             **{k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"},
-            "PYTHONPATH": str(Path(__file__).parents[1]),
+            "PYTHONPATH": f"{Path(__file__).parents[1]}:{os.environ.get('PYTHONPATH', '')}",
             "VLLM_CPU_OMP_THREADS_BIND": "0|1",
+            "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # of the function that looks at each rank
         },
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    got, reports = json.loads(done.stdout.splitlines()[-1])
+    got, reports, decisions = json.loads(done.stdout.splitlines()[-1])
     reference = Reference(tiny_llama)
     for prompt, plan, tokens in zip(prompts, PLANS, got, strict=True):
-        rule = None
+        rule = factors = None
         if plan is None and options is GATING:
             plan, rule = [], MlpRule(range(1, TINY_SHAPE[0] - 1), 0.9, warm_up=2)
         if plan is None:
-            plan = METHOD.decide(BUDGET, reference.observe(prompt, METHOD)).entries()
-        assert tokens == reference.generate(prompt, plan, TOKENS, rule=rule)[0]
+            method = SCALED if options is SCALING else METHOD
+            read = reference.observe(prompt, method)
+            decided = method.decide(BUDGET, read)
+            plan, factors = decided.entries(), method.factors(decided, read)
+        by = None if factors is None else factors.tolist()
+        assert tokens == reference.generate(prompt, plan, TOKENS, rule=rule, factors=by)[0]
     assert len(reports) == 2 and reports[0] == reports[1]
+    assert decisions[0] == decisions[1]  # factors bit for bit
+    assert options is not SCALING or all(factors for _, factors in decisions[0])

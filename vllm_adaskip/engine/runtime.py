@@ -77,6 +77,7 @@ class SkipRuntime:
                 layout,
                 with_passing=self.kv_fill.wants_passing,
                 alone=self.gate.arrange(layout),
+                factors=None if self._table.factors is None else self._table.factors[:rows],
             )
             self._is_dense = self._plan.is_dense
         self._contexts.clear()

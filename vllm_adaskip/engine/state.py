@@ -13,13 +13,16 @@ from cachetools import LRUCache
 
 from vllm_adaskip.classifiers import PromptStatistics, SkipPlan
 from vllm_adaskip.engine.planner import Planner
-from vllm_adaskip.engine.table import SequenceTable, Undecided
+from vllm_adaskip.engine.table import Factors, SequenceTable, Undecided
 
 logger = getLogger("vllm.adaskip")
 
 #: Decided plans that are remembered. What is preempted comes back before anything new is let
 #: in (vLLM puts it at the head of the queue), so far fewer than this lie between.
 _REMEMBERED = 16_384
+
+#: A plan, and what its left-out sub-layers multiply the stream by, if anything.
+Decision = tuple[SkipPlan, Factors | None]
 
 
 class SkipState:
@@ -32,8 +35,9 @@ class SkipState:
 
     def __init__(self, planner: Planner, capacity: int) -> None:
         self.planner = planner
-        self.table = SequenceTable(planner.facts.shape.num_layers, capacity)
-        self._memo: LRUCache[Undecided, SkipPlan] = LRUCache(_REMEMBERED)
+        num_layers, scales = planner.facts.shape.num_layers, planner.classifier.scales
+        self.table = SequenceTable(num_layers, capacity, scales=scales)
+        self._memo: LRUCache[Undecided, Decision] = LRUCache(_REMEMBERED)
 
     def enter(
         self,
@@ -46,9 +50,10 @@ class SkipState:
         """Put a request's sequence into a row; ``generated`` tokens when it comes back."""
         wanted = self.planner.wanted(extra_args)
         plan: SkipPlan | Undecided | None = wanted.plan
+        factors: Factors | None = None
         if plan is None:
             undecided = Undecided(_digest(prompt), wanted.budget)
-            plan = self._memo.get(undecided, undecided)
+            plan, factors = self._memo.get(undecided, (undecided, None))
             if generated and isinstance(plan, Undecided):
                 logger.warning(
                     "vllm-adaskip: the plan of a preempted sequence was forgotten (more than %d "
@@ -56,7 +61,9 @@ class SkipState:
                     _REMEMBERED,
                     generated,
                 )
-        self.table.add(row, plan, len(prompt), is_new=not generated, gated=wanted.gated)
+        self.table.add(
+            row, plan, len(prompt), factors=factors, is_new=not generated, gated=wanted.gated
+        )
 
     def plan_of(
         self, extra_args: Mapping[str, Any] | None, prompt: Sequence[int]
@@ -70,14 +77,21 @@ class SkipState:
             return None
         if wanted.plan is not None:
             return wanted.plan
-        return self._memo.get(Undecided(_digest(prompt), wanted.budget))
+        plan, _ = self._memo.get(Undecided(_digest(prompt), wanted.budget), (None, None))
+        return plan
 
     def decide(self, row: int, prompt: PromptStatistics) -> None:
-        """Let the method decide the plan of an undecided row, whose prompt is complete."""
+        """Let the method decide the plan of an undecided row, whose prompt is complete.
+
+        Or give it what another row with the same prompt, computed beside it, was given: they may
+        find each other's blocks.
+        """
         undecided = self.table.undecided[row]
-        plan = self.planner.classifier.decide(undecided.budget, prompt)
-        self._memo[undecided] = plan
-        self.table.follow(row, plan)
+        if undecided not in self._memo:
+            classifier = self.planner.classifier
+            plan = classifier.decide(undecided.budget, prompt)
+            self._memo[undecided] = plan, classifier.factors(plan, prompt)
+        self.table.follow(row, *self._memo[undecided])
 
 
 def _digest(prompt: Sequence[int]) -> bytes:

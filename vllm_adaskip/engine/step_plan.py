@@ -21,6 +21,8 @@ from vllm_adaskip.engine.layout import (
     Tokens,
     generated_tokens,
 )
+from vllm_adaskip.engine.scaling import DueFactors, Scaling
+from vllm_adaskip.engine.table import Factors
 
 
 @dataclass(frozen=True)
@@ -76,12 +78,12 @@ class StepPlan:
     Attributes:
         pieces: in running order; a sub-layer in none of the segments is not launched. Each
             `Passing` stands where its tokens' residual stream is that which the layer
-            would have seen.
+            would have seen, each `Scaling` before anything that looks at its tokens' stream.
         generated_run: ``[2 * num_layers]`` generated tokens that go through each sub-layer.
 
     """
 
-    pieces: tuple[Segment | Passing, ...]
+    pieces: tuple[Segment | Passing | Scaling, ...]
     generated_run: IntArray
 
     @property
@@ -102,6 +104,7 @@ class StepPlan:
         *,
         with_passing: bool = False,
         alone: Set[int] = frozenset(),
+        factors: Factors | None = None,
     ) -> StepPlan:
         """Plan a step.
 
@@ -111,13 +114,15 @@ class StepPlan:
                 ``skips`` says.
             with_passing: also say where tokens pass by an attention sub-layer.
             alone: sub-layers that get a segment of their own.
+            factors: like ``skips``, what left-out sub-layers multiply the stream by; None: nothing.
 
         """
         skipping = skips & (layout.generated > 0)[:, None]
         generated_run = layout.generated @ ~skipping
         num_tokens = int(layout.query_lens.sum())
         subsets: dict[bytes, Subset | None] = {}
-        pieces: list[Segment | Passing] = []
+        pieces: list[Segment | Passing | Scaling] = []
+        due = DueFactors(layout, factors)
         for sub_layer, column in enumerate(np.ascontiguousarray(skipping.T)):
             key = column.tobytes()
             if key not in subsets:
@@ -127,11 +132,17 @@ class StepPlan:
             last = pieces[-1] if pieces else None
             goes_on = isinstance(last, Segment) and last.subset is chosen
             goes_on = goes_on and alone.isdisjoint((sub_layer, sub_layer - 1))
-            if with_passing and chosen is not None and sub_layer % 2 == 0:
-                # Who passes by here ran nothing of a segment that goes on: before or after
-                # it is the same to them, and before it leaves the segment in one piece.
-                at = len(pieces) - 1 if goes_on else len(pieces)
+            goes_on = goes_on and not due.any_of(~column)
+            # Who passes by here ran nothing of a segment that goes on: before or after
+            # it is the same to them, and before it leaves the segment in one piece.
+            at = len(pieces) - 1 if goes_on else len(pieces)
+            passes_by = with_passing and chosen is not None and sub_layer % 2 == 0
+            if scaling := due.settle(~column | passes_by):
+                pieces.insert(at, scaling)
+                at += 1
+            if passes_by:
                 pieces.insert(at, Passing(sub_layer // 2, generated_tokens(layout, column)))
+            due.add(column, sub_layer)
             if chosen is not None and chosen.num_tokens == 0:
                 continue
             if goes_on:
@@ -139,4 +150,6 @@ class StepPlan:
                 pieces[-1] = Segment((*last.sub_layers, sub_layer), chosen)
             else:
                 pieces.append(Segment((sub_layer,), chosen))
+        if scaling := due.settle(layout.generated > 0):
+            pieces.append(scaling)
         return cls(tuple(pieces), generated_run)

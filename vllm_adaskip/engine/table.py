@@ -10,8 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vllm_adaskip.classifiers import SkipPlan
+
+#: ``[2 * num_layers]`` float32, see `Classifier.factors`.
+Factors = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +39,8 @@ class SequenceTable:
         prompt_lens: ``[capacity]`` int64, tokens of the row's prompt; 0 where the row is empty.
         skips: ``[capacity, 2 * num_layers]`` bool, True where the row leaves out the
             sub-layer, in running order attention 0, MLP 0, attention 1, ...
+        factors: ``[capacity, 2 * num_layers]`` float32, what a left-out sub-layer multiplies
+            the stream by; None in an engine whose method does not scale.
         undecided: rows that have no plan yet.
         gated: ``[capacity]`` bool, True where the method's `TokenGate` may leave out more.
         version: grows with every change of a row, so that readers know when a step plan
@@ -43,10 +49,11 @@ class SequenceTable:
 
     """
 
-    def __init__(self, num_layers: int, capacity: int) -> None:
+    def __init__(self, num_layers: int, capacity: int, *, scales: bool = False) -> None:
         self.num_layers = num_layers
         self.prompt_lens = np.zeros(capacity, dtype=np.int64)
         self.skips = np.zeros((capacity, 2 * num_layers), dtype=np.bool_)
+        self.factors = np.ones(self.skips.shape, dtype=np.float32) if scales else None
         self.undecided: dict[int, Undecided] = {}
         self.gated = np.zeros(capacity, dtype=np.bool_)
         self.version = 0
@@ -63,6 +70,7 @@ class SequenceTable:
         plan: SkipPlan | Undecided,
         prompt_len: int,
         *,
+        factors: Factors | None = None,
         is_new: bool = True,
         gated: bool = False,
     ) -> None:
@@ -74,9 +82,9 @@ class SequenceTable:
         if isinstance(plan, Undecided):
             self.undecided[row] = plan
         else:
-            self.follow(row, plan)
+            self.follow(row, plan, factors)
 
-    def follow(self, row: int, plan: SkipPlan) -> None:
+    def follow(self, row: int, plan: SkipPlan, factors: Factors | None = None) -> None:
         """Let a row's sequence follow a plan from its next generated token on.
 
         A sequence that runs an attention sub-layer again which it left out before reads
@@ -84,12 +92,16 @@ class SequenceTable:
         """
         self.undecided.pop(row, None)
         self.skips[row] = plan.mask()
+        if self.factors is not None:
+            self.factors[row] = 1 if factors is None else factors
         self.version += 1
 
     def remove(self, row: int) -> None:
         """Empty a row."""
         self.prompt_lens[row] = 0
         self.skips[row] = False
+        if self.factors is not None:
+            self.factors[row] = 1
         self.gated[row] = False
         self.undecided.pop(row, None)
         self.version += 1
@@ -104,6 +116,8 @@ class SequenceTable:
         pair, swapped = [one, other], [other, one]
         self.prompt_lens[pair] = self.prompt_lens[swapped]
         self.skips[pair] = self.skips[swapped]
+        if self.factors is not None:
+            self.factors[pair] = self.factors[swapped]
         self.gated[pair] = self.gated[swapped]
         waiting = {row: self.undecided.pop(row) for row in pair if row in self.undecided}
         for row, undecided in waiting.items():
