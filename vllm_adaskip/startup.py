@@ -45,15 +45,23 @@ def prepare(vllm_config: VllmConfig) -> None:
     vllm_config.parallel_config.worker_extension_cls = _WORKER_EXTENSION
     if vllm_config.cache_config.enable_prefix_caching:
         vllm_config.scheduler_config.scheduler_cls = _SCHEDULER
-    options = "".join(f", {key} {value}" for key, value in config.method_options.items())
+    options = "".join(f", {key} {_shown(value)}" for key, value in config.method_options.items())
     logger.info(
-        "vllm-adaskip: %s, method %s%s, budget %g, kv_fill %s",
+        "vllm-adaskip: %s, method %s%s, profile %s, budget %g, kv_fill %s",
         family.architecture,
         config.method,
         options,
+        config.profile or "none",
         config.budget,
         config.kv_fill,
     )
+
+
+def _shown(value: object) -> str:
+    """Give an option as it stands in a log line; of a fit's tables only how long they are."""
+    if isinstance(value, list) and len(str(value)) > 60:
+        return f"({len(value)} entries)"
+    return str(value)
 
 
 def _unsupported(vllm_config: VllmConfig) -> Iterator[str]:

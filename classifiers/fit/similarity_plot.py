@@ -14,8 +14,10 @@ from vllm_adaskip.classifiers.fit.similarity import Similarities
 FILE = "similarity.png"
 
 
-def draw_similarities(found: Similarities, middle: range, threshold: float, folder: Path) -> None:
-    """Draw the mean of each sub-layer, with the cold regions shaded and the threshold dashed."""
+def draw_similarities(
+    found: Similarities, middle: range, threshold: float | None, folder: Path
+) -> None:
+    """Draw each sub-layer's mean; the ends that are kept are shaded, the threshold is dashed."""
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
     axes = figure.add_subplot()
     layers = np.arange(found.prompts.shape[1] // 2)
@@ -32,13 +34,16 @@ def draw_similarities(found: Similarities, middle: range, threshold: float, fold
         )
     for start, end in ((-0.5, middle.start - 0.5), (middle.stop - 0.5, len(layers) - 0.5)):
         axes.axvspan(start, end, color="0.5", alpha=0.12, linewidth=0)
-    axes.axhline(threshold, color="0.2", linestyle="--", linewidth=1)
+    title = "bands: 10th to 90th percentile"
+    if threshold is not None:
+        axes.axhline(threshold, color="0.2", linestyle="--", linewidth=1)
+        title = f"threshold {threshold:.4f} (dashed); {title}"
     axes.set(
-        xlabel="decoder layer (shaded: its MLP always runs)",
+        xlabel="decoder layer (shaded: always runs)",
         ylabel="cosine of the stream before and after",
         xlim=(-0.5, len(layers) - 0.5),
         ylim=(_bottom(found), 1.005),
-        title=f"threshold {threshold:.4f} (dashed); bands: 10th to 90th percentile",
+        title=title,
     )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[["top", "right"]].set_visible(False)

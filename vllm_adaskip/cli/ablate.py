@@ -1,162 +1,58 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``adaskip ablate``: what in a method does the work, as a table and a plot."""
+"""What all of ``adaskip ablate`` shares: the run of what is compared, its table and its plot."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from vllm_adaskip.classifiers.plan import SkipPlan
-from vllm_adaskip.classifiers.profile import FILE, Profile, fingerprint
-from vllm_adaskip.cli import fit, run
-from vllm_adaskip.evaluation.results import Answer, Results
+from vllm_adaskip.cli import run
+from vllm_adaskip.evaluation.results import Answer, Manifest, Results, Setting
 
 if TYPE_CHECKING:
-    from vllm_adaskip.evaluation.ablation import Fits
     from vllm_adaskip.evaluation.ablation_plot import Group
+    from vllm_adaskip.evaluation.data import Item
 
 ablate = typer.Typer(help="Compare a method with what it must beat, and its parts with each other.")
 
-#: Shares of layers left out that are compared where the user names none.
-TARGETS = [0.15, 0.25, 0.4]
-#: Prompts that codebooks are made for and thresholds set by, here.
-PROMPTS = 450
-#: Held-back examples on which fixed plans are searched.
-SEARCHED = 90
+Out = Annotated[Path, typer.Option(help="Folder for fits and results; a stopped one goes on.")]
 
 
-@ablate.callback()
-def _group() -> None:
-    """Keep the method a command of its own."""
-
-
-@ablate.command()
-def first(
-    out: Annotated[Path, typer.Option(help="Folder for fits and results; a stopped one goes on.")],
-    model: run.Model = "",
-    train_data: fit.Data = "bundled",
-    data: run.Data = "bundled",
-    limit: run.Limit = 100,
-    seeds: Annotated[int, typer.Option(min=1, help="Fits of the routers.")] = 3,
-    steps: Annotated[int, typer.Option(min=1, help="Updates of the routers.")] = 300,
-    lora_steps: Annotated[int, typer.Option(min=1, help="Updates of LoRA weights.")] = 200,
-    target_skip: run.Targets = None,
-    max_tokens: run.MaxTokens = 32,
-    max_model_len: run.MaxModelLen = 512,
-    enforce_eager: run.EnforceEager = False,
-    seed: run.Seed = 0,
+def compare(
+    out: Path,
+    manifest: Manifest,
+    settings: Sequence[Setting],
+    items: list[Item],
+    max_tokens: int,
+    drawn: Callable[[Group], bool] = lambda group: True,
 ) -> None:
-    """Routers against random plans and the best fixed ones, with LoRA and LoRA alone.
+    """Measure settings through the real engine; print the table of their families, draw them.
 
-    And ways to reduce scores, codebook sizes, several seeds. Fits what it needs, measures all
-    through the real engine, and writes ablation.png and report.html beside the results.
+    Args:
+        out: folder of the results.
+        manifest: of the run.
+        settings: dense first; those that differ in their seed alone are averaged.
+        items: what is asked.
+        max_tokens: of an answer.
+        drawn: which families' points go into the plot.
+
     """
-    with run.plain_errors():
-        from vllm_adaskip.evaluation.ablation import settings
+    results = Results(out)
+    run.answer_and_time(
+        results, manifest, settings, items, max_tokens=max_tokens, rounds=0, batch=1
+    )
+    from vllm_adaskip.evaluation.ablation_plot import draw, groups
 
-        targets = sorted(target_skip or TARGETS)
-        items, source = run.asked(data, limit, seed, "exact_match", None)
-        manifest = run.described(
-            model, source, seed, max_model_len=max_model_len, enforce_eager=enforce_eager
-        )
-        _fit_all(out, model, train_data, seeds, steps, lora_steps)
-        counts = [round(target * manifest.num_layers) for target in targets]
-        fits, fixed = _derived(out, model, train_data, seeds, lora_steps, counts)
-        results = Results(out)
-        compared = settings(fits, fixed, targets, manifest.num_layers)
-        run.answer_and_time(
-            results, manifest, compared, items, max_tokens=max_tokens, rounds=0, batch=1
-        )
-        from vllm_adaskip.evaluation.ablation_plot import draw, groups
-
-        found = groups(run.summarised(results), results.read(Answer))
-        draw(found, out / "ablation.png")
-        Console().print(table(found))
+    found = groups(run.summarised(results), results.read(Answer))
+    draw(filter(drawn, found), out / "ablation.png")
+    Console().print(table(found))
     run.console.print(f"plot: {out / 'ablation.png'}; a page: adaskip report {out}")
-
-
-def _fit_all(out: Path, model: str, data: str, seeds: int, steps: int, lora_steps: int) -> None:
-    """Fit routers for each seed, and with LoRA for the first; each a process, as of a user."""
-    named = ["--model", model] if model else []
-    fits = [(f"routers-{seed}", seed, 0) for seed in range(seeds)]
-    for name, seed, adapted in (*fits, ("lora-0", 0, lora_steps)):
-        if (out / name / FILE).exists():
-            continue
-        run.console.print(f"fitting {out / name}", markup=False)
-        command = [sys.executable, "-c", "from vllm_adaskip.cli.main import main; main()"]
-        told = ["fit", "first", "--out", out / name, "--data", data, "--seed", seed, *named]
-        told += ["--steps", steps, "--lora-steps", adapted]
-        subprocess.run([*command, *map(str, told)], check=True)
-
-
-def _derived(
-    out: Path, model: str, data: str, seeds: int, lora_steps: int, counts: Sequence[int]
-) -> tuple[Fits, dict[int, list[int | str]]]:
-    """Make what is derived from the fits: variants, LoRA alone, and fixed plans."""
-    from vllm_adaskip.classifiers.first import FirstOptions
-    from vllm_adaskip.classifiers.fit.first import answer_tokens, held_back_of
-    from vllm_adaskip.classifiers.fit.quality import plan_loss
-    from vllm_adaskip.classifiers.fit.routing import prompt_scores
-    from vllm_adaskip.classifiers.routers import Routers
-    from vllm_adaskip.evaluation.ablation import Fits, Scored, best_fixed, variants
-
-    subject = fit.subject(model, data, ("prompt", "answer"), 500, 16, 0)
-    loaded: Any = fit.loaded(subject, "auto").requires_grad_(False)
-    held_back, training = held_back_of(subject.samples)
-    layers, hidden = loaded.config.num_hidden_layers, loaded.config.hidden_size
-    routers = Routers.load(out / "routers-0", layers, hidden)
-    options = FirstOptions.model_validate(Profile.load(out / "routers-0").options)
-
-    def scored(reduce: Any) -> Any:
-        method = options.model_copy(update={"reduce": reduce})
-        return tuple(
-            (prompt_scores(loaded, routers, method, some, 16), answer_tokens(some))
-            for some in (training[:PROMPTS], held_back[:PROMPTS])
-        )
-
-    score: Scored = scored
-    with run.console.status("scoring prompts for other ways to reduce, other codebooks"):
-        made = variants(out / "routers-0", score, out / "variants")
-    with run.console.status("searching for the best fixed plans"):
-        few = held_back[:SEARCHED]
-
-        def loss(left_out: Sequence[int]) -> float:
-            return plan_loss(loaded, few, SkipPlan.parse([*left_out], layers), 16)
-
-        fixed = best_fixed(loss, counts, layers)
-    tuned = _tuned(out / "lora-alone", subject, loaded, training, lora_steps)
-    routed = [out / f"routers-{seed}" for seed in range(seeds)]
-    return Fits(routed, out / "lora-0", tuned, made), fixed
-
-
-def _tuned(
-    out: Path, subject: fit.Subject, model: Any, training: Sequence[Any], steps: int
-) -> Path:
-    """Train LoRA with nothing skipped, as a profile without a method."""
-    from vllm_adaskip.classifiers.fit.lora import adapt, no_skipping, train_lora
-    from vllm_adaskip.classifiers.lora import FOLDER
-
-    if (out / FILE).exists():
-        return out
-    out.mkdir(parents=True, exist_ok=True)
-    adapted = adapt(model, 8, 0)
-    with fit.progress(steps) as report:
-        train_lora(
-            model, training, no_skipping, steps=steps, batch=16, rate=1e-3, seed=0,
-            checkpoint=out / "lora.checkpoint", made=lambda done: report("LoRA alone", done),
-        )  # fmt: skip
-    adapted.save_pretrained(out / FOLDER)
-    (out / "lora.checkpoint").unlink()
-    Profile(method="none", model=subject.name, fingerprint=fingerprint(subject.config)).save(out)
-    return out
 
 
 def table(found: Sequence[Group]) -> Table:
@@ -172,7 +68,7 @@ def table(found: Sequence[Group]) -> Table:
             one.family,
             one.asked,
             str(one.members),
-            f"{one.kept:.0%}",
+            f"{one.kept:.1%}",
             f"{one.score:.1%}",
             f"{100 * one.loss.mean:.1f} ({100 * one.loss.low:.1f} to {100 * one.loss.high:.1f})",
             f"{task} {100 * loss:.1f}" if loss > 0 else "",

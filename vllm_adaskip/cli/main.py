@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import typer
 
+from vllm_adaskip.cli import ablate_ffn_skip, ablate_first
 from vllm_adaskip.cli.ablate import ablate
 from vllm_adaskip.cli.demo import demo
 from vllm_adaskip.cli.doctor import doctor
@@ -12,6 +13,7 @@ from vllm_adaskip.cli.eval import evaluate
 from vllm_adaskip.cli.fit import fit
 from vllm_adaskip.cli.fit_ffn_skip import ffn_skip
 from vllm_adaskip.cli.fit_first import first
+from vllm_adaskip.cli.fit_similarity import similarity
 from vllm_adaskip.cli.fit_static import static
 from vllm_adaskip.cli.oracle import oracle
 from vllm_adaskip.cli.publish import publish
@@ -32,8 +34,11 @@ app.command("eval")(evaluate)
 app.command()(report)
 fit.command()(ffn_skip)
 fit.command()(first)
+fit.command()(similarity)
 fit.command()(static)
 app.add_typer(fit, name="fit")
+ablate.command("ffn-skip")(ablate_ffn_skip.ffn_skip)
+ablate.command("first")(ablate_first.first)
 app.add_typer(ablate, name="ablate")
 app.command()(publish)
 app.command()(tune)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from evaluation.synthetic import answer, manifest
 
-from vllm_adaskip.evaluation.ablation import BEST, TUNED, Fits, best_fixed, settings
+from vllm_adaskip.evaluation.ablation_first import BEST, TUNED, Fits, best_fixed, settings
 from vllm_adaskip.evaluation.ablation_plot import draw, groups
 from vllm_adaskip.evaluation.results import Setting
 from vllm_adaskip.evaluation.settings import DENSE

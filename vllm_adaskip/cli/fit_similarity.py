@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``adaskip fit similarity``: a budget for AdaSkip's ranking, and what it would leave out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import numpy as np
+import typer
+from pydantic import ValidationError
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from vllm_adaskip.cli import fit
+from vllm_adaskip.cli.run import Model, console, plain_errors
+
+if TYPE_CHECKING:
+    from vllm_adaskip.classifiers.fit.similarity import Floats, Similarities
+    from vllm_adaskip.classifiers.plan import DecoderShape
+    from vllm_adaskip.classifiers.similarity import SimilarityOptions
+
+
+def similarity(
+    out: fit.Out,
+    model: Model = "",
+    data: fit.Data = "bundled",
+    prompt_column: fit.PromptColumn = "prompt",
+    answer_column: fit.AnswerColumn = "answer",
+    limit: fit.Limit = 50,
+    target_skip: Annotated[
+        float, typer.Option(help="Share of decoder compute that each sequence leaves out.")
+    ] = 0.25,
+    scale: Annotated[bool, typer.Option("--scale", help="AdaSkip's scale compensation.")] = False,
+    keep_first: Annotated[int, typer.Option(help="First layers never left out.")] = 1,
+    keep_last: Annotated[int, typer.Option(help="Last layers never left out.")] = 1,
+    batch: fit.Batch = 16,
+    seed: fit.Seed = 0,
+    device: fit.Device = "auto",
+) -> None:
+    """Write a profile that leaves out the sub-layers most similar on each prompt (AdaSkip).
+
+    Nothing is trained or searched. Prints how similar each is, and how often it would go.
+    """
+    with plain_errors():
+        from vllm_adaskip.classifiers.similarity import SimilarityOptions
+
+        try:
+            options = SimilarityOptions(keep_first=keep_first, keep_last=keep_last, scale=scale)
+        except ValidationError as error:
+            raise fit.refused(error) from None
+        if not 0 < target_skip < 1:
+            raise ValueError(f"--target-skip {target_skip:g}; allowed: between 0 and 1")
+        one = fit.subject(model, data, (prompt_column, answer_column), limit, batch, seed)
+        options.inner(one.config["num_hidden_layers"])
+        told = {**options.model_dump(), "target_skip": target_skip}
+        if fit.begins(out, "similarity", one, data, told):
+            from vllm_adaskip.classifiers.fit.similarity import similarities
+            from vllm_adaskip.classifiers.fit.similarity_plot import FILE, draw_similarities
+            from vllm_adaskip.classifiers.fit.sub_layers import decoder_shape
+
+            with fit.progress(len(one.samples)) as report:
+                report("loading the model", 0)
+                loaded = fit.loaded(one, device)
+                options.check(1 - target_skip, shape := decoder_shape(loaded), "similarity")
+                found = similarities(
+                    loaded, one.samples, batch, lambda done: report("measuring", done)
+                )
+            left_out = often(found, options, 1 - target_skip, shape)
+            draw_similarities(found, options.inner(shape.num_layers), None, out)
+            metrics = {"examples": len(one.samples)}
+            fit.save(out, "similarity", one, options, budget=1 - target_skip, metrics=metrics)
+            Console().print(table(found, left_out))
+            console.print(f"plot: {out / FILE}", markup=False, soft_wrap=True)
+        fit.how_to_go_on(one, out)
+
+
+def often(
+    found: Similarities, options: SimilarityOptions, budget: float, shape: DecoderShape
+) -> Floats:
+    """Give ``[2 * num_layers]`` shares of the prompts that leave out each sub-layer."""
+    from vllm_adaskip.classifiers.base import PromptStatistics
+    from vllm_adaskip.classifiers.similarity import Similarity
+
+    method = Similarity(shape, options)
+    plans = [method.decide(budget, PromptStatistics(1, row, row)) for row in found.prompts]
+    shares: Floats = np.mean([plan.mask() for plan in plans], axis=0)
+    return shares
+
+
+def table(found: Similarities, left_out: Floats) -> Table:
+    """Show each layer's sub-layers: mean similarity, and how often each is left out."""
+    rows = Table(
+        *("layer", "attention", "left out", "MLP", "left out"),
+        title="cosine of the stream before and after, mean over prompts",
+        box=SIMPLE_HEAD,
+    )
+    mean = found.prompts.mean(0)
+    for layer in range(len(mean) // 2):
+        attention, mlp = 2 * layer, 2 * layer + 1
+        rows.add_row(
+            str(layer),
+            f"{mean[attention]:.4f}",
+            f"{left_out[attention]:.0%}",
+            f"{mean[mlp]:.4f}",
+            f"{left_out[mlp]:.0%}",
+        )
+    return rows
