@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vllm_adaskip.classifiers import SkipPlan
+from vllm_adaskip.engine.tally import Tally
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,7 @@ class SequenceTable:
             sub-layer, in running order attention 0, MLP 0, attention 1, ...
         undecided: rows that have no plan yet.
         gated: ``[capacity]`` bool, True where the method's `TokenGate` may leave out more.
+        tally: what a gate left out of those rows, and of rows that were left.
         version: grows with every change of a row, so that readers know when a step plan
             they kept is stale.
         requests: sequences that entered so far.
@@ -49,6 +51,7 @@ class SequenceTable:
         self.skips = np.zeros((capacity, 2 * num_layers), dtype=np.bool_)
         self.undecided: dict[int, Undecided] = {}
         self.gated = np.zeros(capacity, dtype=np.bool_)
+        self.tally = Tally(num_layers, capacity)
         self.version = 0
         self.requests = 0
 
@@ -91,6 +94,7 @@ class SequenceTable:
         self.prompt_lens[row] = 0
         self.skips[row] = False
         self.gated[row] = False
+        self.tally.leave(row)
         self.undecided.pop(row, None)
         self.version += 1
 
@@ -105,6 +109,7 @@ class SequenceTable:
         self.prompt_lens[pair] = self.prompt_lens[swapped]
         self.skips[pair] = self.skips[swapped]
         self.gated[pair] = self.gated[swapped]
+        self.tally.swap(one, other)
         waiting = {row: self.undecided.pop(row) for row in pair if row in self.undecided}
         for row, undecided in waiting.items():
             self.undecided[other if row == one else one] = undecided
