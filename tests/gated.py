@@ -40,6 +40,12 @@ class Gated:
         self, prompt: list[int], arguments: Arguments, tokens: int
     ) -> tuple[list[int], SkipPlan, MlpRule]:
         """Give tokens, the plan that holds for all of them, and what was left out beyond it."""
+        plan, rule = self.followed(arguments)
+        got, _ = self.reference.generate(prompt, plan.entries(), tokens, rule=rule)
+        return got, plan, rule
+
+    def followed(self, arguments: Arguments) -> tuple[SkipPlan, MlpRule]:
+        """Give a request's plan, and the rule beyond it."""
         arguments = arguments or {}
         rule = self.rule()
         if arguments.get("adaskip") == "off" or "adaskip_skip" in arguments:
@@ -47,8 +53,7 @@ class Gated:
             plan = SkipPlan.parse(arguments.get("adaskip_skip", []), TINY_LAYERS)
         else:
             plan = self._method.decide(arguments.get("adaskip_budget", 1.0), None)
-        got, _ = self.reference.generate(prompt, plan.entries(), tokens, rule=rule)
-        return got, plan, rule
+        return plan, rule
 
     def run(
         self, prompts: list[list[int]], arguments: list[Arguments], tokens: int
