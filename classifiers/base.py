@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
+from vllm_adaskip.classifiers.batch_rule import BatchRule
 from vllm_adaskip.classifiers.plan import DecoderShape, SkipPlan
 
 if TYPE_CHECKING:
@@ -58,10 +59,15 @@ class TokenGate(ABC):
     Attributes:
         sub_layers: those that the gate may close, MLP ``2 * l + 1``. Attention would also
             need the backend's metadata for whoever is left, and K/V written for the others.
+        batch_rule: how the tokens of a step are made to agree; None: each goes by itself.
+        deciding: ``[tokens]`` of the forward that `begin` started, those that the gate may
+            close anything to; of interest to a batch rule alone.
 
     """
 
     sub_layers: frozenset[int]
+    batch_rule: BatchRule | None = None
+    deciding: NDArray[np.bool_]
 
     @abstractmethod
     def begin(self, ages: NDArray[np.int64], planned: NDArray[np.int64]) -> bool:

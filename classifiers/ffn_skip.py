@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from vllm_adaskip.classifiers.base import (
     Classifier,
@@ -16,6 +16,7 @@ from vllm_adaskip.classifiers.base import (
     PromptStatistics,
     TokenGate,
 )
+from vllm_adaskip.classifiers.batch_rule import BATCH_RULES
 from vllm_adaskip.classifiers.calibration import CalibratedOptions
 from vllm_adaskip.classifiers.plan import DecoderShape, PlanError, SkipPlan
 
@@ -37,6 +38,11 @@ class FfnSkipOptions(CalibratedOptions):
             none: all in the middle.
         warm_up: generated tokens of each sequence before any decides for itself; scope
             ``token`` only. The paper's ablation saturates at 25 to 30.
+        batch_rule: whether the tokens of a step must agree; scope ``token`` only. ``exact``: no,
+            each by itself. ``majority``: those past their warm-up all leave an MLP out, if more
+            than half of them would. ``all``: only if every token of the step does, also those
+            that the gate may not decide about. All but ``exact`` break isolation and purity:
+            what a sequence leaves out depends on its neighbours.
 
     """
 
@@ -47,6 +53,14 @@ class FfnSkipOptions(CalibratedOptions):
     threshold: float = Field(default=0.99, ge=-1, allow_inf_nan=False)
     max_skip: int | None = Field(default=None, ge=1)
     warm_up: int = Field(default=25, ge=0)
+    batch_rule: Literal["exact", "majority", "all"] = "exact"
+
+    @field_validator("batch_rule")
+    @classmethod
+    def _goes_with_scope(cls, rule: str, others: ValidationInfo) -> str:
+        if rule != "exact" and others.data.get("scope") == "sequence":
+            raise ValueError("a sequence decides by itself; allowed with scope 'sequence': 'exact'")
+        return rule
 
 
 class FfnSkip(Classifier):
@@ -91,7 +105,7 @@ class FfnSkip(Classifier):
         """Give the gate of scope ``token``."""
         from vllm_adaskip.classifiers.mlp_gate import MlpGate  # here: it loads torch
 
-        return MlpGate(
+        gate = MlpGate(
             self._middle,
             threshold=self._threshold,
             warm_up=self._options.warm_up,
@@ -99,6 +113,8 @@ class FfnSkip(Classifier):
             hidden_size=hidden_size,
             device=device,
         )
+        gate.batch_rule = BATCH_RULES[self._options.batch_rule]
+        return gate
 
     def decide(self, budget: float, prompt: PromptStatistics | None) -> SkipPlan:
         """Leave out the most similar MLPs, as far as the threshold or the budget says."""

@@ -42,7 +42,8 @@ class MlpGate(TokenGate):
 
     def begin(self, ages: NDArray[np.int64], planned: NDArray[np.int64]) -> bool:
         """Watch the tokens past the warm-up."""
-        (past,) = (ages >= self._warm_up).nonzero()
+        self.deciding = ages >= self._warm_up
+        (past,) = self.deciding.nonzero()
         self._planned = planned
         self._until: NDArray[np.int64] | None = None  # as long as nobody leaves anything out
         self._watch(past, len(ages))

@@ -8,7 +8,7 @@ says.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -138,6 +138,26 @@ class Reference:
         factors: Sequence[float],
     ) -> torch.Tensor:
         rule = rule or MlpRule(range(0), 0)
+        walk = self.walk(token, position, plan, cache, kv_fill, rule, factors)
+        try:
+            layer = next(walk)
+            while True:
+                layer = walk.send(rule.leaves_out(layer))
+        except StopIteration as end:
+            logits: torch.Tensor = end.value
+            return logits
+
+    def walk(
+        self,
+        token: int,
+        position: int,
+        plan: SkipPlan,
+        cache: DynamicCache,
+        kv_fill: str,
+        rule: MlpRule,
+        factors: Sequence[float],
+    ) -> Generator[int, bool, torch.Tensor]:
+        """Run a token; asks at each layer whose MLP its plan runs whether to leave it out."""
         rule.start(plan)
         decoder = self.model.model
         hidden = decoder.embed_tokens(torch.tensor([[token]]))
@@ -157,7 +177,7 @@ class Reference:
                 hidden = hidden * float(factors[2 * index])
             if plan.mlp >> index & 1:
                 hidden = hidden * float(factors[2 * index + 1])
-            elif not rule.leaves_out(index):
+            elif not (yield index):
                 before = hidden
                 hidden = before + layer.mlp(layer.post_attention_layernorm(before))
                 rule.saw(index, before[0, 0], hidden[0, 0])

@@ -154,6 +154,7 @@ def test_the_gate_closes_what_the_rule_says_step_after_step(
         left_out: list[list[int]] = [[] for _ in step]
         active = gate.begin(ages, np.full(len(step), planned))
         assert active == (ages >= warm_up).any()
+        assert gate.deciding.tolist() == (ages >= warm_up).tolist()
         for layer in middle[: len(middle) - planned] if active else ():
             closed = gate.closed(2 * layer + 1)
             closed = np.zeros(len(step), bool) if closed is None else closed

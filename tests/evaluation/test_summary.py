@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from evaluation.synthetic import PLAIN, answer, summary, timings
+from evaluation.synthetic import LAYERS, PLAIN, SHAPE, answer, summary, timings
 
+from vllm_adaskip import SkipPlan
+from vllm_adaskip.evaluation.engine import kept
 from vllm_adaskip.evaluation.quality import interval
 from vllm_adaskip.evaluation.results import (
     ResultsError,
@@ -56,6 +58,34 @@ def test_no_difference_on_few_items_is_no_certainty() -> None:
     assert found.loss.low == 0  # dense has all right already
     itself = summary([*dense, *skipped]).dense.score
     assert itself and itself.loss.high == 0  # dense against dense is known
+
+
+def test_an_answer_whose_tokens_left_something_out_is_not_dense_s() -> None:
+    """Although it names no plan either; one that left nothing out is."""
+    dense = [answer("dense", f"sum/{i}", 1.0) for i in range(10)]
+    for share, known in ((0.0, True), (0.1, False)):
+        left_out = [0.0] * 23 + [share]
+        gated = [answer("skip 5", one.item, 1.0, left_out=left_out) for one in dense]
+        score = summary([*dense, *gated]).others[0].score
+        assert score and (score.loss.high == 0) == known
+
+
+def test_shares_of_tokens_are_averaged_over_sequences() -> None:
+    dense = [answer("dense", f"sum/{i}", 1.0) for i in range(2)]
+    shares = [[0.0] * 22 + [0.5, 1.0], [0.0] * 24]
+    gated = [answer("skip 5", f"sum/{i}", 1.0, left_out=shares[i]) for i in range(2)]
+    found = summary([*dense, *gated]).others[0]
+    assert found.plan is None and found.by_token
+    assert found.plans["sum"].tolist() == [0.0] * 22 + [0.25, 0.5]
+    with pytest.raises(ResultsError, match="left_out of 3 sub-layers; this model has 24"):
+        summary([*dense, answer("skip 5", "sum/0", 1.0, left_out=[0.0] * 3)])
+
+
+def test_compute_kept_of_tokens_is_a_plan_s_where_they_agree() -> None:
+    plan = SkipPlan.parse([5, "attn:3", "mlp:7", "mlp:8"], LAYERS)
+    assert kept(plan.mask().tolist(), SHAPE) == pytest.approx(plan.share(SHAPE))
+    assert kept([0.0] * 2 * LAYERS, SHAPE) == 1
+    assert kept((plan.mask() / 4).tolist(), SHAPE) == pytest.approx(0.75 + plan.share(SHAPE) / 4)
 
 
 def test_perplexity_is_a_factor_and_never_averaged_with_scores() -> None:

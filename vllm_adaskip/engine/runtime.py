@@ -93,6 +93,7 @@ class SkipRuntime:
         """Finish a forward for which `begin_step` gave a plan; all layers have run."""
         self.kv_fill.finish()
         self.observer.finish()
+        self.gate.finish()
 
     def using(self, segment: Segment) -> AbstractContextManager[Any]:
         """Enter a forward context in which vLLM's attention sees only the segment's tokens.
@@ -131,6 +132,15 @@ class SkipRuntime:
         """Give the plan of a request with this prompt, as `SkipPlan.entries`, if it is known."""
         plan = self._state.plan_of(extra_args, prompt)
         return None if plan is None else plan.entries()
+
+    def ran_of(
+        self, extra_args: Mapping[str, Any] | None, prompt: Sequence[int]
+    ) -> dict[str, Any] | None:
+        """Give what ran of gated requests with this prompt, see `adaskip_ran`."""
+        if (found := self._state.ran_of(extra_args, prompt)) is None:
+            return None
+        tokens, left_out = found
+        return {"tokens": tokens, "left_out": left_out.tolist()}
 
     def _is_stale(self, layout: Layout) -> bool:
         if self._layout is None or self._version != self._table.version:

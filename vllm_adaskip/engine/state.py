@@ -12,7 +12,8 @@ from typing import Any
 from cachetools import LRUCache
 
 from vllm_adaskip.classifiers import PromptStatistics, SkipPlan
-from vllm_adaskip.engine.planner import Planner
+from vllm_adaskip.engine.layout import IntArray
+from vllm_adaskip.engine.planner import Planner, Wanted
 from vllm_adaskip.engine.table import Factors, SequenceTable, Undecided
 
 logger = getLogger("vllm.adaskip")
@@ -64,6 +65,9 @@ class SkipState:
         self.table.add(
             row, plan, len(prompt), factors=factors, is_new=not generated, gated=wanted.gated
         )
+        if wanted.gated:
+            # The last of its tokens has been drawn but has not run.
+            self.table.tally.enter(row, _key(extra_args, prompt), max(generated - 1, 0))
 
     def plan_of(
         self, extra_args: Mapping[str, Any] | None, prompt: Sequence[int]
@@ -73,12 +77,28 @@ class SkipState:
         None if its prompt was not read, or long ago, and if its tokens differ from each other.
         """
         wanted = self.planner.wanted(extra_args)
-        if wanted.gated:
-            return None
+        return None if wanted.gated else self._planned(wanted, prompt)
+
+    def _planned(self, wanted: Wanted, prompt: Sequence[int]) -> SkipPlan | None:
         if wanted.plan is not None:
             return wanted.plan
         plan, _ = self._memo.get(Undecided(_digest(prompt), wanted.budget), (None, None))
         return plan
+
+    def ran_of(
+        self, extra_args: Mapping[str, Any] | None, prompt: Sequence[int]
+    ) -> tuple[int, IntArray] | None:
+        """Give what really ran of the requests with this prompt and just these arguments.
+
+        That is, how many generated tokens ran, and ``[2 * num_layers]`` how many of them left
+        out each sub-layer, by plan or by gate. None if no gate decided about them, or long ago.
+        """
+        wanted = self.planner.wanted(extra_args)
+        found = self.table.tally.of(_key(extra_args, prompt)) if wanted.gated else None
+        if found is None:
+            return None
+        plan, tokens, left_out = self._planned(wanted, prompt), *found
+        return tokens, left_out + (tokens * plan.mask() if plan else 0)
 
     def decide(self, row: int, prompt: PromptStatistics) -> None:
         """Let the method decide the plan of an undecided row, whose prompt is complete.
@@ -94,5 +114,10 @@ class SkipState:
         self.table.follow(row, *self._memo[undecided])
 
 
-def _digest(prompt: Sequence[int]) -> bytes:
-    return blake2b(array("q", prompt).tobytes(), digest_size=16).digest()
+def _key(extra_args: Mapping[str, Any] | None, prompt: Sequence[int]) -> bytes:
+    """Tell requests apart, by arguments of others too."""
+    return _digest(prompt, repr(sorted((extra_args or {}).items(), key=repr)))
+
+
+def _digest(prompt: Sequence[int], arguments: str = "") -> bytes:
+    return blake2b(array("q", prompt).tobytes() + arguments.encode(), digest_size=16).digest()

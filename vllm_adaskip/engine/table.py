@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllm_adaskip.classifiers import SkipPlan
+from vllm_adaskip.engine.tally import Tally
 
 #: ``[2 * num_layers]`` float32, see `Classifier.factors`.
 Factors = NDArray[np.float32]
@@ -43,6 +44,7 @@ class SequenceTable:
             the stream by; None in an engine whose method does not scale.
         undecided: rows that have no plan yet.
         gated: ``[capacity]`` bool, True where the method's `TokenGate` may leave out more.
+        tally: what a gate left out of those rows, and of rows that were left.
         version: grows with every change of a row, so that readers know when a step plan
             they kept is stale.
         requests: sequences that entered so far.
@@ -56,6 +58,7 @@ class SequenceTable:
         self.factors = np.ones(self.skips.shape, dtype=np.float32) if scales else None
         self.undecided: dict[int, Undecided] = {}
         self.gated = np.zeros(capacity, dtype=np.bool_)
+        self.tally = Tally(num_layers, capacity)
         self.version = 0
         self.requests = 0
 
@@ -103,6 +106,7 @@ class SequenceTable:
         if self.factors is not None:
             self.factors[row] = 1
         self.gated[row] = False
+        self.tally.leave(row)
         self.undecided.pop(row, None)
         self.version += 1
 
@@ -119,6 +123,7 @@ class SequenceTable:
         if self.factors is not None:
             self.factors[pair] = self.factors[swapped]
         self.gated[pair] = self.gated[swapped]
+        self.tally.swap(one, other)
         waiting = {row: self.undecided.pop(row) for row in pair if row in self.undecided}
         for row, undecided in waiting.items():
             self.undecided[other if row == one else one] = undecided

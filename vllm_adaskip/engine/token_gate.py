@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from vllm_adaskip.classifiers import TokenGate
-from vllm_adaskip.engine.layout import IntArray, Layout, Tokens
+from vllm_adaskip.engine.layout import BoolArray, IntArray, Layout, Tokens
 from vllm_adaskip.engine.step_plan import Segment
 from vllm_adaskip.engine.table import SequenceTable
 
@@ -35,6 +35,7 @@ class StepGate:
         self.guarded: frozenset[int] = frozenset()
         self.left_out = np.zeros(2 * table.num_layers, dtype=np.int64)
         self._rows: IntArray | None = None
+        self._is_counting = False
 
     def arrange(self, layout: Layout) -> frozenset[int]:
         """Take a new step's rows; give the sub-layers whose tokens are known only when they run."""
@@ -47,6 +48,7 @@ class StepGate:
         self._rows = np.repeat(np.arange(rows), layout.query_lens)
         ends = np.cumsum(layout.query_lens)
         self._tokens = np.arange(ends[-1])
+        self._left = np.zeros((ends[-1], 2 * self._table.num_layers), dtype=np.bool_)
         # The last token of a row's query is the last of its sequence.
         from_prompt = np.where(gated, -ends - self._table.prompt_lens[:rows], _NEVER)
         self._offsets = self._tokens + from_prompt[self._rows]
@@ -58,19 +60,25 @@ class StepGate:
         self.guarded = frozenset()
         if self._gate is None or self._rows is None:
             return
-        if self._gate.begin(seq_lens[self._rows] + self._offsets, self._planned):
+        rows = len(seq_lens)
+        self._table.tally.reached[:rows] = seq_lens - self._table.prompt_lens[:rows]
+        self._ages = seq_lens[self._rows] + self._offsets
+        if self._gate.begin(self._ages, self._planned):
             self.guarded = self._gate.sub_layers
 
     def narrowed(self, segment: Segment) -> Segment | None:
         """Give a guarded segment with those of its tokens that go through; None for none."""
         assert self._gate is not None
         (sub_layer,) = segment.sub_layers
-        closed = self._gate.closed(sub_layer)
-        if closed is None:
-            return segment
+        self._is_shown = True
         tokens = self._tokens if segment.subset is None else segment.subset.of(self._tokens)
-        going = tokens[~closed[tokens]]
+        leaving = self._leaving(sub_layer, tokens)
+        if leaving is None:
+            return segment
+        going = tokens[~leaving]
         self.left_out[sub_layer] += len(tokens) - len(going)
+        self._left[tokens, sub_layer] = leaving
+        self._is_counting = True
         if len(going) == len(tokens):
             return segment
         return Segment(segment.sub_layers, Tokens(going)) if len(going) else None
@@ -78,4 +86,26 @@ class StepGate:
     def observe(self, segment: Segment, before: Tensor, update: Tensor) -> None:
         """Show the gate what a guarded segment did: ``[tokens, hidden]`` of the whole step."""
         assert self._gate is not None
-        self._gate.observe(segment.sub_layers[0], before, update)
+        if self._is_shown:  # tokens that were told to leave it out have nothing to show
+            self._gate.observe(segment.sub_layers[0], before, update)
+
+    def _leaving(self, sub_layer: int, tokens: IntArray) -> BoolArray | None:
+        """Tell which of these tokens leave a sub-layer out; None for nobody."""
+        assert self._gate is not None
+        closed = self._gate.closed(sub_layer)
+        if closed is None:
+            return None
+        votes = closed[tokens]
+        if (rule := self._gate.batch_rule) is None:
+            return votes
+        agreed = rule(votes, self._gate.deciding[tokens])
+        self._is_shown = agreed is None or agreed is votes
+        return agreed
+
+    def finish(self) -> None:
+        """Finish a step whose forward has run: count for each row what was left out."""
+        if self._is_counting:
+            assert self._rows is not None
+            self._table.tally.add(self._rows, self._ages, self._left)
+            self._left.fill(False)
+            self._is_counting = False

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 from vllm_adaskip.classifiers import DecoderShape, SkipPlan
@@ -17,6 +19,17 @@ from vllm_adaskip.evaluation.results import Answer, Setting
 CHUNK = 64
 #: Key of a request's ``extra_args``: the token ids it must generate (`forced`).
 FORCED = "forced_answer"
+#: Key of a request's ``extra_args``: a number of its own, by which the engine tells what it ran.
+ASKED = "asked"
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a request's generated tokens went through, as `Answer` has it."""
+
+    kept: float
+    skip: list[int | str]
+    left_out: list[float] | None = None
 
 
 class Engine:
@@ -38,6 +51,7 @@ class Engine:
         self.shape: DecoderShape = family.shape(model_config.hf_config)
         self._tokenizer = self.llm.get_tokenizer()
         self.is_warm = False
+        self._asked = count()
 
     def _start(self, model: str, **options: Any) -> Any:
         """Give vLLM's ``LLM``."""
@@ -63,38 +77,50 @@ class Engine:
     def _answered(self, setting: Setting, items: Sequence[Item], max_tokens: int) -> list[Answer]:
         from vllm import SamplingParams
 
-        args = arguments(setting)
         params = [
             SamplingParams(temperature=0, max_tokens=max_tokens, extra_args=args)
             if item.metric != PERPLEXITY
             else self._forced(item, args)
-            for item in items
+            for item, args in ((item, self.arguments(setting)) for item in items)
         ]
         outputs = self.llm.generate([item.prompt for item in items], params, use_tqdm=False)
         return [
-            self._scored(setting, item, output.outputs[0], skip)
-            for item, output, skip in zip(items, outputs, self.plans(args, outputs), strict=True)
+            self._scored(setting, item, output.outputs[0], ran)
+            for item, output, ran in zip(items, outputs, self.ran(params, outputs), strict=True)
         ]
 
-    def plans(self, args: dict[str, Any], outputs: Sequence[Any]) -> list[list[int | str]]:
-        """Give the plans that requests with these arguments followed."""
-        prompts = [(args, output.prompt_token_ids) for output in outputs]
-        found: list[list[int | str] | None]
-        found = self.llm.collective_rpc("adaskip_plans", args=(prompts,))[0]
-        known = [skip for skip in found if skip is not None]
-        if len(known) < len(found):
-            raise ValueError(
-                "a request has no one plan: its method decides token by token (ffn-skip with scope "
-                "'token'), which cannot be evaluated yet; use scope 'sequence'"
-            )
-        return known
+    def arguments(self, setting: Setting) -> dict[str, Any]:
+        """Give the ``extra_args`` of one request."""
+        if setting.skip is not None:
+            return {"adaskip_skip": setting.skip, ASKED: next(self._asked)}
+        return {"adaskip_budget": setting.budget, ASKED: next(self._asked)}
+
+    def ran(self, params: Sequence[Any], outputs: Sequence[Any]) -> list[Ran]:
+        """Give what ran of requests that were just answered."""
+        requests = [
+            (one.extra_args, output.prompt_token_ids)
+            for one, output in zip(params, outputs, strict=True)
+        ]
+        plans, gated = (
+            self.llm.collective_rpc(name, args=(requests,))[0]
+            for name in ("adaskip_plans", "adaskip_ran")
+        )
+        return [self._ran(*one) for one in zip(plans, gated, strict=True)]
+
+    def _ran(self, skip: list[int | str] | None, gated: Mapping[str, Any] | None) -> Ran:
+        if skip is not None:
+            return Ran(SkipPlan.parse(skip, self.shape.num_layers).share(self.shape), skip)
+        if gated is None:
+            raise RuntimeError("the engine does not know what it ran of a request just answered")
+        shares = [tokens / max(gated["tokens"], 1) for tokens in gated["left_out"]]
+        return Ran(kept(shares, self.shape), [], shares)
 
     def seconds(self, setting: Setting, prompts: Sequence[str], tokens: int) -> float:
         """Time one batch, every sequence giving the same number of tokens."""
         from vllm import SamplingParams
 
         params = SamplingParams(
-            temperature=0, max_tokens=tokens, ignore_eos=True, extra_args=arguments(setting)
+            temperature=0, max_tokens=tokens, ignore_eos=True, extra_args=self.arguments(setting)
         )
         start = time.perf_counter()
         self.llm.generate(list(prompts), params, use_tqdm=False)
@@ -115,7 +141,7 @@ class Engine:
             extra_args={**args, FORCED: answer},
         )
 
-    def _scored(self, setting: Setting, item: Item, output: Any, skip: list[int | str]) -> Answer:
+    def _scored(self, setting: Setting, item: Item, output: Any, ran: Ran) -> Answer:
         score_text = METRICS[item.metric]
         if score_text is None:
             chosen = zip(output.token_ids, output.logprobs, strict=True)
@@ -123,34 +149,41 @@ class Engine:
             score = math.exp(-mean)
         else:
             score = score_text(output.text, item.references)
-        return self.record(setting, item, skip, score, len(output.token_ids), output.text)
+        return self.record(setting, item, ran, score, len(output.token_ids), output.text)
 
     def record(
         self,
         setting: Setting,
         item: Item,
-        skip: list[int | str],
+        ran: Ran,
         score: float,
         tokens: int,
         text: str,
     ) -> Answer:
         """Give one answer as it is stored."""
-        plan = SkipPlan.parse(skip, self.shape.num_layers)
         return Answer(
             setting=setting.name,
             item=item.item,
             task=item.task,
             metric=item.metric,
             score=score,
-            kept=plan.share(self.shape),
-            skip=skip,
+            kept=ran.kept,
+            skip=ran.skip,
             tokens=tokens,
             text=text,
+            left_out=ran.left_out,
         )
 
 
-def arguments(setting: Setting) -> dict[str, Any]:
-    """Give the request arguments that bring a setting about."""
-    if setting.skip is not None:
-        return {"adaskip_skip": setting.skip}
-    return {"adaskip_budget": setting.budget}
+def kept(left_out: Sequence[float], shape: DecoderShape) -> float:
+    """Share of decoder compute that is kept, weighted by parameters as in `SkipPlan.share`.
+
+    Args:
+        left_out: ``[2 * num_layers]`` share of tokens that leave out each sub-layer.
+        shape: the model's.
+
+    """
+    attention, mlp = (math.fsum(left_out[first::2]) for first in (0, 1))
+    skipped = attention * shape.attention_parameters + mlp * shape.mlp_parameters
+    layer = shape.attention_parameters + shape.mlp_parameters
+    return 1.0 - skipped / (shape.num_layers * layer)

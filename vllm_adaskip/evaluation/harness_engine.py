@@ -13,9 +13,10 @@ from numbers import Real
 from typing import Any
 
 from vllm_adaskip.evaluation.data import DataError, Item
-from vllm_adaskip.evaluation.engine import CHUNK, Engine, arguments
+from vllm_adaskip.evaluation.engine import CHUNK, Engine, Ran
 from vllm_adaskip.evaluation.harness import FEWSHOT_SEED, HarnessItem, HarnessTask
 from vllm_adaskip.evaluation.results import Answer, Setting
+from vllm_adaskip.evaluation.settings import DENSE
 
 
 class HarnessEngine(Engine):
@@ -43,7 +44,7 @@ class HarnessEngine(Engine):
     def _of_task(self, setting: Setting, items: Sequence[HarnessItem]) -> list[Answer]:
         """Have the whole task done: few-shot examples depend on all documents before."""
         task = items[0].source
-        self._planned.arguments = arguments(setting)
+        self._planned.setting = setting
         self._planned.done.clear()
         samples = run_task(task, self._backend)
         found = []
@@ -53,11 +54,11 @@ class HarnessEngine(Engine):
                 raise DataError(
                     f"{item.item} has another prompt each time; allowed: always the same"
                 )
-            skip, tokens = self._planned.done[prompt]
+            ran, tokens = self._planned.done[prompt]
             score, text = sample.get(task.metric), sample["resps"][0][0]
             if not isinstance(score, Real):
                 raise DataError(f"{item.item} has a {task.metric} of {score!r:.80}, no number")
-            found.append(self.record(setting, item, skip, float(score), tokens, text))
+            found.append(self.record(setting, item, ran, float(score), tokens, text))
         return found
 
     def _check_lengths(self, items: Sequence[HarnessItem]) -> None:
@@ -81,9 +82,9 @@ class _Planned:
 
     def __init__(self, engine: Engine, llm: Any) -> None:
         self._engine, self._llm = engine, llm
-        self.arguments: dict[str, Any] = {}
-        #: Prompt -> its plan, and how many tokens were generated.
-        self.done: dict[tuple[int, ...], tuple[list[int | str], int]] = {}
+        self.setting = DENSE
+        #: Prompt -> what ran, and how many tokens were generated.
+        self.done: dict[tuple[int, ...], tuple[Ran, int]] = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._llm, name)
@@ -92,10 +93,10 @@ class _Planned:
         """Generate greedily, also where a task says nothing, which lm_eval 0.4.13 draws."""
         for one in sampling_params:
             one.temperature = 0.0
-            one.extra_args = {**(one.extra_args or {}), **self.arguments}
+            one.extra_args = {**(one.extra_args or {}), **self._engine.arguments(self.setting)}
         outputs = self._llm.generate(prompts, sampling_params=sampling_params, **options)
-        for one, skip in zip(outputs, self._engine.plans(self.arguments, outputs), strict=True):
-            self.done[tuple(one.prompt_token_ids)] = skip, len(one.outputs[0].token_ids)
+        for one, ran in zip(outputs, self._engine.ran(sampling_params, outputs), strict=True):
+            self.done[tuple(one.prompt_token_ids)] = ran, len(one.outputs[0].token_ids)
         return outputs
 
 

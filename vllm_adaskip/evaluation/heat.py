@@ -47,12 +47,13 @@ def fixed_plans(settings: Sequence[SettingSummary], num_layers: int) -> Heat:
 
 
 def varying_plans(one: SettingSummary, num_layers: int) -> Heat:
-    """Show how many sequences of each task leave out each sub-layer."""
+    """Show how many of each task's sequences, or of their tokens, leave out each sub-layer."""
     rows: list[tuple[str, list[Cell | None]]] = []
+    whose = "of tokens" if one.by_token else "of sequences"
     for task, shares in one.plans.items():
         ordered = [*shares[0::2].tolist(), *shares[1::2].tolist()]
         cells = [
-            (share, f"{100 * share:.0f}" if share else "", f"{share:.1%} of sequences leave it out")
+            (share, f"{100 * share:.0f}" if share else "", f"{share:.1%} {whose} leave it out")
             for share in ordered
         ]
         rows.append((task, [*cells]))

@@ -93,11 +93,16 @@ def loss_to(reference: Sequence[Answer], answers: Sequence[Answer]) -> Quality |
         factor = Interval(*np.exp([found.mean, found.low, found.high]).tolist())
         return Quality(float(np.exp(logs.mean())), factor, len(answers), perplexity=True)
     # The same plan on the same item is the same answer: that is known, not drawn.
-    known = all(one.skip == other.skip for one, other in zip(answers, reference, strict=True))
+    known = all(_ran_alike(*pair) for pair in zip(answers, reference, strict=True))
     loss = interval(whole - scores, span=0.0 if known else 1.0)
     if min(scores.min(), whole.min()) >= 0 and max(scores.max(), whole.max()) <= 1:
         loss = loss.clipped(float(whole.mean()) - 1, float(whole.mean()))
     return Quality(float(scores.mean()), loss, len(answers))
+
+
+def _ran_alike(one: Answer, other: Answer) -> bool:
+    """Tell whether both followed one plan; tokens that each left out something did not."""
+    return one.skip == other.skip and not any((*(one.left_out or ()), *(other.left_out or ())))
 
 
 def _usable(answer: Answer) -> bool:

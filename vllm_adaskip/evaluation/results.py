@@ -57,8 +57,10 @@ class Answer(Record):
         item: unique within the data set, ``sum/12``.
         score: the metric's value; larger is better, except for ``perplexity``.
         kept: share of decoder compute that generated tokens went through, in [0, 1].
-        skip: the plan that was followed.
+        skip: the plan that was followed; empty where ``left_out`` is given.
         tokens: how many tokens were generated.
+        left_out: where each token decides for itself, ``[2 * num_layers]`` shares of the tokens
+            after the first that left out each sub-layer, attention 0, MLP 0, attention 1, ...
 
     """
 
@@ -71,6 +73,7 @@ class Answer(Record):
     skip: list[int | str]
     tokens: int
     text: str
+    left_out: list[float] | None = None
 
 
 class Timing(Record):

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
 from vllm_adaskip.classifiers.plan import PlanError, SkipPlan
 from vllm_adaskip.evaluation.metrics import PERPLEXITY
@@ -39,8 +38,10 @@ class SettingSummary:
         columns: by task and metric.
         complete: dense has no scored item that this setting lacks.
         speeds: by batch size.
-        plans: by task, share of sequences that leave out each sub-layer, as `SkipPlan.mask`.
-        plan: the one plan of all sequences; None where they differ.
+        plans: by task, share of sequences that leave out each sub-layer, as `SkipPlan.mask`; where
+            each token decides for itself, mean share of a sequence's tokens.
+        plan: the one plan of all sequences; None where they, or their tokens, differ.
+        by_token: whether each token decides for itself.
 
     """
 
@@ -53,6 +54,7 @@ class SettingSummary:
     speeds: dict[int, Speed]
     plans: dict[str, Floats]
     plan: SkipPlan | None
+    by_token: bool = False
 
     @property
     def items(self) -> int:
@@ -157,6 +159,7 @@ class _Own:
                 for task in dict.fromkeys(answer.task for answer in answers)
             },
             plan=_only_plan(answers, num_layers),
+            by_token=any(answer.left_out is not None for answer in answers),
         )
 
 
@@ -176,18 +179,28 @@ def _speed(ratios: Sequence[float]) -> Speed:
     return Speed(median, low, high, len(ratios))
 
 
-def _masks(answers: Sequence[Answer], num_layers: int) -> list[NDArray[np.bool_]]:
-    """Give the masks of all plans, each distinct plan read once."""
-    seen: dict[tuple[int | str, ...], NDArray[np.bool_]] = {}
+def _masks(answers: Sequence[Answer], num_layers: int) -> list[Floats]:
+    """Give ``[2 * num_layers]`` left out of each answer, each distinct plan read once."""
+    seen: dict[tuple[int | str, ...], Floats] = {}
     for answer in answers:
         if (key := tuple(answer.skip)) not in seen:
             try:
-                seen[key] = SkipPlan.parse(answer.skip, num_layers).mask()
+                seen[key] = SkipPlan.parse(answer.skip, num_layers).mask().astype(np.float64)
             except PlanError as error:
                 raise ResultsError(f"{answer.item} under {answer.setting!r}: {error}") from None
-    return [seen[tuple(answer.skip)] for answer in answers]
+        if answer.left_out is not None and len(answer.left_out) != 2 * num_layers:
+            raise ResultsError(
+                f"{answer.item} under {answer.setting!r}: left_out of {len(answer.left_out)} "
+                f"sub-layers; this model has {2 * num_layers}"
+            )
+    return [
+        seen[tuple(answer.skip)] if answer.left_out is None else np.array(answer.left_out)
+        for answer in answers
+    ]
 
 
 def _only_plan(answers: Sequence[Answer], num_layers: int) -> SkipPlan | None:
+    if any(answer.left_out is not None for answer in answers):
+        return None
     plans = {SkipPlan.parse(list(skip), num_layers) for skip in {tuple(a.skip) for a in answers}}
     return plans.pop() if len(plans) == 1 else None
