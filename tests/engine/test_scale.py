@@ -2,7 +2,8 @@
 """Method ``similarity`` with ``scale``: the stream is multiplied where sub-layers are left out.
 
 Norms do not notice a factor but by their epsilon, so the checkpoint has a large one: then factors
-that only a norm sees, before the head and before K/V that are projected, decide tokens as well.
+before K/V that are projected decide tokens as well. (Those before the head cannot, see
+`test_step_plan`.)
 Fails when factors are not applied, are applied to prompt tokens or to those of another row, stand
 behind what they belong before, and when requests that bring a plan are scaled.
 
