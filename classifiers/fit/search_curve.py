@@ -26,13 +26,13 @@ def draw_search(steps: Sequence[Step[Entry]], unit: str, folder: Path) -> None:
             str(step.left_out[-1]), (place, step.loss), (0, 7), textcoords="offset points",
             ha="center", fontsize=7,
         )  # fmt: skip
+    axes.margins(y=0.15)  # before a limit is set, which ends all scaling
     axes.set(
-        xlabel=f"units left out, of kind {unit!r}",
+        xlabel=f"left out ({unit})",
         ylabel="loss, nats per answer token",
         xticks=range(0, len(steps), max(1, len(steps) // 12)),
         ylim=(0, None),
     )
-    axes.margins(y=0.15)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.savefig(folder / FILE, dpi=110)
