@@ -24,6 +24,7 @@ BUDGET = 0.6
 METHOD = Similarity(DecoderShape(*TINY_SHAPE), SimilarityOptions())
 READING = {"method": "similarity", "budget": BUDGET, "kv_fill": "copy"}
 GATING = {"method": "ffn-skip", "scope": "token", "threshold": 0.9, "warm_up": 2}
+AGREEING = {**GATING, "batch_rule": "majority"}
 
 #: A process of its own, because vLLM's CPU backend then binds each rank to a core.
 SCRIPT = """
@@ -39,12 +40,16 @@ if __name__ == "__main__":
               max_num_batched_tokens=48, max_num_seqs=16,
               **engine_args(**options))
     greedy(llm, prompts, plans, tokens)  # again, now from the prefix cache
-    print(json.dumps([greedy(llm, prompts, plans, tokens), llm.collective_rpc("adaskip_report")]))
+    tokens = greedy(llm, prompts, plans, tokens)
+    ran = llm.collective_rpc("adaskip_ran", args=([(None, prompt) for prompt in prompts],))
+    print(json.dumps([tokens, llm.collective_rpc("adaskip_report"), ran]))
 """
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two ranks need two cores")
-@pytest.mark.parametrize("options", [READING, GATING], ids=["reading", "gating"])
+@pytest.mark.parametrize(
+    "options", [READING, GATING, AGREEING], ids=["reading", "gating", "agreeing"]
+)
 def test_two_ranks_give_the_reference_s_tokens_and_equal_reports(
     tiny_llama: str, tmp_path: Path, options: dict[str, object]
 ) -> None:
@@ -64,13 +69,20 @@ def test_two_ranks_give_the_reference_s_tokens_and_equal_reports(
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    got, reports = json.loads(done.stdout.splitlines()[-1])
+    got, reports, ran = json.loads(done.stdout.splitlines()[-1])
     reference = Reference(tiny_llama)
-    for prompt, plan, tokens in zip(prompts, PLANS, got, strict=True):
+    for prompt, plan, tokens, here, there in zip(prompts, PLANS, got, *ran, strict=True):
         rule = None
+        assert here == there and (here is None) == (plan is not None or options is READING)
+        if plan is None and options is AGREEING:
+            assert here["tokens"] == 2 * (TOKENS - 1)
+            continue  # its neighbours have a say in it
         if plan is None and options is GATING:
             plan, rule = [], MlpRule(range(1, TINY_SHAPE[0] - 1), 0.9, warm_up=2)
         if plan is None:
             plan = METHOD.decide(BUDGET, reference.observe(prompt, METHOD)).entries()
         assert tokens == reference.generate(prompt, plan, TOKENS, rule=rule)[0]
+        if rule is not None:
+            assert here["tokens"] == 2 * (TOKENS - 1)
+            assert sum(here["left_out"]) == 2 * sum(map(len, rule.left_out))
     assert len(reports) == 2 and reports[0] == reports[1]
