@@ -35,6 +35,8 @@ os.environ.update(
 
 BATCHES = (1, 16, 64)
 NEVER, ALWAYS = 2.0, -1.0
+#: Of the gate, all that it adds to a step.
+PARTS = ("arrange", "begin", "narrowed", "observe", "finish")
 #: name -> threshold, and the arguments of every second request; the others have none.
 VARIANTS: dict[str, tuple[float, dict[str, str] | None]] = {
     "measured, nothing left out": (NEVER, None),
@@ -152,13 +154,13 @@ def watch(gate: Any, spent: list[float]) -> None:
 
         return wrapper
 
-    for part in ("arrange", "begin", "narrowed", "observe"):
+    for part in PARTS:
         setattr(gate, part, timed(getattr(gate, part)))
 
 
 def unwatch(gate: Any) -> None:
     """Let the parts of a gate be what they were."""
-    for part in ("arrange", "begin", "narrowed", "observe"):
+    for part in PARTS:
         delattr(gate, part)
 
 

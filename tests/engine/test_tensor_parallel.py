@@ -26,6 +26,7 @@ SCALED = Similarity(DecoderShape(*TINY_SHAPE), SimilarityOptions(scale=True))
 SCALING = {"method": "similarity", "budget": BUDGET, "scale": True, "kv_fill": "project"}
 READING = {"method": "similarity", "budget": BUDGET, "kv_fill": "copy"}
 GATING = {"method": "ffn-skip", "scope": "token", "threshold": 0.9, "warm_up": 2}
+AGREEING = {**GATING, "batch_rule": "majority"}
 
 #: A process of its own, because vLLM's CPU backend then binds each rank to a core.
 SCRIPT = """
@@ -42,13 +43,17 @@ if __name__ == "__main__":
               **engine_args(**options))
     greedy(llm, prompts, plans, tokens)  # again, now from the prefix cache
     got = greedy(llm, prompts, plans, tokens)
-    print(json.dumps([got, llm.collective_rpc("adaskip_report"), llm.apply_model(decisions)]))
+    ran = llm.collective_rpc("adaskip_ran", args=([(None, prompt) for prompt in prompts],))
+    report = llm.collective_rpc("adaskip_report")
+    print(json.dumps([got, report, ran, llm.apply_model(decisions)]))
 """
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two ranks need two cores")
 @pytest.mark.parametrize(
-    "options", [READING, SCALING, GATING], ids=["reading", "scaling", "gating"]
+    "options",
+    [READING, SCALING, GATING, AGREEING],
+    ids=["reading", "scaling", "gating", "agreeing"],
 )
 def test_two_ranks_give_the_reference_s_tokens_and_equal_reports(
     tiny_llama: str, tmp_path: Path, options: dict[str, object]
@@ -70,10 +75,15 @@ def test_two_ranks_give_the_reference_s_tokens_and_equal_reports(
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    got, reports, decisions = json.loads(done.stdout.splitlines()[-1])
+    got, reports, ran, decisions = json.loads(done.stdout.splitlines()[-1])
     reference = Reference(tiny_llama)
-    for prompt, plan, tokens in zip(prompts, PLANS, got, strict=True):
+    for prompt, plan, tokens, here, there in zip(prompts, PLANS, got, *ran, strict=True):
         rule = factors = None
+        gates = options in (GATING, AGREEING)
+        assert here == there and (here is None) == (plan is not None or not gates)
+        if plan is None and options is AGREEING:
+            assert here["tokens"] == 2 * (TOKENS - 1)
+            continue  # its neighbours have a say in it
         if plan is None and options is GATING:
             plan, rule = [], MlpRule(range(1, TINY_SHAPE[0] - 1), 0.9, warm_up=2)
         if plan is None:
@@ -83,6 +93,9 @@ def test_two_ranks_give_the_reference_s_tokens_and_equal_reports(
             plan, factors = decided.entries(), method.factors(decided, read)
         by = None if factors is None else factors.tolist()
         assert tokens == reference.generate(prompt, plan, TOKENS, rule=rule, factors=by)[0]
+        if rule is not None:
+            assert here["tokens"] == 2 * (TOKENS - 1)
+            assert sum(here["left_out"]) == 2 * sum(map(len, rule.left_out))
     assert len(reports) == 2 and reports[0] == reports[1]
     assert decisions[0] == decisions[1]  # factors bit for bit
     assert options is not SCALING or all(factors for _, factors in decisions[0])
