@@ -71,5 +71,5 @@ class MlpGate(TokenGate):
     def _watch(self, tokens: NDArray[np.int64], of: int) -> None:
         self._watched = tokens
         self._rows = None if len(tokens) == of else torch.from_numpy(tokens).to(self._device)
-        if len(tokens) != self._cosines.tokens:
+        if len(tokens) not in (0, self._cosines.tokens):  # buffers stay, often for the next step
             self._cosines = Cosines(len(tokens), self._hidden_size, self._device)

@@ -71,7 +71,8 @@ class TallyFollowsSequences(RuleBasedStateMachine):
                 self.tally.reached[row] = age + 1
                 if age >= one.before:
                     one.ran.setdefault(age, drawn[row, age])
-        self.tally.add(*(np.array(each) for each in zip(*tokens, strict=True)), table)
+        rows, ages = (np.array(each) for each in zip(*tokens, strict=True))
+        self.tally.add(slice(0, ROWS) if len(rows) == ROWS else rows, ages, table)
 
     @invariant()
     def sums_agree(self) -> None:

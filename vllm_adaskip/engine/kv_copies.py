@@ -68,9 +68,8 @@ def _place_of_tokens(plan: StepPlan, layer: int, num_tokens: int) -> IntArray:
         for piece in plan.pieces
         if isinstance(piece, Segment) and 2 * layer in piece.sub_layers
     ]
-    everyone = np.arange(num_tokens)
     if subset is None:
-        return everyone
+        return np.arange(num_tokens)
     place = np.zeros(num_tokens, dtype=np.int64)
-    place[subset.of(everyone)] = np.arange(subset.num_tokens)
+    place[subset.index] = np.arange(subset.num_tokens)
     return place

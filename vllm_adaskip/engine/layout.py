@@ -71,10 +71,10 @@ class Tokens:
         together = last - first + 1 == self.num_tokens
         self.tokens = slice(first, last + 1) if together else torch.from_numpy(tokens)
 
-    def of(self, values: IntArray) -> IntArray:
-        """Pick these tokens' values, of ``[tokens of the step]``."""
-        chosen = self.tokens if isinstance(self.tokens, slice) else self.tokens.numpy()
-        return values[chosen]
+    @property
+    def index(self) -> slice | IntArray:
+        """The same index for arrays on the host."""
+        return self.tokens if isinstance(self.tokens, slice) else self.tokens.numpy()
 
 
 class Subset(Tokens):

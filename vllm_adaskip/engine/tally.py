@@ -55,17 +55,17 @@ class Tally:
             counts[pair] = counts[swapped]
         self._keys[one], self._keys[other] = self._keys[other], self._keys[one]
 
-    def add(self, rows: IntArray, ages: IntArray, left_out: BoolArray) -> None:
+    def add(self, rows: slice | IntArray, ages: IntArray, left_out: BoolArray) -> None:
         """Count a step.
 
         Args:
-            rows: ``[tokens]`` whose each token is, ascending.
+            rows: whose each token is: ``[tokens]``, or a slice where each row has one.
             ages: ``[tokens]`` generated tokens of its sequence that came before each.
             left_out: ``[tokens, 2 * num_layers]`` True where a gate kept it from a sub-layer.
 
         """
         left_out = left_out & (ages >= self._before[rows])[:, None]
-        if (rows[1:] > rows[:-1]).all():  # one token of each, as nearly always
+        if isinstance(rows, slice):
             self._left_out[rows] += left_out
         else:
             np.add.at(self._left_out, rows, left_out)

@@ -34,7 +34,7 @@ class StepGate:
         self._table = table
         self.guarded: frozenset[int] = frozenset()
         self.left_out = np.zeros(2 * table.num_layers, dtype=np.int64)
-        self._rows: IntArray | None = None
+        self._rows: IntArray | slice | None = None
         self._is_counting = False
 
     def arrange(self, layout: Layout) -> frozenset[int]:
@@ -45,14 +45,16 @@ class StepGate:
         if self._gate is None or not gated.any():
             return frozenset()
         sub_layers = self._gate.sub_layers
-        self._rows = np.repeat(np.arange(rows), layout.query_lens)
+        row_of = np.repeat(np.arange(rows), layout.query_lens)
+        one_each = (layout.query_lens == 1).all()
+        self._rows = slice(0, rows) if one_each else row_of  # a slice picks without copying
         ends = np.cumsum(layout.query_lens)
         self._tokens = np.arange(ends[-1])
         self._left = np.zeros((ends[-1], 2 * self._table.num_layers), dtype=np.bool_)
         # The last token of a row's query is the last of its sequence.
         from_prompt = np.where(gated, -ends - self._table.prompt_lens[:rows], _NEVER)
-        self._offsets = self._tokens + from_prompt[self._rows]
-        self._planned = self._table.skips[:rows, sorted(sub_layers)].sum(axis=1)[self._rows]
+        self._offsets = self._tokens + from_prompt[row_of]
+        self._planned = self._table.skips[:rows, sorted(sub_layers)].sum(axis=1)[row_of]
         return sub_layers
 
     def begin(self, seq_lens: IntArray) -> None:
@@ -71,17 +73,19 @@ class StepGate:
         assert self._gate is not None
         (sub_layer,) = segment.sub_layers
         self._is_shown = True
-        tokens = self._tokens if segment.subset is None else segment.subset.of(self._tokens)
-        leaving = self._leaving(sub_layer, tokens)
-        if leaving is None:
+        closed = self._gate.closed(sub_layer)
+        if closed is None:
             return segment
-        going = tokens[~leaving]
-        self.left_out[sub_layer] += len(tokens) - len(going)
-        self._left[tokens, sub_layer] = leaving
+        chosen = slice(None) if segment.subset is None else segment.subset.index
+        leaving = self._agreed(closed[chosen], chosen)
+        if leaving is None or not (count := np.count_nonzero(leaving)):
+            return segment
+        self.left_out[sub_layer] += count
+        self._left[chosen, sub_layer] = leaving
         self._is_counting = True
-        if len(going) == len(tokens):
-            return segment
-        return Segment(segment.sub_layers, Tokens(going)) if len(going) else None
+        if count == len(leaving):
+            return None
+        return Segment(segment.sub_layers, Tokens(self._tokens[chosen][~leaving]))
 
     def observe(self, segment: Segment, before: Tensor, update: Tensor) -> None:
         """Show the gate what a guarded segment did: ``[tokens, hidden]`` of the whole step."""
@@ -89,16 +93,12 @@ class StepGate:
         if self._is_shown:  # tokens that were told to leave it out have nothing to show
             self._gate.observe(segment.sub_layers[0], before, update)
 
-    def _leaving(self, sub_layer: int, tokens: IntArray) -> BoolArray | None:
-        """Tell which of these tokens leave a sub-layer out; None for nobody."""
+    def _agreed(self, votes: BoolArray, chosen: slice | IntArray) -> BoolArray | None:
+        """Tell which of the chosen tokens leave a sub-layer out by the batch rule, if any."""
         assert self._gate is not None
-        closed = self._gate.closed(sub_layer)
-        if closed is None:
-            return None
-        votes = closed[tokens]
         if (rule := self._gate.batch_rule) is None:
             return votes
-        agreed = rule(votes, self._gate.deciding[tokens])
+        agreed = rule(votes, self._gate.deciding[chosen])
         self._is_shown = agreed is None or agreed is votes
         return agreed
 
