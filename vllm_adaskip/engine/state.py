@@ -42,9 +42,21 @@ class SkipState:
         prompt: Sequence[int],
         *,
         generated: int,
+        one_answer: bool = False,
+        allowed: Sequence[int] | None = None,
     ) -> None:
-        """Put a request's sequence into a row; ``generated`` tokens when it comes back."""
-        wanted = self.planner.wanted(extra_args)
+        """Put a request's sequence into a row.
+
+        Args:
+            row: of the persistent batch.
+            extra_args: the request's.
+            prompt: its token ids.
+            generated: how many tokens it brings along when it comes back.
+            one_answer: it asks for one token, see `is_one_answer`.
+            allowed: token ids that it may draw, where it says so.
+
+        """
+        wanted = self.planner.wanted(extra_args, one_answer=one_answer)
         plan: SkipPlan | Undecided | None = wanted.plan
         if plan is None:
             undecided = Undecided(_digest(prompt), wanted.budget)
@@ -57,6 +69,8 @@ class SkipState:
                     generated,
                 )
         self.table.add(row, plan, len(prompt), is_new=not generated, gated=wanted.gated)
+        if wanted.gated and allowed is not None:
+            self.table.allowed[row] = allowed
 
     def plan_of(
         self, extra_args: Mapping[str, Any] | None, prompt: Sequence[int]
@@ -65,7 +79,7 @@ class SkipState:
 
         None if its prompt was not read, or long ago, and if its tokens differ from each other.
         """
-        wanted = self.planner.wanted(extra_args)
+        wanted = self.planner.wanted(extra_args, one_answer=True)
         if wanted.gated:
             return None
         if wanted.plan is not None:

@@ -7,11 +7,15 @@ runner's, `v1_feeder`) keeps it in step; the model reads it at every forward.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 from vllm_adaskip.classifiers import SkipPlan
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +40,9 @@ class SequenceTable:
         skips: ``[capacity, 2 * num_layers]`` bool, True where the row leaves out the
             sub-layer, in running order attention 0, MLP 0, attention 1, ...
         undecided: rows that have no plan yet.
-        gated: ``[capacity]`` bool, True where the method's `TokenGate` may leave out more.
+        gated: ``[capacity]`` bool, True where the method's `TokenGate` or `ExitGate` may leave
+            out more.
+        allowed: of gated rows that say so, the token ids they may draw.
         version: grows with every change of a row, so that readers know when a step plan
             they kept is stale.
         requests: sequences that entered so far.
@@ -49,6 +55,7 @@ class SequenceTable:
         self.skips = np.zeros((capacity, 2 * num_layers), dtype=np.bool_)
         self.undecided: dict[int, Undecided] = {}
         self.gated = np.zeros(capacity, dtype=np.bool_)
+        self.allowed: dict[int, Sequence[int]] = {}
         self.version = 0
         self.requests = 0
 
@@ -91,6 +98,7 @@ class SequenceTable:
         self.prompt_lens[row] = 0
         self.skips[row] = False
         self.gated[row] = False
+        self.allowed.pop(row, None)
         self.undecided.pop(row, None)
         self.version += 1
 
@@ -105,7 +113,13 @@ class SequenceTable:
         self.prompt_lens[pair] = self.prompt_lens[swapped]
         self.skips[pair] = self.skips[swapped]
         self.gated[pair] = self.gated[swapped]
-        waiting = {row: self.undecided.pop(row) for row in pair if row in self.undecided}
-        for row, undecided in waiting.items():
-            self.undecided[other if row == one else one] = undecided
+        _swap(self.undecided, one, other)
+        _swap(self.allowed, one, other)
         self.version += 1
+
+
+def _swap(values: dict[int, Value], one: int, other: int) -> None:
+    """Exchange what two rows have, if anything."""
+    found = {row: values.pop(row) for row in (one, other) if row in values}
+    for row, value in found.items():
+        values[other if row == one else one] = value
