@@ -12,15 +12,20 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from batches import random_plan, random_prompts, sampling
 from conftest import TINY_LAYERS, TINY_SHAPE
+from profiles import write_adainfer
 from reference import Exit, Reference
 
 from vllm_adaskip import DecoderShape, SkipPlan, engine_args
 from vllm_adaskip.classifiers import METHODS
+from vllm_adaskip.classifiers.exit_rules import Crf, ExitRule, Svm, load_rule
+from vllm_adaskip.classifiers.profile import Profile
 
 BLOCK = 32
 SHAPE = DecoderShape(*TINY_SHAPE)
@@ -28,6 +33,8 @@ CHECKS = [1, 2, 4, 6]
 #: ``(top_prob, gap)``, from never to always; at those between tokens differ, see `varied`.
 NEVER, ALWAYS = (2.0, 0.0), (0.0, 0.0)
 SOMETIMES = (0.04, 0.01)
+#: The same where the features are over a few tokens.
+FEW = (0.7, 0.5)
 DENSE: dict[str, Any] = {"adaskip": "off"}
 
 Arguments = dict[str, Any] | None
@@ -41,17 +48,29 @@ class Early:
         self.reference = reference
         self.server = server
         self.kv_fill = server.get("kv_fill", "none")
-        own = {k: v for k, v in server.items() if k not in ("kv_fill", "method", "budget")}
-        method = METHODS[server["method"]]
-        self.method = method(SHAPE, method.Options.model_validate(own))
+        own = {k: v for k, v in server.items() if k not in ("kv_fill", "method", "profile")}
+        method, profile = METHODS[server["method"]], server.get("profile")
+        if profile:
+            own = {**Profile.load(Path(profile)).options, **own}
+            self._rule = load_rule(own["classifier"], Path(profile))
+        options = method.Options.model_validate(own)
+        self.method = method(SHAPE, options, Path(profile) if profile else None)
 
     def exit(self) -> Exit:
         own = self.server
         if own["method"] == "exit":
             return Exit([])
+        if "profile" in own:
+            return Exit(self._rule.layers, rule=self._settled)
         candidates = own.get("candidates") if own.get("vocabulary") == "candidates" else None
         warm_up = own.get("warm_up", 0)
         return Exit(own["check_layers"], own["top_prob"], own["gap"], warm_up, candidates)
+
+    def _settled(self, seen: list[tuple[float, float]]) -> bool:
+        memory = np.zeros((1, 2))
+        for layer, found in zip(self._rule.layers, seen, strict=False):
+            settled, memory = self._rule.settled(layer, np.array([found]), memory)
+        return bool(settled[0])
 
     def want(
         self, prompt: list[int], arguments: Arguments, tokens: int
@@ -127,6 +146,9 @@ class Early:
             watched += [exit] if exit else []
         if not replayed:
             for name, counted in (("attn_run", ran), ("exits", exits)):
+                assert (name in after) or self.method.exits is None
+                if name not in after:
+                    continue
                 difference = [a - b for a, b in zip(after[name], before[name], strict=True)]
                 assert difference == [counted[layer] for layer in range(TINY_LAYERS)], name
         return watched
@@ -165,7 +187,7 @@ def make(engine: Callable[..., Any], tiny_llama: str) -> Callable[..., Early]:
         **server: Any,
     ) -> Early:
         defaults: dict[str, Any] = {"method": "adainfer"}
-        if server.get("method", "adainfer") == "adainfer":
+        if server.get("method", "adainfer") == "adainfer" and "profile" not in server:
             defaults |= {"check_layers": CHECKS, "top_prob": features[0], "gap": features[1]}
         if scope == "token":
             defaults["kv_fill"] = "copy"
@@ -379,12 +401,12 @@ def test_features_over_a_few_tokens(make: Make, vocabulary: str, allowed: list[i
     """The prediction itself is over all that the request allows."""
     few = [5, 17, 200, 511]
     own = {"candidates": few} if vocabulary == "candidates" else {}
-    early = make("answer", (0.9, 0.8), vocabulary=vocabulary, **own)
+    early = make("answer", FEW, vocabulary=vocabulary, **own)
     prompts = random_prompts(94, 12)
     before = early.report()["exits"]
     early.run(prompts, [None] * 12, 1, allowed_token_ids=allowed)
     exits = [a - b for a, b in zip(early.report()["exits"], before, strict=True)]
-    rules = [Exit(CHECKS, 0.9, 0.8, 0, allowed or few) for _ in prompts]
+    rules = [Exit(CHECKS, *FEW, 0, allowed or few) for _ in prompts]
     for prompt, rule in zip(prompts, rules, strict=True):
         early.reference.answer(prompt, rule)
     depths = Counter(depth for rule in rules for depth in rule.depths)
@@ -393,7 +415,7 @@ def test_features_over_a_few_tokens(make: Make, vocabulary: str, allowed: list[i
 
 
 def test_requests_with_different_allowed_tokens_in_one_batch(make: Make) -> None:
-    early = make("answer", (0.6, 0.3), vocabulary="request")
+    early = make("answer", FEW, vocabulary="request")
     prompts = random_prompts(95, 9)
     sets: list[list[int] | None] = [[7], [3, 99], [1, 2, 3, 4], None, [3, 99]] * 2
     before = early.report()["exits"]
@@ -405,10 +427,41 @@ def test_requests_with_different_allowed_tokens_in_one_batch(make: Make) -> None
     exits = [a - b for a, b in zip(early.report()["exits"], before, strict=True)]
     depths: Counter[int] = Counter()
     for prompt, allowed in zip(prompts, sets, strict=False):
-        rule = Exit(CHECKS, 0.6, 0.3, 0, allowed)
+        rule = Exit(CHECKS, *FEW, 0, allowed)
         early.reference.answer(prompt, rule)
         depths.update(rule.depths)
     assert exits == [depths[layer + 1] for layer in range(TINY_LAYERS - 1)] + [0]
+
+
+@pytest.mark.parametrize("scope", ["answer", "prompt", "token"])
+@pytest.mark.parametrize("kind", ["svm", "crf"])
+def test_rules_of_a_profile(
+    make: Make, tiny_llama: str, tmp_path_factory: pytest.TempPathFactory, kind: str, scope: str
+) -> None:
+    """Written by hand for what this model's predictions look like."""
+    mean, scale = np.array([0.04, 0.012]), np.array([0.015, 0.01])
+    rules: dict[str, ExitRule] = {
+        "svm": Svm(
+            (1, 3, 5),
+            np.stack([mean] * 3),
+            np.stack([scale] * 3),
+            np.array([-0.1, 0.0, -0.2]),
+            tuple(np.array([[1.0, 1.0], [-1.0, -0.5], [0.0, 2.0]]) for _ in range(3)),
+            tuple(np.array([1.0, -1.0, 0.4]) for _ in range(3)),
+            np.array([0.5, 0.7, 0.9]),
+        ),
+        "crf": Crf(
+            (1, 3, 5),
+            np.stack([[[0, 0, 0], [*(2 / scale), -3.0 - (2 * mean / scale).sum()]]] * 3),
+            np.array([[0.5, -0.5], [-1.0, 1.0]]),
+        ),
+    }
+    folder = write_adainfer(tmp_path_factory.mktemp("rules") / kind, tiny_llama, rules[kind])
+    early = make(scope, profile=folder)
+    prompts = random_prompts(101, 10)
+    exits = early.check(prompts, [None] * 9 + [DENSE], 1 if scope == "answer" else 12)
+    depths = {early.want(prompt, None, 1)[1].attention for prompt in prompts}
+    assert (len(depths) if scope == "prompt" else varied(exits)) >= 2
 
 
 def rows_of(early: Early) -> tuple[Counter[tuple[int, int]], list[Any]]:

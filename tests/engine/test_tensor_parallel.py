@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from batches import Entries, random_prompts
 from conftest import TINY_SHAPE
-from reference import MlpRule, Reference
+from reference import Exit, MlpRule, Reference
 
 from vllm_adaskip import DecoderShape
 from vllm_adaskip.classifiers.similarity import Similarity, SimilarityOptions
@@ -24,6 +24,14 @@ BUDGET = 0.6
 METHOD = Similarity(DecoderShape(*TINY_SHAPE), SimilarityOptions())
 READING = {"method": "similarity", "budget": BUDGET, "kv_fill": "copy"}
 GATING = {"method": "ffn-skip", "scope": "token", "threshold": 0.9, "warm_up": 2}
+EXITING = {
+    "method": "adainfer",
+    "scope": "token",
+    "check_layers": [1, 2, 4, 6],
+    "top_prob": 0.04,
+    "gap": 0.01,
+    "kv_fill": "copy",
+}
 
 #: A process of its own, because vLLM's CPU backend then binds each rank to a core.
 SCRIPT = """
@@ -44,7 +52,9 @@ if __name__ == "__main__":
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two ranks need two cores")
-@pytest.mark.parametrize("options", [READING, GATING], ids=["reading", "gating"])
+@pytest.mark.parametrize(
+    "options", [READING, GATING, EXITING], ids=["reading", "gating", "exiting"]
+)
 def test_two_ranks_give_the_reference_s_tokens_and_equal_reports(
     tiny_llama: str, tmp_path: Path, options: dict[str, object]
 ) -> None:
@@ -56,7 +66,7 @@ def test_two_ranks_give_the_reference_s_tokens_and_equal_reports(
         cwd=tmp_path,
         env={
             **{k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"},
-            "PYTHONPATH": str(Path(__file__).parents[1]),
+            "PYTHONPATH": f"{Path(__file__).parents[1]}:{os.environ.get('PYTHONPATH', '')}",
             "VLLM_CPU_OMP_THREADS_BIND": "0|1",
         },
         capture_output=True,
@@ -67,10 +77,14 @@ def test_two_ranks_give_the_reference_s_tokens_and_equal_reports(
     got, reports = json.loads(done.stdout.splitlines()[-1])
     reference = Reference(tiny_llama)
     for prompt, plan, tokens in zip(prompts, PLANS, got, strict=True):
-        rule = None
+        rule = exit = None
         if plan is None and options is GATING:
             plan, rule = [], MlpRule(range(1, TINY_SHAPE[0] - 1), 0.9, warm_up=2)
+        if plan is None and options is EXITING:
+            plan, exit = [], Exit([1, 2, 4, 6], 0.04, 0.01)
         if plan is None:
             plan = METHOD.decide(BUDGET, reference.observe(prompt, METHOD)).entries()
-        assert tokens == reference.generate(prompt, plan, TOKENS, rule=rule)[0]
+        fill = str(options.get("kv_fill", "none"))
+        want, _ = reference.generate(prompt, plan, TOKENS, kv_fill=fill, rule=rule, exit=exit)
+        assert tokens == want
     assert len(reports) == 2 and reports[0] == reports[1]

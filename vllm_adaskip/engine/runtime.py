@@ -118,21 +118,24 @@ class SkipRuntime:
     def report(self) -> dict[str, Any]:
         """Give cumulative counters, and how many sequences are in the batch now.
 
-        ``*_run[l]`` counts generated tokens that went through sub-layer l, ``exits[l]`` the
-        tokens, or with scope ``answer`` the requests, that a method stopped after layer l.
+        ``*_run[l]`` counts generated tokens that went through sub-layer l. Where a method lets
+        tokens exit, ``exits[l]`` counts those, or with scope ``answer`` the requests, that it
+        stopped after layer l.
         """
         run = (self._generated_run - self.gate.left_out - self.exits.left_out).tolist()
-        return {
+        report = {
             "num_layers": self._table.num_layers,
             "prompt_tokens": self._prompt_tokens,
             "decode_tokens": self._generated_tokens,
             "attn_run": run[0::2],
             "mlp_run": run[1::2],
-            "exits": self.exits.exits.tolist(),
             "requests": self._table.requests,
             "method": self._method,
             "live_rows": self._table.live_rows,
         }
+        if self._state.planner.classifier.exits:
+            report["exits"] = self.exits.exits.tolist()
+        return report
 
     def plan_of(
         self, extra_args: Mapping[str, Any] | None, prompt: Sequence[int]
