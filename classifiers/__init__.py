@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Methods that decide skip plans. Never imports vLLM."""
 
+from vllm_adaskip.classifiers.adainfer import AdaInfer
 from vllm_adaskip.classifiers.base import (
     Classifier,
+    ExitGate,
+    Lens,
     MethodOptions,
     Observe,
     PromptStatistics,
     TokenGate,
 )
 from vllm_adaskip.classifiers.dense import Dense
+from vllm_adaskip.classifiers.early_exit import EarlyExit
 from vllm_adaskip.classifiers.ffn_skip import FfnSkip
 from vllm_adaskip.classifiers.first import First
 from vllm_adaskip.classifiers.plan import DecoderShape, PlanError, SkipPlan
@@ -17,6 +21,8 @@ from vllm_adaskip.classifiers.static import Static
 
 #: Every method by the name that users write, hyphens included.
 METHODS: dict[str, type[Classifier]] = {
+    "adainfer": AdaInfer,
+    "exit": EarlyExit,
     "ffn-skip": FfnSkip,
     "first": First,
     "none": Dense,
@@ -28,6 +34,8 @@ __all__ = [
     "METHODS",
     "Classifier",
     "DecoderShape",
+    "ExitGate",
+    "Lens",
     "MethodOptions",
     "Observe",
     "PlanError",

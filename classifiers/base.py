@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +36,8 @@ class PromptStatistics:
 
     Attributes:
         tokens: tokens of the prompt, at least 1.
-        mean: ``[width]`` float64, mean over these tokens of what `Observe` wrote.
+        mean: ``[width]`` float64, mean over these tokens of what `Observe` wrote; where it is
+            shown the last token alone, what it wrote of that one.
         last: ``[width]`` float64, what it wrote of the last token.
 
     """
@@ -97,6 +98,68 @@ class TokenGate(ABC):
         """
 
 
+class Lens(ABC):
+    """What the model would predict if it stopped here: final norm, then head (the logit lens)."""
+
+    @abstractmethod
+    def check(self, vocabulary: Sequence[int] | None) -> None:
+        """Refuse a model without a head, or of whose head parts cannot be had (`ValueError`).
+
+        Args:
+            vocabulary: token ids that will be named; None: none ever, empty: not known yet.
+
+        """
+
+    @abstractmethod
+    def __call__(
+        self, before: Tensor, update: Tensor, vocabulary: Sequence[int] | None = None
+    ) -> Tensor:
+        """Give logits ``[tokens, vocabulary]`` for a residual stream.
+
+        Args:
+            before: ``[tokens, hidden_size]`` the stream before a sub-layer; may be overwritten.
+            update: ``[tokens, hidden_size]`` what that adds to it; may be overwritten.
+            vocabulary: token ids to give logits of; None: all.
+
+        """
+
+
+class ExitGate(ABC):
+    """Decides inside a forward which tokens need no deeper layer.
+
+    One object serves one engine. At each forward in which somebody may exit, `begin` is called;
+    then, in running order, `exits` after each of ``check_layers`` as long as somebody is left.
+    What is decided about a token must depend on its own stream alone, as with a `TokenGate`.
+
+    Attributes:
+        check_layers: decoder layers after which a token may exit, ascending.
+        warm_up: generated tokens of each sequence before any may exit.
+
+    """
+
+    check_layers: tuple[int, ...]
+    warm_up: int = 0
+
+    @abstractmethod
+    def begin(self, vocabularies: Sequence[Sequence[int] | None]) -> None:
+        """Start a forward; of each token that may exit, the ids its request allows, if it says."""
+
+    @abstractmethod
+    def exits(
+        self, layer: int, tokens: NDArray[np.int64], before: Tensor, update: Tensor
+    ) -> NDArray[np.bool_]:
+        """Give ``[asked]``, True where a token stops after a layer.
+
+        Args:
+            layer: one of ``check_layers``.
+            tokens: ``[asked]`` who is left and would run deeper layers, as index into what
+                `begin` was told of.
+            before: ``[asked, hidden_size]`` and ``update``, as in `Lens`.
+            update: see ``before``.
+
+        """
+
+
 class Classifier(ABC):
     """Decides, at prefill, the plan that a sequence follows while it decodes.
 
@@ -105,8 +168,9 @@ class Classifier(ABC):
     and `decide`. Both are pure functions, so that every tensor-parallel rank and every
     repetition of a request gets the same plan. A method that reads the prompt sets
     ``width`` and brings an `observer`; one that decides token by token sets
-    ``gates_tokens`` and brings a `gate`, which adds to the plan; one that makes up for what is
-    left out sets ``scales`` and brings `factors`.
+    ``gates_tokens`` and brings a `gate`, which adds to the plan; one that stops tokens on their
+    way up sets ``exits`` and brings an `exit_gate`; one that makes up for what is left out sets
+    ``scales`` and brings `factors`.
     """
 
     Options: ClassVar[type[MethodOptions]] = MethodOptions
@@ -119,6 +183,13 @@ class Classifier(ABC):
 
     #: Whether `factors` gives any.
     scales: bool = False
+    #: Whether `observer` is shown the last token of each prompt alone.
+    last_only: bool = False
+
+    #: Who may stop before the last layer, see `exit_gate`: each generated ``token``, or, where a
+    #: request asks for one token only, its whole prompt (``answer``). Plans then leave out nothing
+    #: but the last layers, and such a prompt too stops where its plan does.
+    exits: Literal["token", "answer"] | None = None
 
     @abstractmethod
     def __init__(
@@ -156,8 +227,10 @@ class Classifier(ABC):
         """
         return None
 
-    def observer(self, hidden_size: int, device: torch.device) -> Observe:
+    def observer(self, hidden_size: int, device: torch.device, lens: Lens | None = None) -> Observe:
         """Give what writes down what is kept of each token, for one engine of this process.
+
+        ``lens`` is the engine's, for methods that look through it.
 
         The function is called with
 
@@ -175,3 +248,12 @@ class Classifier(ABC):
     def gate(self, hidden_size: int, device: torch.device) -> TokenGate:
         """Give what decides inside the forward, for one engine of this process."""
         raise NotImplementedError(f"{type(self).__name__} gates tokens but has no gate")
+
+    def exit_gate(self, lens: Lens) -> ExitGate | None:
+        """Give what lets tokens exit, for one engine of this process; None: only plans do.
+
+        Raises:
+            ValueError: the method does not fit the model.
+
+        """
+        raise NotImplementedError(f"{type(self).__name__} lets tokens exit but has no exit gate")

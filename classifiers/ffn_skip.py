@@ -11,6 +11,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from vllm_adaskip.classifiers.base import (
     Classifier,
+    Lens,
     MethodOptions,
     Observe,
     PromptStatistics,
@@ -90,7 +91,7 @@ class FfnSkip(Classifier):
         """Refuse a budget below what is left without as many MLPs as may be left out."""
         self._least(budget)
 
-    def observer(self, hidden_size: int, device: torch.device) -> Observe:
+    def observer(self, hidden_size: int, device: torch.device, lens: Lens | None = None) -> Observe:
         """Keep each token's similarity at the MLPs of the middle; attention costs nothing."""
         from vllm_adaskip.classifiers.cosine import cosine  # here: it loads torch
 

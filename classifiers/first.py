@@ -11,7 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from vllm_adaskip.classifiers.base import Classifier, MethodOptions, Observe, PromptStatistics
+from vllm_adaskip.classifiers.base import (
+    Classifier,
+    Lens,
+    MethodOptions,
+    Observe,
+    PromptStatistics,
+)
 from vllm_adaskip.classifiers.calibration import CalibratedOptions
 from vllm_adaskip.classifiers.codebook import nearest_within
 from vllm_adaskip.classifiers.plan import DecoderShape, SkipPlan
@@ -75,7 +81,7 @@ class First(Classifier):
         """Refuse a budget below what the layers at both ends take."""
         self.options.check(budget, self._shape, "first")
 
-    def observer(self, hidden_size: int, device: torch.device) -> Observe:
+    def observer(self, hidden_size: int, device: torch.device, lens: Lens | None = None) -> Observe:
         """Load the routers, and score each token by its stream before each routed layer."""
         from vllm_adaskip.classifiers.routers import Routers  # here: it loads torch
 

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_adaskip.classifiers.base import Classifier, MethodOptions, Observe, PromptStatistics
+from vllm_adaskip.classifiers.base import (
+    Classifier,
+    Lens,
+    MethodOptions,
+    Observe,
+    PromptStatistics,
+)
 from vllm_adaskip.classifiers.ends import EndsOptions
 from vllm_adaskip.classifiers.plan import DecoderShape, SkipPlan
 
@@ -58,7 +64,7 @@ class Similarity(Classifier):
         """Refuse a budget below what the layers at both ends take."""
         self._options.check(budget, self._shape, "similarity")
 
-    def observer(self, hidden_size: int, device: torch.device) -> Observe:
+    def observer(self, hidden_size: int, device: torch.device, lens: Lens | None = None) -> Observe:
         """Keep each token's cosine similarity of the stream before and after."""
         from vllm_adaskip.classifiers.cosine import cosine, squared_norm  # here: it loads torch
 

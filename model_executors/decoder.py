@@ -10,7 +10,9 @@ the sum being fused into the next norm: leaving a sub-layer out means passing on
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import deque
 from collections.abc import Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,10 +21,11 @@ from torch import Tensor, nn
 from vllm_adaskip.classifiers.hub import located
 from vllm_adaskip.classifiers.lora import Lora
 from vllm_adaskip.engine import compat
+from vllm_adaskip.engine.compat.head import Head
 from vllm_adaskip.engine.compat.kernels import with_kernels
 from vllm_adaskip.engine.runtime import SkipRuntime
 from vllm_adaskip.engine.scaling import Scaling
-from vllm_adaskip.engine.step_plan import Passing, Segment, StepPlan
+from vllm_adaskip.engine.step_plan import Check, Passing, Segment, StepPlan
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -38,10 +41,11 @@ class SkippingDecoder(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any) -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
         compat.enable_amx()
-        self.adaskip = SkipRuntime(vllm_config, map(self.attention_of, self.model.layers))
         #: What steps run in which something is skipped or observed; not registered once more.
         *layers, norm = with_kernels([*self.model.layers, self.model.norm])
         self._layers, self._norm = tuple(layers), (norm,)
+        attention = map(self.attention_of, self.model.layers)
+        self.adaskip = SkipRuntime(vllm_config, attention, Head(self, norm))
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Any:
         """Load a checkpoint, with the profile's LoRA adapter merged into it if it has one."""
@@ -83,8 +87,14 @@ class SkippingDecoder(nn.Module):
     def _run_step(self, step: StepPlan, positions: Tensor, embeddings: Tensor) -> Tensor:
         stream: Stream = (embeddings, None)
         guarded = self.adaskip.gate.guarded
-        for piece in step.pieces:
-            if isinstance(piece, Passing):
+        pieces = deque(step.pieces)
+        while pieces:
+            piece = pieces.popleft()
+            if isinstance(piece, Check):
+                rest = self.adaskip.exits.after(piece.layer, partial(_pair, stream))
+                if rest is not None:
+                    pieces = deque(rest.pieces)
+            elif isinstance(piece, Passing):
                 self._pass_by(piece, positions, stream)
             elif isinstance(piece, Scaling):
                 _scale(stream, piece)
@@ -166,6 +176,13 @@ def _scale(stream: Stream, scaling: Scaling) -> None:
     for half in stream:
         if half is not None:
             half[scaling.tokens] *= scaling.factors
+
+
+def _pair(stream: Stream, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Give ``(before, update)`` of some tokens, copied, once a sub-layer has run."""
+    update, before = _gather(stream, tokens)
+    assert before is not None
+    return before, update
 
 
 def _gather(stream: Stream, tokens: slice | Tensor) -> Stream:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from vllm_adaskip.classifiers.exit_rules import ExitRule
 from vllm_adaskip.classifiers.profile import Profile, fingerprint
 from vllm_adaskip.classifiers.routers import Routers
 
@@ -25,6 +26,20 @@ def write_first(folder: Path, model: str, *, width: int = 0, **options: Any) -> 
     Profile(method="first", options=options, model="tiny", fingerprint=fingerprint(config)).save(
         folder
     )
+    return str(folder)
+
+
+def write_adainfer(folder: Path, model: str, rule: ExitRule, **options: Any) -> str:
+    """Write a profile of method ``adainfer`` with a rule of one's own."""
+    config = AutoConfig.from_pretrained(model).to_dict()
+    folder.mkdir(parents=True, exist_ok=True)
+    rule.save(folder)
+    Profile(
+        method="adainfer",
+        options={"classifier": type(rule).__name__.lower(), **options},
+        model="tiny",
+        fingerprint=fingerprint(config),
+    ).save(folder)
     return str(folder)
 
 

@@ -8,7 +8,7 @@ says.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from vllm_adaskip import SkipPlan
-from vllm_adaskip.classifiers import Classifier, PromptStatistics
+from vllm_adaskip.classifiers import Classifier, Lens, PromptStatistics
 
 
 @dataclass
@@ -60,6 +60,55 @@ class MlpRule:
                 self.is_watching, self.is_skipping = False, True
 
 
+@dataclass
+class Exit:
+    """AdaInfer (arXiv 2403.02181): stop where both features of the prediction are large enough.
+
+    Attributes:
+        checks: layers after which to look.
+        top_prob: the least probability of the likeliest token, and ``gap`` its least distance to
+            the second.
+        warm_up: generated tokens that stop nowhere.
+        vocabulary: tokens over which probabilities are taken; None: all.
+        rule: another rule, called with the features of all check layers so far.
+        depths: layers that ran, of each token that was watched.
+        margin: smallest distance of a feature to its threshold.
+
+    """
+
+    checks: Sequence[int]
+    top_prob: float = 0.0
+    gap: float = 0.0
+    warm_up: int = 0
+    vocabulary: Sequence[int] | None = None
+    rule: Callable[[list[tuple[float, float]]], bool] | None = None
+    depths: list[int] = field(default_factory=list)
+    margin: float = float("inf")
+
+    def settled(self, seen: list[tuple[float, float]]) -> bool:
+        if self.rule:
+            return self.rule(seen)
+        top_prob, gap = seen[-1]
+        self.margin = min(self.margin, abs(top_prob - self.top_prob), abs(gap - self.gap))
+        return top_prob >= self.top_prob and gap >= self.gap
+
+
+class ReferenceLens(Lens):
+    """The transformers model's own norm and head."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def check(self, vocabulary: Sequence[int] | None) -> None:
+        pass
+
+    def __call__(
+        self, before: torch.Tensor, update: torch.Tensor, vocabulary: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        logits = self.model.lm_head(self.model.model.norm(before + update))
+        return logits if vocabulary is None else logits[:, list(vocabulary)]
+
+
 class Reference:
     """A float32 transformers model and its plan-following greedy loop."""
 
@@ -80,13 +129,15 @@ class Reference:
         then: tuple[int, Sequence[int | str]] | None = None,
         rule: MlpRule | None = None,
         factors: Sequence[float] | None = None,
+        exit: Exit | None = None,
     ) -> tuple[list[int], float]:
         """Give greedy tokens, and the smallest gap between the two best logits on the way.
 
         A gap near float32 rounding means that another order of summation may rightly
         choose another token; callers check it. ``then=(n, other)`` follows another plan
-        once ``n`` tokens are there. A fresh ``rule`` leaves out more than the plan. ``factors``
-        (one each) are what sub-layers that the first plan leaves out multiply the stream by.
+        once ``n`` tokens are there. A fresh ``rule`` leaves out more than the plan, and so does an
+        ``exit``. ``factors`` (one each) are what sub-layers that the first plan leaves out multiply
+        the stream by.
         """
         plan = SkipPlan.parse(skip, self.num_layers)
         ones = [1.0] * 2 * self.num_layers
@@ -103,29 +154,66 @@ class Reference:
                 plan, factors = SkipPlan.parse(then[1], self.num_layers), None
             position = len(prompt) + len(tokens) - 1
             scale = ones if factors is None else factors
-            logits = self._step(tokens[-1], position, plan, cache, kv_fill, rule, scale)
+            watched = exit if exit and len(tokens) > exit.warm_up else None
+            logits = self._step(tokens[-1], position, plan, cache, kv_fill, rule, scale, watched)
 
     @torch.inference_mode()
     def observe(self, prompt: Sequence[int], classifier: Classifier) -> PromptStatistics:
         """Give what a method observes of a prompt, in one piece."""
-        decoder = self.model.model
-        positions = torch.arange(len(prompt))[None]
-        hidden = decoder.embed_tokens(torch.tensor([prompt]))
-        rotary = decoder.rotary_emb(hidden, positions)
-        mask = torch.full((len(prompt), len(prompt)), float("-inf")).triu(1)[None, None]
         values = torch.zeros(len(prompt), classifier.width)
-        observe = classifier.observer(hidden.shape[-1], hidden.device)
+        size = self.model.config.hidden_size
+        observe = classifier.observer(size, values.device, ReferenceLens(self.model))
+        for sub_layer, before, update in self._prompt(prompt):
+            observe(sub_layer, before, update, values)
+        values = values.double()
+        return PromptStatistics(len(prompt), values.mean(dim=0).numpy(), values[-1].numpy())
+
+    @torch.inference_mode()
+    def answer(
+        self, prompt: Sequence[int], exit: Exit, depth: int | None = None
+    ) -> tuple[list[int], float]:
+        """Give the one token that a prompt comes to which may stop early, at ``depth`` at last."""
+        seen: list[tuple[float, float]] = []
+        for sub_layer, before, update in self._prompt(prompt):
+            layer, is_mlp = divmod(sub_layer, 2)
+            if not is_mlp:
+                continue
+            hidden = (before + update)[-1]
+            if layer + 1 == (depth or self.num_layers) or (
+                layer in exit.checks and self._is_settled(hidden, seen, exit)
+            ):
+                exit.depths.append(layer + 1)
+                break
+        logits = self.model.lm_head(self.model.model.norm(hidden))
+        best = logits.topk(2).values
+        return [int(logits.argmax())], (best[0] - best[1]).item()
+
+    def _prompt(self, prompt: Sequence[int]) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """Run a prompt in one piece; give sub-layers, the stream before each, and what it adds."""
+        decoder = self.model.model
+        hidden = decoder.embed_tokens(torch.tensor([prompt]))
+        rotary = decoder.rotary_emb(hidden, torch.arange(len(prompt))[None])
+        mask = torch.full((len(prompt), len(prompt)), float("-inf")).triu(1)[None, None]
         for index, layer in enumerate(decoder.layers):
             update, _ = layer.self_attn(
                 layer.input_layernorm(hidden), position_embeddings=rotary, attention_mask=mask
             )
-            observe(2 * index, hidden[0], update[0], values)
+            yield 2 * index, hidden[0], update[0]
             hidden = hidden + update
             update = layer.mlp(layer.post_attention_layernorm(hidden))
-            observe(2 * index + 1, hidden[0], update[0], values)
+            yield 2 * index + 1, hidden[0], update[0]
             hidden = hidden + update
-        values = values.double()
-        return PromptStatistics(len(prompt), values.mean(dim=0).numpy(), values[-1].numpy())
+
+    def _is_settled(
+        self, hidden: torch.Tensor, seen: list[tuple[float, float]], exit: Exit
+    ) -> bool:
+        """Look at ``[hidden_size]`` and tell whether to stop; ``seen`` grows."""
+        logits = self.model.lm_head(self.model.model.norm(hidden))
+        if exit.vocabulary is not None:
+            logits = logits[list(exit.vocabulary)]
+        best = [*logits.softmax(-1).sort(descending=True).values[:2].tolist(), 0.0]
+        seen.append((best[0], best[0] - best[1]))
+        return exit.settled(seen)
 
     def _step(
         self,
@@ -136,9 +224,10 @@ class Reference:
         kv_fill: str,
         rule: MlpRule | None,
         factors: Sequence[float],
+        exit: Exit | None,
     ) -> torch.Tensor:
         rule = rule or MlpRule(range(0), 0)
-        walk = self.walk(token, position, plan, cache, kv_fill, rule, factors)
+        walk = self.walk(token, position, plan, cache, kv_fill, rule, factors, exit)
         try:
             layer = next(walk)
             while True:
@@ -156,12 +245,15 @@ class Reference:
         kv_fill: str,
         rule: MlpRule,
         factors: Sequence[float],
+        exit: Exit | None = None,
     ) -> Generator[int, bool, torch.Tensor]:
         """Run a token; asks at each layer whose MLP its plan runs whether to leave it out."""
         rule.start(plan)
         decoder = self.model.model
         hidden = decoder.embed_tokens(torch.tensor([[token]]))
         rotary = decoder.rotary_emb(hidden, torch.tensor([[position]]))
+        depth = self.num_layers - (plan.attention & plan.mlp).bit_count()
+        seen: list[tuple[float, float]] = []
         for index, layer in enumerate(decoder.layers):
             if not plan.attention >> index & 1:
                 update, _ = layer.self_attn(
@@ -181,6 +273,12 @@ class Reference:
                 before = hidden
                 hidden = before + layer.mlp(layer.post_attention_layernorm(before))
                 rule.saw(index, before[0, 0], hidden[0, 0])
+            asked = exit and index in exit.checks and index + 1 < depth
+            if exit and asked and self._is_settled(hidden[0, 0], seen, exit):
+                depth = index + 1
+                plan |= SkipPlan.parse(range(depth, self.num_layers), self.num_layers)
+        if exit:
+            exit.depths.append(depth)
         if kv_fill == "copy":
             self._copy(plan, cache)
         return self.model.lm_head(decoder.norm(hidden))[0, -1]

@@ -15,6 +15,7 @@ from vllm_adaskip.classifiers import (
     PromptStatistics,
     SkipPlan,
 )
+from vllm_adaskip.classifiers.early_exit import EarlyExit, EarlyExitOptions
 from vllm_adaskip.classifiers.routers import Routers
 from vllm_adaskip.classifiers.similarity import Similarity, SimilarityOptions
 from vllm_adaskip.classifiers.static import Static, StaticOptions
@@ -24,6 +25,8 @@ HIDDEN = 16
 
 #: Options with which every method can be made; a new method must be added here.
 EXAMPLES: dict[str, dict[str, object]] = {
+    "adainfer": {"check_layers": [0, 2], "top_prob": 0.5},
+    "exit": {"layers": 3},
     "ffn-skip": {},
     "first": {"codebook": [[1], [1, 2]]},
     "none": {},
@@ -43,7 +46,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Classifier
 
     def made(name: str) -> Classifier:
         method = METHODS[name.partition(",")[0]]
-        return method(SHAPE, method.Options.model_validate(EXAMPLES[name]), folder)
+        profile = folder if name == "first" else None
+        return method(SHAPE, method.Options.model_validate(EXAMPLES[name]), profile)
 
     return made
 
@@ -175,6 +179,17 @@ def test_static_meets_exactly_the_budget_its_plan_keeps() -> None:
     assert static.decide(kept, None).share(SHAPE) == kept
     with pytest.raises(PlanError, match=r"keeps 0\.688"):
         static.check(kept - 1e-9)
+
+
+def test_early_exit_runs_the_first_layers() -> None:
+    exit = EarlyExit(SHAPE, EarlyExitOptions(layers=3))
+    assert exit.decide(1.0, None).entries() == [3] and exit.exits is None
+    exit.check(0.75)
+    with pytest.raises(PlanError, match=r"keeps 0\.750"):
+        exit.check(0.74)
+    with pytest.raises(PlanError, match="layers 5; allowed: 1 to 4"):
+        EarlyExit(SHAPE, EarlyExitOptions(layers=5))
+    assert EarlyExit(SHAPE, EarlyExitOptions(layers=4, scope="answer")).exits == "answer"
 
 
 def test_classifiers_never_import_vllm() -> None:

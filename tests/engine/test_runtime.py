@@ -33,7 +33,7 @@ class Step:
         share_state(vllm_config, state)
         for row, skip in enumerate(skips):
             self.table.add(row, SkipPlan.parse(skip, LAYERS), prompt_len=5, is_new=True)
-        self.runtime = SkipRuntime(vllm_config, [])
+        self.runtime = SkipRuntime(vllm_config, [], lens=None)
         self.metadata: Any = None
         monkeypatch.setattr(self.runtime._sub_batches, "step_metadata", lambda: self.metadata)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from batches import Entries, random_prompts
 from conftest import TINY_SHAPE
-from reference import MlpRule, Reference
+from reference import Exit, MlpRule, Reference
 
 from vllm_adaskip import DecoderShape
 from vllm_adaskip.classifiers.similarity import Similarity, SimilarityOptions
@@ -27,6 +27,14 @@ SCALING = {"method": "similarity", "budget": BUDGET, "scale": True, "kv_fill": "
 READING = {"method": "similarity", "budget": BUDGET, "kv_fill": "copy"}
 GATING = {"method": "ffn-skip", "scope": "token", "threshold": 0.9, "warm_up": 2}
 AGREEING = {**GATING, "batch_rule": "majority"}
+EXITING = {
+    "method": "adainfer",
+    "scope": "token",
+    "check_layers": [1, 2, 4, 6],
+    "top_prob": 0.04,
+    "gap": 0.01,
+    "kv_fill": "copy",
+}
 
 #: A process of its own, because vLLM's CPU backend then binds each rank to a core.
 SCRIPT = """
@@ -52,8 +60,8 @@ if __name__ == "__main__":
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two ranks need two cores")
 @pytest.mark.parametrize(
     "options",
-    [READING, SCALING, GATING, AGREEING],
-    ids=["reading", "scaling", "gating", "agreeing"],
+    [READING, SCALING, GATING, AGREEING, EXITING],
+    ids=["reading", "scaling", "gating", "agreeing", "exiting"],
 )
 def test_two_ranks_give_the_reference_s_tokens_and_equal_reports(
     tiny_llama: str, tmp_path: Path, options: dict[str, object]
@@ -78,21 +86,27 @@ def test_two_ranks_give_the_reference_s_tokens_and_equal_reports(
     got, reports, ran, decisions = json.loads(done.stdout.splitlines()[-1])
     reference = Reference(tiny_llama)
     for prompt, plan, tokens, here, there in zip(prompts, PLANS, got, *ran, strict=True):
-        rule = factors = None
-        gates = options in (GATING, AGREEING)
+        rule = factors = exit = None
+        gates = options in (GATING, AGREEING, EXITING)
         assert here == there and (here is None) == (plan is not None or not gates)
         if plan is None and options is AGREEING:
             assert here["tokens"] == 2 * (TOKENS - 1)
             continue  # its neighbours have a say in it
         if plan is None and options is GATING:
             plan, rule = [], MlpRule(range(1, TINY_SHAPE[0] - 1), 0.9, warm_up=2)
+        if plan is None and options is EXITING:
+            plan, exit = [], Exit([1, 2, 4, 6], 0.04, 0.01)
         if plan is None:
             method = SCALED if options is SCALING else METHOD
             read = reference.observe(prompt, method)
             decided = method.decide(BUDGET, read)
             plan, factors = decided.entries(), method.factors(decided, read)
         by = None if factors is None else factors.tolist()
-        assert tokens == reference.generate(prompt, plan, TOKENS, rule=rule, factors=by)[0]
+        fill = str(options.get("kv_fill", "none"))
+        want, _ = reference.generate(
+            prompt, plan, TOKENS, kv_fill=fill, rule=rule, factors=by, exit=exit
+        )
+        assert tokens == want
         if rule is not None:
             assert here["tokens"] == 2 * (TOKENS - 1)
             assert sum(here["left_out"]) == 2 * sum(map(len, rule.left_out))

@@ -15,7 +15,7 @@ import secrets
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from vllm_adaskip.classifiers import SkipPlan
+from vllm_adaskip.classifiers import Classifier, SkipPlan
 from vllm_adaskip.engine.planner import Planner
 
 #: Gives the mark of one more block.
@@ -33,14 +33,14 @@ def block_mark(
     """Give the mark of a request's blocks that reach past its prompt.
 
     None where these are like anybody's: every token is dense, and no method of this engine
-    reads prompts. (A method that does needs its statistics of every token of a later
+    reads whole prompts. (A method that does needs its statistics of every token of a later
     prompt, and those of generated tokens are not kept.)
     """
     wanted = planner.wanted(extra_args)
     plan, kv_fill = wanted.plan, planner.facts.kv_fill
     if plan is None:
         holes, identity = kv_fill == "none", f"budget {wanted.budget!r}"
-    elif plan.is_dense and not wanted.gated and not planner.classifier.width:
+    elif plan.is_dense and not wanted.gated and not _reads_whole_prompts(planner.classifier):
         return None
     else:
         holes, identity = leaves_holes(plan, kv_fill), f"{plan.attention:x} {plan.mlp:x}"
@@ -60,3 +60,7 @@ def leaves_holes(plan: SkipPlan, kv_fill: str) -> bool:
     if kv_fill == "copy":
         return plan.attention == (1 << plan.num_layers) - 1
     return kv_fill == "none" and plan.attention != 0
+
+
+def _reads_whole_prompts(classifier: Classifier) -> bool:
+    return classifier.width > 0 and not classifier.last_only

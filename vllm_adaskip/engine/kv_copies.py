@@ -31,8 +31,13 @@ class Copies:
     tokens: Tensor
 
     @classmethod
-    def build(cls, plan: StepPlan, skips: BoolArray, layout: Layout) -> Copies | None:
-        """Give the copies of a step; None when there are none."""
+    def build(
+        cls, plan: StepPlan, skips: BoolArray, layout: Layout, *, above: int = -1
+    ) -> Copies | None:
+        """Give the copies of a step; None when there are none.
+
+        ``above`` leaves out those of K/V of that layer and all below.
+        """
         row = np.repeat(np.arange(len(layout.query_lens)), layout.query_lens)  # of each token
         first_generated = np.cumsum(layout.query_lens) - layout.generated
         is_generated = np.arange(len(row)) >= first_generated[row]
@@ -43,14 +48,21 @@ class Copies:
             return None
         source = nearest_executed(skipped)[row[tokens], layers]
         order = np.argsort(source, kind="stable")
+        order = order[source[order] > above]
+        if not len(order):
+            return None
         source, layers, tokens = source[order], layers[order], tokens[order]
         sources = {
-            layer: torch.from_numpy(
-                _place_of_tokens(plan, layer, len(row))[tokens[source == layer]]
-            )
+            layer: torch.from_numpy(place_of_tokens(plan, layer, len(row))[tokens[source == layer]])
             for layer in np.unique(source).tolist()
         }
         return cls(sources, torch.from_numpy(layers), torch.from_numpy(tokens))
+
+    def up_to(self, layer: int) -> Copies | None:
+        """Give those of K/V of a layer and all below; None when there are none."""
+        sources = {source: rows for source, rows in self.sources.items() if source <= layer}
+        count = sum(map(len, sources.values()))
+        return Copies(sources, self.layers[:count], self.tokens[:count]) if count else None
 
 
 def nearest_executed(skipped: BoolArray) -> IntArray:
@@ -61,7 +73,7 @@ def nearest_executed(skipped: BoolArray) -> IntArray:
     return np.where(below < 0, lowest[:, None], below)
 
 
-def _place_of_tokens(plan: StepPlan, layer: int, num_tokens: int) -> IntArray:
+def place_of_tokens(plan: StepPlan, layer: int, num_tokens: int) -> IntArray:
     """Where each token of the step lies among those that go through a layer's attention."""
     (subset,) = [
         piece.subset

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from vllm_adaskip.engine.compat.kv_cache import KvCache, keep_keys_and_values
-from vllm_adaskip.engine.kv_copies import Copies
-from vllm_adaskip.engine.layout import BoolArray, Layout
-from vllm_adaskip.engine.step_plan import Passing, StepPlan
+from vllm_adaskip.engine.kv_copies import Copies, place_of_tokens
+from vllm_adaskip.engine.layout import BoolArray, IntArray, Layout
+from vllm_adaskip.engine.step_plan import Check, Passing, StepPlan
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.attention import Attention
@@ -41,6 +41,23 @@ class KvFill:
 
     def write(self, passing: Passing, key: Tensor, value: Tensor) -> None:
         """Take the passed layer's own K/V of its tokens, where ``wants_passing``."""
+
+    def leave(
+        self, layer: int, tokens: IntArray, rest: StepPlan, skips: BoolArray, layout: Layout
+    ) -> None:
+        """Give tokens K/V in all layers above the one after which they leave the step.
+
+        At once, because later tokens of the same sequence may be in the step and go deeper.
+
+        Args:
+            layer: it has run for them, and so have all below.
+            tokens: ``[tokens]``, index in the step.
+            rest: what runs now instead of what is left of the plan, with its own ``skips`` and
+                ``layout``; with ``wants_passing`` it says where these tokens pass by.
+            skips: see ``rest``.
+            layout: see ``rest``.
+
+        """
 
     def finish(self) -> None:
         """End the step; all layers have run."""
@@ -70,31 +87,62 @@ class CopyFill(KvFill):
     def __init__(self, attention: Sequence[Attention], cache: KvCache) -> None:
         super().__init__(attention, cache)
         self._plan: StepPlan | None = None
-        self._copies: Copies | None = None
-        self._is_running = False
+        self._planned: Copies | None = None
+        self._parts: list[Copies] = []
+        self._running: StepPlan | None = None
+        self._checks: frozenset[int] = frozenset()
+        self._checked: tuple[Tensor, Tensor] | None = None
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
         keep_keys_and_values(attention, self._keep)
 
     def _keep(self, layer: int, key: Tensor, value: Tensor) -> None:
-        if not self._is_running or self._copies is None:
+        if self._running is None:
             return
-        if (rows := self._copies.sources.get(layer)) is not None:
+        if layer in self._checks:
+            self._checked = key, value
+        if self._parts and (rows := self._parts[-1].sources.get(layer)) is not None:
             self._kept[layer] = key[rows], value[rows]
 
     def begin(self, plan: StepPlan, skips: BoolArray, layout: Layout) -> None:
         """Find out what to copy where, when the plan is new; keep K/V from now on."""
         if plan is not self._plan:
-            self._plan, self._copies = plan, Copies.build(plan, skips, layout)
-        self._is_running = True
+            self._plan, self._planned = plan, Copies.build(plan, skips, layout)
+            self._checks = frozenset(
+                piece.layer for piece in plan.pieces if isinstance(piece, Check)
+            )
+        self._parts = [self._planned] if self._planned else []
+        self._running = plan
+
+    def leave(
+        self, layer: int, tokens: IntArray, rest: StepPlan, skips: BoolArray, layout: Layout
+    ) -> None:
+        """Copy that layer's; see what is left of the copies that were planned."""
+        assert self._running is not None and self._checked is not None
+        above = torch.arange(layer + 1, skips.shape[1] // 2)
+        if len(tokens):
+            whole = int(layout.query_lens.sum())
+            rows = torch.from_numpy(place_of_tokens(self._running, layer, whole)[tokens])
+            key, value = (each[rows.repeat_interleave(len(above))] for each in self._checked)
+            slots = self.cache.slots()[torch.from_numpy(tokens)].repeat_interleave(len(above))
+            self.cache.write_many(above.repeat(len(tokens)), key, value, slots)
+        done = self._parts.pop().up_to(layer) if self._parts else None
+        left = Copies.build(rest, skips, layout, above=layer)
+        self._parts += [part for part in (done, left) if part is not None]
+        self._running = rest
 
     def finish(self) -> None:
         """Write all copies at once."""
-        self._is_running = False
-        if (copies := self._copies) is None:
+        self._running, self._checked = None, None
+        if not (parts := self._parts):
             return
-        keys, values = zip(*(self._kept.pop(layer) for layer in copies.sources), strict=True)
+        keys, values = zip(
+            *(self._kept.pop(layer) for part in parts for layer in part.sources), strict=True
+        )
         key, value = torch.cat(keys), torch.cat(values)
-        self.cache.write_many(copies.layers, key, value, self.cache.slots()[copies.tokens])
+        layers, tokens = (
+            torch.cat([getattr(part, name) for part in parts]) for name in ("layers", "tokens")
+        )
+        self.cache.write_many(layers, key, value, self.cache.slots()[tokens])
 
 
 #: Every strategy by the name that users write.

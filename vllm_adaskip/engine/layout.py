@@ -22,15 +22,24 @@ BoolArray = NDArray[np.bool_]
 class Layout:
     """Where the tokens of a step come from; one entry per row of the batch.
 
+    After some tokens have left in the middle of a step (`split`) a row may have several entries.
+
     Attributes:
         query_lens: ``[rows]`` new tokens of the row in this step.
         generated: ``[rows]`` how many of these, the last ones, are generated tokens; the
             others belong to the prompt.
+        following: ``[rows]`` how many, the last ones, leave out what their entry's plan says;
+            None: the generated ones.
+        rows: ``[rows]`` the batch row of each entry; None: there is one entry for each.
+        behind: ``[rows]`` tokens of the row's query that lie behind the entry; None with ``rows``.
 
     """
 
     query_lens: IntArray
     generated: IntArray
+    following: IntArray | None = None
+    rows: IntArray | None = None
+    behind: IntArray | None = None
 
     @classmethod
     def of(cls, query_start_loc: IntArray, seq_lens: IntArray, prompt_lens: IntArray) -> Layout:
@@ -46,6 +55,40 @@ class Layout:
         query_lens = query_start_loc[1:] - query_start_loc[:-1]
         past_prompt = np.maximum(seq_lens - prompt_lens, 0)
         return cls(query_lens, np.minimum(past_prompt, query_lens))
+
+    def split(self, leaving: BoolArray) -> tuple[Layout, IntArray]:
+        """Cut entries wherever tokens that leave meet tokens that stay.
+
+        So what the backend sees of a row stays a run of its tokens, each of which attends to all
+        before it in the cache, wherever the others have gone.
+
+        Args:
+            leaving: ``[tokens]``, True where a token leaves out all that its new entry's plan says.
+
+        Returns:
+            The new entries, and of each the old one that it was cut from.
+
+        """
+        ends = np.cumsum(self.query_lens)
+        entry = np.repeat(np.arange(len(ends)), self.query_lens)
+        is_first = np.ones(len(entry), dtype=np.bool_)
+        is_first[1:] = (entry[1:] != entry[:-1]) | (leaving[1:] != leaving[:-1])
+        starts = np.flatnonzero(is_first)
+        lengths = np.diff(starts, append=len(entry))
+        source = entry[starts]
+        tail = ends[source] - starts - lengths  # what was cut off behind
+        generated, following = (
+            np.clip(last[source] - tail, 0, lengths)
+            for last in (
+                self.generated,
+                self.generated if self.following is None else self.following,
+            )
+        )
+        following = np.where(leaving[starts], lengths, following)
+        if self.rows is None or self.behind is None:
+            return Layout(lengths, generated, following, source, tail), source
+        behind = tail + self.behind[source]
+        return Layout(lengths, generated, following, self.rows[source], behind), source
 
     def equals(self, other: Layout) -> bool:
         """Tell whether both split the same rows in the same way."""
@@ -81,26 +124,29 @@ class Subset(Tokens):
     """Such tokens with what the backend's attention must know of them.
 
     Attributes:
-        rows: int64 tensor ``[kept rows]``, batch rows with at least one such token.
+        rows: int64 tensor ``[kept rows]``, batch rows with at least one such token; one that
+            was split may come several times.
         query_start_loc: int32 tensor ``[kept rows + 1]``, their start in the sub-batch.
         max_query_len: the longest query among them.
-        dropped: int32 tensor ``[kept rows]``, tokens at the end of the row's query that
-            leave the sub-layer out; what is kept is the beginning of the query.
+        dropped: int32 tensor ``[kept rows]``, tokens of the row's query behind those kept; what
+            is kept is the beginning of the query, or of a part of it.
 
     """
 
     def __init__(self, layout: Layout, skipping: BoolArray) -> None:
-        dropped = np.where(skipping, layout.generated, 0)
+        following = layout.generated if layout.following is None else layout.following
+        dropped = np.where(skipping, following, 0)
         kept = layout.query_lens - dropped
         rows = np.flatnonzero(kept)
         starts = (np.cumsum(layout.query_lens) - layout.query_lens)[rows]
         query_start_loc = np.concatenate(([0], np.cumsum(kept[rows])))
         self.num_tokens = int(query_start_loc[-1])
         self.tokens = _token_index(starts, kept[rows], query_start_loc)
-        self.rows = torch.from_numpy(rows)
+        self.rows = torch.from_numpy(rows if layout.rows is None else layout.rows[rows])
         self.query_start_loc = torch.from_numpy(query_start_loc.astype(np.int32))
         self.max_query_len = int(kept.max(initial=0))
-        self.dropped = torch.from_numpy(dropped[rows].astype(np.int32))
+        behind = dropped[rows] if layout.behind is None else (dropped + layout.behind)[rows]
+        self.dropped = torch.from_numpy(behind.astype(np.int32))
 
 
 def _token_index(

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vllm_adaskip.classifiers import METHODS, Classifier, PlanError, SkipPlan
@@ -20,7 +20,7 @@ class Wanted:
     Attributes:
         plan: its plan; None where the method reads the prompt first.
         budget: largest share of decoder compute that a decided plan may keep.
-        gated: whether the method's `TokenGate` may leave out more, token by token.
+        gated: whether the method's `TokenGate` or `ExitGate` may leave out more, token by token.
 
     """
 
@@ -43,10 +43,15 @@ class Planner:
         self.dense = SkipPlan(facts.shape.num_layers)
         profile = located(facts.profile) if facts.profile else None
         self.classifier: Classifier = method(facts.shape, options, profile)
+        if self.classifier.exits == "token" and facts.kv_fill == "none":
+            raise ValueError(
+                "kv_fill: 'none' is not allowed where each token stops by itself, because deeper "
+                "tokens would read holes; allowed: 'copy', 'project'"
+            )
         self._default = self._decided(facts.budget)
 
-    def wanted(self, extra_args: Mapping[str, Any] | None) -> Wanted:
-        """Read a request's arguments.
+    def wanted(self, extra_args: Mapping[str, Any] | None, *, one_answer: bool = False) -> Wanted:
+        """Read a request's arguments; ``one_answer``: it asks for one token, `is_one_answer`.
 
         Raises:
             RequestError: an argument that is not allowed, or a plan that keeps more
@@ -58,19 +63,23 @@ class Planner:
             return Wanted(self.dense, 1.0)
         if args.skip is not None:
             return Wanted(self._explicit(args.skip, args.budget), 1.0)
-        if args.budget is None:
-            return self._default
-        try:
-            return self._decided(min(args.budget, self.facts.budget))
-        except PlanError as error:
-            raise RequestError(f"adaskip_budget: {error}") from None
+        wanted = self._default
+        if args.budget is not None:
+            try:
+                wanted = self._decided(min(args.budget, self.facts.budget))
+            except PlanError as error:
+                raise RequestError(f"adaskip_budget: {error}") from None
+        if one_answer and self.classifier.exits == "answer":
+            return replace(wanted, gated=True)
+        return wanted
 
     def _decided(self, budget: float) -> Wanted:
         """Let the method decide at once, unless it reads the prompt."""
         self.classifier.check(budget)
         reads = self.classifier.width > 0
         plan = None if reads else self.classifier.decide(budget, None)
-        return Wanted(plan, budget, self.classifier.gates_tokens)
+        by_token = self.classifier.gates_tokens or self.classifier.exits == "token"
+        return Wanted(plan, budget, by_token)
 
     def _explicit(self, skip: object, budget: float | None) -> SkipPlan:
         """Give the plan a request names itself; the server's budget does not bind it."""

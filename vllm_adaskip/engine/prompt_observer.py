@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from vllm_adaskip.classifiers import Lens, PromptStatistics
 from vllm_adaskip.engine.compat.kv_cache import KvCache
 from vllm_adaskip.engine.layout import IntArray, Layout, Subset
 from vllm_adaskip.engine.paged_statistics import PagedStatistics
@@ -18,18 +20,28 @@ class PromptObserver:
 
     Attributes:
         values: ``[tokens, width + 1]`` float32, what the method observes in the step that
-            runs now; None when it has no prompt tokens, or the method does not read any.
+            runs now; None when it has no prompt tokens, or the method does not read any. Of a
+            method that is shown last tokens alone, ``[rows, width]``, a row for each prompt that
+            becomes complete and has no plan.
 
     """
 
     def __init__(
-        self, state: SkipState, cache: KvCache, hidden_size: int, device: torch.device
+        self,
+        state: SkipState,
+        cache: KvCache,
+        hidden_size: int,
+        device: torch.device,
+        lens: Lens,
     ) -> None:
         self._state = state
         self._cache = cache
         classifier = state.planner.classifier
         self._width = classifier.width
-        self._observe = classifier.observer(hidden_size, device) if classifier.width else None
+        self._last_only = classifier.last_only
+        self._observe = None
+        if classifier.width:
+            self._observe = classifier.observer(hidden_size, device, lens)
         self._statistics: PagedStatistics | None = None
         self.values: Tensor | None = None
 
@@ -37,6 +49,9 @@ class PromptObserver:
         """Start a step; ``seq_lens`` ``[rows]``, ``block_table`` ``[rows, blocks]``."""
         self.values = None
         if not self._width or np.array_equal(layout.generated, layout.query_lens):
+            return
+        if self._last_only:
+            self._begin_last(layout, seq_lens)
             return
         prompt = Subset(layout, np.ones(len(layout.query_lens), dtype=np.bool_))
         if self._statistics is None:  # the KV cache is laid out by now
@@ -58,6 +73,12 @@ class PromptObserver:
         ``before`` ``[tokens, hidden]`` is the residual stream, ``update`` what it adds.
         """
         assert self.values is not None and self._observe is not None
+        if self._last_only:
+            chosen = self._last_tokens
+            if tokens is not None:  # prompts run everything, so these are among them
+                chosen = torch.searchsorted(_indices(tokens), chosen)
+            self._observe(sub_layer, before[chosen], update[chosen], self.values)
+            return
         values = self.values if tokens is None else self.values[tokens]
         self._observe(sub_layer, before, update, values[:, :-1])
         if isinstance(tokens, Tensor):  # indexing copied
@@ -65,6 +86,9 @@ class PromptObserver:
 
     def finish(self) -> None:
         """Keep what was observed, and decide for the rows whose prompt is now complete."""
+        if self.values is not None and self._last_only:
+            self._decide_by_last(self.values.double().cpu().numpy())  # one copy, one sync
+            self.values = None
         if self.values is None or self._statistics is None:
             return
         chosen = self._prompt_tokens
@@ -77,3 +101,24 @@ class PromptObserver:
                 prompt = self._statistics.read(self._block_table[row], prompt_len, last)
                 self._state.decide(row, prompt)
         self.values = None
+
+    def _begin_last(self, layout: Layout, seq_lens: IntArray) -> None:
+        """Find the last tokens of the prompts that become complete and have no plan."""
+        table = self._state.table
+        rows = np.array(sorted(table.undecided), dtype=np.int64)
+        past_prompt = seq_lens[rows] - table.prompt_lens[rows]
+        self._last_rows = rows[past_prompt >= 0]
+        if not len(self._last_rows):
+            return
+        ends = np.cumsum(layout.query_lens)[self._last_rows]
+        self._last_tokens = torch.from_numpy(ends - past_prompt[past_prompt >= 0] - 1)
+        self.values = torch.zeros(len(ends), self._width, dtype=torch.float32)
+
+    def _decide_by_last(self, values: NDArray[np.float64]) -> None:
+        for row, last in zip(self._last_rows.tolist(), values, strict=True):
+            prompt_len = int(self._state.table.prompt_lens[row])
+            self._state.decide(row, PromptStatistics(prompt_len, last, last))
+
+
+def _indices(tokens: slice | Tensor) -> Tensor:
+    return torch.arange(tokens.start, tokens.stop) if isinstance(tokens, slice) else tokens

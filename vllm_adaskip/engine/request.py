@@ -9,7 +9,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
 
 KEYS = ("adaskip", "adaskip_skip", "adaskip_budget")
 
@@ -48,6 +51,14 @@ class RequestArgs:
             others = " and ".join(sorted(ours.keys() - {"adaskip"}))
             raise RequestError(f"adaskip: 'off' means dense and does not go with {others}")
         return cls(switch == "off", ours.get("adaskip_skip"), _budget(ours.get("adaskip_budget")))
+
+
+def is_one_answer(params: SamplingParams) -> bool:
+    """Tell whether a request is done with one token, and wants to know no more than that.
+
+    Log-probabilities of the prompt would have to come from layers that an answer may leave out.
+    """
+    return params.max_tokens == 1 and params.prompt_logprobs is None
 
 
 def _is_ours(key: object) -> bool:

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vllm_adaskip.classifiers import Lens
 from vllm_adaskip.engine import compat
 from vllm_adaskip.engine.compat.kv_cache import KvCache
 from vllm_adaskip.engine.kv_fill import KV_FILLS
 from vllm_adaskip.engine.layout import Layout, Subset
 from vllm_adaskip.engine.prompt_observer import PromptObserver
+from vllm_adaskip.engine.step_exits import StepExits
 from vllm_adaskip.engine.step_plan import Segment, StepPlan
 from vllm_adaskip.engine.token_gate import StepGate
 
@@ -31,7 +33,7 @@ class SkipRuntime:
 
     """
 
-    def __init__(self, vllm_config: VllmConfig, attention: Iterable[Attention]) -> None:
+    def __init__(self, vllm_config: VllmConfig, attention: Iterable[Attention], lens: Lens) -> None:
         layers = list(attention)
         self._state = compat.shared_state(vllm_config)
         self._table = self._state.table
@@ -41,16 +43,18 @@ class SkipRuntime:
         self.kv_fill = KV_FILLS[facts.kv_fill](layers, self._cache)
         hidden_size = vllm_config.model_config.get_hidden_size()
         device = vllm_config.device_config.device
-        self.observer = PromptObserver(self._state, self._cache, hidden_size, device)
+        self.observer = PromptObserver(self._state, self._cache, hidden_size, device, lens)
         classifier = self._state.planner.classifier
         gates = classifier.gates_tokens
         gate = classifier.gate(hidden_size, device) if gates else None
         self.gate = StepGate(gate, self._table)
+        exit_gate = classifier.exit_gate(lens) if classifier.exits else None
+        self.exits = StepExits(classifier.exits, exit_gate, self._table, self.kv_fill)
         self._layout: Layout | None = None
         self._version = -1
         self._plan: StepPlan | None = None
         self._is_dense = True
-        self._contexts: dict[int, ForwardContext] = {}
+        self._contexts: dict[Subset, ForwardContext] = {}
         self._method = facts.method
         self.profile = facts.profile
         self._prompt_tokens = 0
@@ -78,13 +82,16 @@ class SkipRuntime:
                 with_passing=self.kv_fill.wants_passing,
                 alone=self.gate.arrange(layout),
                 factors=None if self._table.factors is None else self._table.factors[:rows],
+                checks=self.exits.arrange(layout),
             )
             self._is_dense = self._plan.is_dense
         self._contexts.clear()
         self._count(layout)
         self.observer.begin(layout, seq_lens, metadata.block_table)
         self.gate.begin(seq_lens)
-        if self._is_dense and self.observer.values is None and not self.gate.guarded:
+        self.exits.begin(seq_lens)
+        inside = self.observer.values is not None or self.gate.guarded or self.exits.is_open
+        if self._is_dense and not inside:
             return None
         self.kv_fill.begin(self._plan, skips, layout)
         return self._plan
@@ -94,6 +101,7 @@ class SkipRuntime:
         self.kv_fill.finish()
         self.observer.finish()
         self.gate.finish()
+        self.exits.finish()
 
     def using(self, segment: Segment) -> AbstractContextManager[Any]:
         """Enter a forward context in which vLLM's attention sees only the segment's tokens.
@@ -105,17 +113,19 @@ class SkipRuntime:
         if subset is None or not segment.runs_attention:
             return nullcontext()
         assert isinstance(subset, Subset)
-        if id(subset) not in self._contexts:
-            self._contexts[id(subset)] = self._sub_batches.context(subset)
-        return self._sub_batches.enter(self._contexts[id(subset)])
+        if subset not in self._contexts:
+            self._contexts[subset] = self._sub_batches.context(subset)
+        return self._sub_batches.enter(self._contexts[subset])
 
     def report(self) -> dict[str, Any]:
         """Give cumulative counters, and how many sequences are in the batch now.
 
-        ``*_run[l]`` counts generated tokens that went through sub-layer l.
+        ``*_run[l]`` counts generated tokens that went through sub-layer l. Where a method lets
+        tokens exit, ``exits[l]`` counts those, or with scope ``answer`` the requests, that it
+        stopped after layer l.
         """
-        run = (self._generated_run - self.gate.left_out).tolist()
-        return {
+        run = (self._generated_run - self.gate.left_out - self.exits.left_out).tolist()
+        report = {
             "num_layers": self._table.num_layers,
             "prompt_tokens": self._prompt_tokens,
             "decode_tokens": self._generated_tokens,
@@ -125,6 +135,9 @@ class SkipRuntime:
             "method": self._method,
             "live_rows": self._table.live_rows,
         }
+        if self._state.planner.classifier.exits:
+            report["exits"] = self.exits.exits.tolist()
+        return report
 
     def plan_of(
         self, extra_args: Mapping[str, Any] | None, prompt: Sequence[int]

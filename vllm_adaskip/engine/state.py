@@ -47,9 +47,21 @@ class SkipState:
         prompt: Sequence[int],
         *,
         generated: int,
+        one_answer: bool = False,
+        allowed: Sequence[int] | None = None,
     ) -> None:
-        """Put a request's sequence into a row; ``generated`` tokens when it comes back."""
-        wanted = self.planner.wanted(extra_args)
+        """Put a request's sequence into a row.
+
+        Args:
+            row: of the persistent batch.
+            extra_args: the request's.
+            prompt: its token ids.
+            generated: how many tokens it brings along when it comes back.
+            one_answer: it asks for one token, see `is_one_answer`.
+            allowed: token ids that it may draw, where it says so.
+
+        """
+        wanted = self.planner.wanted(extra_args, one_answer=one_answer)
         plan: SkipPlan | Undecided | None = wanted.plan
         factors: Factors | None = None
         if plan is None:
@@ -65,9 +77,14 @@ class SkipState:
         self.table.add(
             row, plan, len(prompt), factors=factors, is_new=not generated, gated=wanted.gated
         )
-        if wanted.gated:
-            # The last of its tokens has been drawn but has not run.
-            self.table.tally.enter(row, _key(extra_args, prompt), max(generated - 1, 0))
+        if not wanted.gated:
+            return
+        if allowed is not None:
+            self.table.allowed[row] = allowed
+        # The last of its tokens has been drawn but has not run. Of a request for one token, the
+        # prompt's last token is what counts.
+        ran = -1 if self.planner.classifier.exits == "answer" else max(generated - 1, 0)
+        self.table.tally.enter(row, _key(extra_args, prompt), ran)
 
     def plan_of(
         self, extra_args: Mapping[str, Any] | None, prompt: Sequence[int]
@@ -77,7 +94,8 @@ class SkipState:
         None if its prompt was not read, or long ago, and if its tokens differ from each other.
         """
         wanted = self.planner.wanted(extra_args)
-        return None if wanted.gated else self._planned(wanted, prompt)
+        found = self.table.tally.of(_key(extra_args, prompt))
+        return None if wanted.gated or found else self._planned(wanted, prompt)
 
     def _planned(self, wanted: Wanted, prompt: Sequence[int]) -> SkipPlan | None:
         if wanted.plan is not None:
@@ -93,11 +111,9 @@ class SkipState:
         That is, how many generated tokens ran, and ``[2 * num_layers]`` how many of them left
         out each sub-layer, by plan or by gate. None if no gate decided about them, or long ago.
         """
-        wanted = self.planner.wanted(extra_args)
-        found = self.table.tally.of(_key(extra_args, prompt)) if wanted.gated else None
-        if found is None:
+        if (found := self.table.tally.of(_key(extra_args, prompt))) is None:
             return None
-        plan, tokens, left_out = self._planned(wanted, prompt), *found
+        plan, (tokens, left_out) = self._planned(self.planner.wanted(extra_args), prompt), found
         return tokens, left_out + (tokens * plan.mask() if plan else 0)
 
     def decide(self, row: int, prompt: PromptStatistics) -> None:

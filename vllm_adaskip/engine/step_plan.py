@@ -72,18 +72,29 @@ class Passing:
 
 
 @dataclass(frozen=True)
+class Check:
+    """Where tokens may leave the step: ``layer`` has run, and an `ExitGate` is asked."""
+
+    layer: int
+
+
+Piece = Segment | Passing | Scaling | Check
+
+
+@dataclass(frozen=True)
 class StepPlan:
     """What one forward runs.
 
     Attributes:
         pieces: in running order; a sub-layer in none of the segments is not launched. Each
             `Passing` stands where its tokens' residual stream is that which the layer
-            would have seen, each `Scaling` before anything that looks at its tokens' stream.
+            would have seen, each `Scaling` before anything that looks at its tokens' stream; each
+            `Check` behind its layer.
         generated_run: ``[2 * num_layers]`` generated tokens that go through each sub-layer.
 
     """
 
-    pieces: tuple[Segment | Passing | Scaling, ...]
+    pieces: tuple[Piece, ...]
     generated_run: IntArray
 
     @property
@@ -105,8 +116,10 @@ class StepPlan:
         with_passing: bool = False,
         alone: Set[int] = frozenset(),
         factors: Factors | None = None,
+        checks: Set[int] = frozenset(),
+        after: int = -1,
     ) -> StepPlan:
-        """Plan a step.
+        """Plan a step, or the rest of it.
 
         Args:
             skips: ``[rows, 2 * num_layers]``, True where the row leaves out the sub-layer.
@@ -115,15 +128,22 @@ class StepPlan:
             with_passing: also say where tokens pass by an attention sub-layer.
             alone: sub-layers that get a segment of their own.
             factors: like ``skips``, what left-out sub-layers multiply the stream by; None: nothing.
+            checks: layers after which tokens may leave.
+            after: the layer that has run already; -1: none.
 
         """
-        skipping = skips & (layout.generated > 0)[:, None]
+        following = layout.generated if layout.following is None else layout.following
+        skipping = skips & (following > 0)[:, None]
         generated_run = layout.generated @ ~skipping
         num_tokens = int(layout.query_lens.sum())
         subsets: dict[bytes, Subset | None] = {}
-        pieces: list[Segment | Passing | Scaling] = []
+        pieces: list[Piece] = []
         due = DueFactors(layout, factors)
-        for sub_layer, column in enumerate(np.ascontiguousarray(skipping.T)):
+        columns = np.ascontiguousarray(skipping.T)
+        for sub_layer in range(2 * (after + 1), len(columns)):
+            if sub_layer % 2 == 0 and sub_layer // 2 - 1 in checks and sub_layer // 2 - 1 > after:
+                pieces.append(Check(sub_layer // 2 - 1))
+            column = columns[sub_layer]
             key = column.tobytes()
             if key not in subsets:
                 subset = Subset(layout, column)

@@ -7,7 +7,9 @@ runner's, `v1_feeder`) keeps it in step; the model reads it at every forward.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +19,8 @@ from vllm_adaskip.engine.tally import Tally
 
 #: ``[2 * num_layers]`` float32, see `Classifier.factors`.
 Factors = NDArray[np.float32]
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +47,10 @@ class SequenceTable:
         factors: ``[capacity, 2 * num_layers]`` float32, what a left-out sub-layer multiplies
             the stream by; None in an engine whose method does not scale.
         undecided: rows that have no plan yet.
-        gated: ``[capacity]`` bool, True where the method's `TokenGate` may leave out more.
+        gated: ``[capacity]`` bool, True where the method's `TokenGate` or `ExitGate` may leave
+            out more.
         tally: what a gate left out of those rows, and of rows that were left.
+        allowed: of gated rows that say so, the token ids they may draw.
         version: grows with every change of a row, so that readers know when a step plan
             they kept is stale.
         requests: sequences that entered so far.
@@ -59,6 +65,7 @@ class SequenceTable:
         self.undecided: dict[int, Undecided] = {}
         self.gated = np.zeros(capacity, dtype=np.bool_)
         self.tally = Tally(num_layers, capacity)
+        self.allowed: dict[int, Sequence[int]] = {}
         self.version = 0
         self.requests = 0
 
@@ -107,6 +114,7 @@ class SequenceTable:
             self.factors[row] = 1
         self.gated[row] = False
         self.tally.leave(row)
+        self.allowed.pop(row, None)
         self.undecided.pop(row, None)
         self.version += 1
 
@@ -124,7 +132,13 @@ class SequenceTable:
             self.factors[pair] = self.factors[swapped]
         self.gated[pair] = self.gated[swapped]
         self.tally.swap(one, other)
-        waiting = {row: self.undecided.pop(row) for row in pair if row in self.undecided}
-        for row, undecided in waiting.items():
-            self.undecided[other if row == one else one] = undecided
+        _swap(self.undecided, one, other)
+        _swap(self.allowed, one, other)
         self.version += 1
+
+
+def _swap(values: dict[int, Value], one: int, other: int) -> None:
+    """Exchange what two rows have, if anything."""
+    found = {row: values.pop(row) for row in (one, other) if row in values}
+    for row, value in found.items():
+        values[other if row == one else one] = value

@@ -23,6 +23,7 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDi
 from vllm_adaskip.engine import compat
 from vllm_adaskip.engine.facts import EngineFacts
 from vllm_adaskip.engine.planner import Planner
+from vllm_adaskip.engine.request import is_one_answer
 from vllm_adaskip.engine.state import SkipState
 
 if TYPE_CHECKING:
@@ -82,7 +83,14 @@ class V1Feeder(LogitsProcessor):
         for row in batch_update.removed:
             self._table.remove(row)
         for row, params, prompt, output in batch_update.added:
-            self._state.enter(row, params.extra_args, prompt or (), generated=len(output))
+            self._state.enter(
+                row,
+                params.extra_args,
+                prompt or (),
+                generated=len(output),
+                one_answer=is_one_answer(params),
+                allowed=params.allowed_token_ids,
+            )
         for source, target, direction in batch_update.moved:
             if direction is MoveDirectionality.SWAP:
                 self._table.swap(source, target)

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model's final norm and LM head, applied to the residual stream of any layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
+
+from vllm_adaskip.classifiers import Lens
+
+
+class Head(Lens):
+    """vLLM's own, so that an exit after the last layer would predict what the model does.
+
+    Under tensor parallelism the head is split by vocabulary; vLLM gathers the logits of all ranks
+    on all ranks, so that all see the same numbers.
+
+    Since 0.26 (`lm_head`, `compute_logits`, `LogitsProcessor.use_all_gather`, `scale`, `soft_cap`;
+    `VocabParallelEmbedding.quant_method`, `tp_size`). Remove when vLLM's models give logits of any
+    hidden state and of chosen tokens.
+    """
+
+    def __init__(self, model: Any, norm: nn.Module) -> None:
+        self._model = model
+        self._norm = norm
+
+    def check(self, vocabulary: Sequence[int] | None) -> None:
+        """Refuse a model without a head, or of whose head parts cannot be had."""
+        head = getattr(self._model, "lm_head", None)
+        if not isinstance(head, VocabParallelEmbedding):
+            raise ValueError(
+                "this model has no LM head here, which early exit needs; run it without pipeline "
+                "parallelism, or with another method"
+            )
+        if head.tp_size > 1 and not self._model.logits_processor.use_all_gather:
+            raise ValueError(
+                "tensor-parallel ranks would decide on different logits; set "
+                "--tensor-parallel-size to 1, or use another method"
+            )
+        if vocabulary is None:
+            return
+        plain = isinstance(head.quant_method, UnquantizedEmbeddingMethod)
+        processor = self._model.logits_processor
+        if head.tp_size > 1 or not plain or processor.soft_cap is not None:
+            raise ValueError(
+                "a part of the vocabulary can be looked at only in an LM head that is in one piece "
+                "and not quantised; set option vocabulary to 'full'"
+            )
+        if wrong := [one for one in vocabulary if not 0 <= one < head.org_vocab_size]:
+            raise ValueError(
+                f"candidates: token {wrong[0]} does not exist; allowed with this model: 0 to "
+                f"{head.org_vocab_size - 1}"
+            )
+
+    def __call__(
+        self, before: Tensor, update: Tensor, vocabulary: Sequence[int] | None = None
+    ) -> Tensor:
+        """Run the final norm, then the head or the rows of it that are wanted."""
+        hidden = self._norm(update, before)[0]
+        if vocabulary is None:
+            logits: Tensor = self._model.compute_logits(hidden)
+            return logits
+        rows = self._model.lm_head.weight[torch.tensor(vocabulary, device=hidden.device)]
+        scale: float = self._model.logits_processor.scale
+        return nn.functional.linear(hidden, rows) * scale
