@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +14,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from vllm_adaskip.classifiers.profile import FILE
 from vllm_adaskip.cli import run
 from vllm_adaskip.evaluation.results import Answer, Manifest, Results, Setting
 
@@ -22,6 +25,16 @@ if TYPE_CHECKING:
 ablate = typer.Typer(help="Compare a method with what it must beat, and its parts with each other.")
 
 Out = Annotated[Path, typer.Option(help="Folder for fits and results; a stopped one goes on.")]
+
+
+def fitted(folder: Path, method: str, arguments: Sequence[object]) -> Path:
+    """Fit a method in a process of its own, as a user would, unless the folder has its profile."""
+    if not (folder / FILE).exists():
+        run.console.print(f"fitting {folder}", markup=False)
+        command = [sys.executable, "-c", "from vllm_adaskip.cli.main import main; main()"]
+        told = ["fit", method, "--out", folder, *arguments]
+        subprocess.run([*command, *map(str, told)], check=True)
+    return folder
 
 
 def compare(

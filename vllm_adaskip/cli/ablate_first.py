@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +12,7 @@ import typer
 from vllm_adaskip.classifiers.plan import SkipPlan
 from vllm_adaskip.classifiers.profile import FILE, Profile, fingerprint
 from vllm_adaskip.cli import fit, run
-from vllm_adaskip.cli.ablate import Out, compare
+from vllm_adaskip.cli.ablate import Out, compare, fitted
 
 if TYPE_CHECKING:
     from vllm_adaskip.evaluation.ablation_first import Fits
@@ -67,13 +65,8 @@ def _fit_all(out: Path, model: str, data: str, seeds: int, steps: int, lora_step
     named = ["--model", model] if model else []
     fits = [(f"routers-{seed}", seed, 0) for seed in range(seeds)]
     for name, seed, adapted in (*fits, ("lora-0", 0, lora_steps)):
-        if (out / name / FILE).exists():
-            continue
-        run.console.print(f"fitting {out / name}", markup=False)
-        command = [sys.executable, "-c", "from vllm_adaskip.cli.main import main; main()"]
-        told = ["fit", "first", "--out", out / name, "--data", data, "--seed", seed, *named]
-        told += ["--steps", steps, "--lora-steps", adapted]
-        subprocess.run([*command, *map(str, told)], check=True)
+        told = ["--data", data, "--seed", seed, *named]
+        fitted(out / name, "first", [*told, "--steps", steps, "--lora-steps", adapted])
 
 
 def _derived(

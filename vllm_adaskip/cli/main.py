@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import typer
 
-from vllm_adaskip.cli import ablate_ffn_skip, ablate_first
+from vllm_adaskip.cli import ablate_adainfer, ablate_ffn_skip, ablate_first
 from vllm_adaskip.cli.ablate import ablate
 from vllm_adaskip.cli.demo import demo
 from vllm_adaskip.cli.doctor import doctor
@@ -37,6 +37,7 @@ fit.command()(first)
 fit.command()(similarity)
 fit.command()(static)
 app.add_typer(fit, name="fit")
+ablate.command("adainfer")(ablate_adainfer.adainfer)
 ablate.command("ffn-skip")(ablate_ffn_skip.ffn_skip)
 ablate.command("first")(ablate_first.first)
 app.add_typer(ablate, name="ablate")
