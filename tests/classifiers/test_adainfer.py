@@ -231,7 +231,7 @@ def test_each_request_s_own_vocabulary() -> None:
         check_layers=(0,),
         by_request=True,
     )
-    gate.begin([[0], None, [1, 2], [0, 1], [1, 2]])
+    gate.begin([[0], None, [1, 2, 1, 1], [0, 1], [1, 2]])
     logits = torch.tensor([[0.0, 9, 0], [0, 0, 0], [9, 1, 1], [0, 1, 9], [0, 3, 0]])
     exits = gate.exits(0, np.arange(5), logits, torch.zeros(5, 3))
     assert exits.tolist() == [True, False, False, True, True]
