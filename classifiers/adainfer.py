@@ -124,7 +124,9 @@ class AdaInfer(Classifier):
 
     @property
     def _vocabulary(self) -> list[int] | None:
-        return self._options.candidates if self._options.vocabulary == "candidates" else None
+        if self._options.vocabulary != "candidates":
+            return None
+        return list(dict.fromkeys(self._options.candidates))
 
     def _settled_depth(self, prompt: PromptStatistics) -> int:
         seen = np.zeros((1, 2))

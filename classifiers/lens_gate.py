@@ -54,7 +54,9 @@ class LensGate(ExitGate):
 
     def begin(self, vocabularies: Sequence[Sequence[int] | None]) -> None:
         """Remember nothing of these tokens yet."""
-        own = [tuple(one) if one and self._by_request else None for one in vocabularies]
+        own = [
+            tuple(dict.fromkeys(one)) if one and self._by_request else None for one in vocabularies
+        ]
         kinds = {one: number for number, one in enumerate(dict.fromkeys(own))}
         self._kinds = list(kinds)
         self._kind = np.array([kinds[one] for one in own])

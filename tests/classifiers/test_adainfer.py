@@ -205,14 +205,18 @@ class TwoTokens:
 
 def test_the_gate_remembers_each_token_s_own_layers() -> None:
     """Who has left is asked no more; the others' places among those who are asked move."""
-    rule, lens = crf(), TwoTokens()
+    # Nobody is sure at the first layer, and what is seen there counts for more than what comes.
+    first, later = [[0, 0, 0], [10, 0, -11]], [[0, 0, 0], [1, 1, 0.5]]
+    rule = Crf(LAYERS, np.array([first, later, later]), np.array([[2.0, -2.0], [-2.0, 2.0]]))
+    lens = TwoTokens()
     gate = LensGate(rule, lens, check_layers=LAYERS)  # type: ignore[arg-type]
-    logits = torch.tensor(np.random.default_rng(4).normal(size=(3, 12, 2)) * 3)
+    logits = torch.tensor(np.random.default_rng(4).normal(size=(3, 40, 2)) * 3)
     found = np.stack([features(one).double().numpy() for one in logits])
     want = chain(rule, found)
+    assert 5 < sum(want[1]) < 35
     for _ in range(2):  # another step knows nothing of the one before
-        gate.begin([None] * 12)
-        left = np.arange(12)
+        gate.begin([None] * 40)
+        left = np.arange(40)
         for at, layer in enumerate(LAYERS):
             exits = gate.exits(layer, left, logits[at][left], torch.zeros(len(left), 2))
             assert exits.tolist() == [want[at][token] for token in left]
@@ -227,7 +231,7 @@ def test_each_request_s_own_vocabulary() -> None:
         check_layers=(0,),
         by_request=True,
     )
-    gate.begin([[0], None, [1, 2], [0, 1], [1, 2]])
+    gate.begin([[0], None, [1, 2, 1, 1], [0, 1], [1, 2]])
     logits = torch.tensor([[0.0, 9, 0], [0, 0, 0], [9, 1, 1], [0, 1, 9], [0, 3, 0]])
     exits = gate.exits(0, np.arange(5), logits, torch.zeros(5, 3))
     assert exits.tolist() == [True, False, False, True, True]

@@ -124,3 +124,17 @@ def test_there_are_factors_only_where_a_method_scales() -> None:
 
 TestTableFollowsBatch = TableFollowsBatch.TestCase
 TestTableFollowsBatch.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+def test_allowed_tokens_move_with_their_sequence() -> None:
+    table = SequenceTable(LAYERS, ROWS)
+    for row in (0, 1):
+        table.add(row, SkipPlan(LAYERS), 3, gated=True)
+    table.allowed = {0: [7], 1: [8, 9]}
+    table.swap(0, 1)
+    assert table.allowed == {1: [7], 0: [8, 9]}
+    table.move(1, 4)
+    assert table.allowed == {4: [7], 0: [8, 9]}
+    table.swap(0, 2)
+    table.remove(4)
+    assert table.allowed == {2: [8, 9]}

@@ -67,9 +67,9 @@ class StepExits:
         self._gated = gated & (prompts if self._scope == "answer" else layout.generated > 0)
         if not self._gated.any():
             return self._layers
-        self._planned = layout, self._table.skips[:rows]
+        self._planned_layout, self._planned_skips = layout, self._table.skips[:rows]
         # Plans of gated rows leave out the last layers, so they are as deep as they run layers.
-        self._depths = (~self._planned[1][:, 0::2]).sum(axis=1)
+        self._depths = (~self._planned_skips[:, 0::2]).sum(axis=1)
         self._rows = np.repeat(np.arange(rows), layout.query_lens)
         self._ends = np.cumsum(layout.query_lens)
         # The last token of a row's query is the last of its sequence.
@@ -98,8 +98,9 @@ class StepExits:
         self.is_open = len(self._tokens) > 0
         if not self.is_open:
             return
-        self._layout, self._skips = self._planned
-        self._left = np.zeros((len(self._rows), 2 * self._table.num_layers), dtype=np.bool_)
+        self._layout, self._skips = self._planned_layout, self._planned_skips
+        if self._scope == "token":
+            self._left = np.zeros((len(self._rows), 2 * self._table.num_layers), dtype=np.bool_)
         if self._gate:
             rows = self._rows[self._tokens].tolist()
             self._gate.begin([self._table.allowed.get(row) for row in rows])
@@ -115,7 +116,7 @@ class StepExits:
         self.exits[layer] += len(out)
         leaving = self._leaving(out)
         above = np.arange(2 * self._table.num_layers) > 2 * layer + 1
-        self._left[leaving] = ~self._planned[1][self._rows[leaving]] & above
+        self._left[leaving] = ~self._planned_skips[self._rows[leaving]] & above
         self._layout, source = self._layout.split(leaving)
         self._skips = self._skips[source]
         starts = np.cumsum(self._layout.query_lens) - self._layout.query_lens
