@@ -99,8 +99,7 @@ class StepExits:
         if not self.is_open:
             return
         self._layout, self._skips = self._planned_layout, self._planned_skips
-        if self._scope == "token":
-            self._left = np.zeros((len(self._rows), 2 * self._table.num_layers), dtype=np.bool_)
+        self._left = np.zeros((len(self._tokens), 2 * self._table.num_layers), dtype=np.bool_)
         if self._gate:
             rows = self._rows[self._tokens].tolist()
             self._gate.begin([self._table.allowed.get(row) for row in rows])
@@ -116,7 +115,7 @@ class StepExits:
         self.exits[layer] += len(out)
         leaving = self._leaving(out)
         above = np.arange(2 * self._table.num_layers) > 2 * layer + 1
-        self._left[leaving] = ~self._planned_skips[self._rows[leaving]] & above
+        self._left[out] = ~self._planned_skips[self._rows[self._tokens[out]]] & above
         self._layout, source = self._layout.split(leaving)
         self._skips = self._skips[source]
         starts = np.cumsum(self._layout.query_lens) - self._layout.query_lens
@@ -136,7 +135,8 @@ class StepExits:
     def finish(self) -> None:
         """Finish a step whose forward has run: count what was left out."""
         if self.is_open:
-            self._table.tally.add(self._rows, self._ages, self._left)
+            own = self._tokens
+            self._table.tally.add(self._rows[own], self._ages[own], self._left)
             if self._scope == "token":
                 self.left_out += self._left.sum(axis=0)
 
