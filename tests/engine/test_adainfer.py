@@ -535,3 +535,30 @@ def test_dense_answers_stay_shared_where_a_prompt_s_last_token_decides(make: Mak
     prompt = [random.Random(100).randrange(512) for _ in range(40)]
     (answer,) = early.run([prompt], [DENSE], 70)
     assert early.cached([*prompt, *answer, 5], None, 4) == 96
+
+
+@pytest.mark.parametrize("scope", ["answer", "token"])
+def test_what_ran_of_each_request_is_known(make: Make, scope: str) -> None:
+    """Of a whole answer its last prompt token counts, which is the one that gives the answer."""
+    early = make(scope)
+    prompts = random_prompts(991, 12)
+    tokens = 1 if scope == "answer" else 15
+    watched = early.check(prompts, [None] * len(prompts), tokens)
+    asked = [(None, prompt) for prompt in prompts]
+    (found,) = early.llm.collective_rpc("adaskip_ran", args=(asked,))
+    for exit, ran in zip(watched, found, strict=True):
+        assert ran["tokens"] == len(exit.depths) == max(tokens - 1, 1)
+        stopped = [sum(depth <= layer for depth in exit.depths) for layer in range(TINY_LAYERS)]
+        assert ran["left_out"][0::2] == ran["left_out"][1::2] == stopped
+    assert varied(watched) > 2
+    (plans,) = early.llm.collective_rpc("adaskip_plans", args=(asked,))
+    assert plans == [None] * len(prompts)
+
+
+def test_requests_for_more_tokens_under_scope_answer_have_a_plan(make: Make) -> None:
+    early = make("answer")
+    prompts = random_prompts(992, 3)
+    early.check(prompts, [None] * 3, 4)
+    for name, want in (("adaskip_ran", None), ("adaskip_plans", [])):
+        (found,) = early.llm.collective_rpc(name, args=([(None, one) for one in prompts],))
+        assert found == [want] * 3
