@@ -11,6 +11,7 @@ from vllm_adaskip.cli.demo import demo
 from vllm_adaskip.cli.doctor import doctor
 from vllm_adaskip.cli.eval import evaluate
 from vllm_adaskip.cli.fit import fit
+from vllm_adaskip.cli.fit_adainfer import adainfer
 from vllm_adaskip.cli.fit_ffn_skip import ffn_skip
 from vllm_adaskip.cli.fit_first import first
 from vllm_adaskip.cli.fit_similarity import similarity
@@ -32,6 +33,7 @@ app.command()(doctor)
 app.command()(demo)
 app.command("eval")(evaluate)
 app.command()(report)
+fit.command()(adainfer)
 fit.command()(ffn_skip)
 fit.command()(first)
 fit.command()(similarity)
