@@ -26,8 +26,8 @@ def compared() -> list[Setting]:
     curve = np.array([0.5, 0.9, 0.95, 0.96, 0.97, 0.99, 0.98, 0.975, 0.94, 0.93, 0.9, 0.6])
     values = np.repeat(curve, 2) + np.random.default_rng(0).normal(0, 0.01, (300, 24))
     found = Similarities(values, values, np.arange(300) % 9, np.ones(300, dtype=np.int64))
-    mlps = [f"mlp:{layer}" for layer in (7, 3, 9, 4)]
-    return settings(found, mlps, [6, 3], SHAPE)
+    mlps = [f"mlp:{layer}" for layer in (7, 3, 9, 4, 8, 2, 5)]
+    return settings(found, mlps, [6, 3, 8, 5, 4], SHAPE)
 
 
 def test_everything_leaves_out_what_it_is_asked_for() -> None:

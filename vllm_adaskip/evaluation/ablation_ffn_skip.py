@@ -20,8 +20,10 @@ from vllm_adaskip.classifiers.plan import DecoderShape
 from vllm_adaskip.evaluation.results import Setting
 from vllm_adaskip.evaluation.settings import DENSE, distinct
 
-#: The paper's shares of MLPs left out; the second but last is that of single comparisons.
-TARGETS = (0.05, 0.15, 0.25, 0.35)
+#: The paper's shares of MLPs left out, and two that tell apart what a robust model hides there.
+TARGETS = (0.05, 0.15, 0.25, 0.35, 0.5, 0.6)
+#: Share that single comparisons are made at.
+SINGLE = 0.25
 WARM_UPS = (5, 10, 25, 50)
 THRESHOLDS = (0.999, 0.998, 0.996, 0.994, 0.99, 0.98, 0.96, 0.9)
 DRAWS = 3
@@ -54,7 +56,7 @@ def settings(
             yield from _adaptive(found, target)
             yield from _fixed(found, greedy_mlps, target, shape.num_layers)
             yield from _at_equal_compute(greedy_layers, target, shape)
-        yield from _warm_ups(found, targets[-2])
+        yield from _warm_ups(found, SINGLE)
         yield from _sweep()
 
     return distinct([DENSE, *compared()])
