@@ -50,7 +50,15 @@ def test_it_writes_a_profile_that_a_server_takes(
     assert len(answers) == (8 if classifier == "crf" else 0)  # 2 sentiments, 6 topics
     cost = float(profile.metrics["check_cost_in_layers"])
     assert cost == pytest.approx(192 * (len(answers) or 473) / 442_368)
-    for words in ("looked after", "as dense", "sentiment", "vllm serve", "adaskip eval"):
+    for words in (
+        "asked for",
+        "97.00%",
+        "looked after",
+        "as dense",
+        "sentiment",
+        "vllm serve",
+        "adaskip eval",
+    ):
         assert words in done.output
     before = (out / "adaskip.json").stat()
     assert fit(out, *arguments).exit_code == 0

@@ -17,7 +17,7 @@ from vllm_adaskip.cli.run import Model, console, plain_errors
 
 if TYPE_CHECKING:
     from vllm_adaskip.classifiers.fit.adainfer import Fitted
-    from vllm_adaskip.classifiers.fit.exit_quality import LayerJudged, TaskExits
+    from vllm_adaskip.classifiers.fit.exit_quality import TaskExits
     from vllm_adaskip.classifiers.fit.exit_settings import AdaInferSettings
     from vllm_adaskip.classifiers.fit.exits import Cases
 
@@ -80,7 +80,7 @@ def adainfer(
                 report("fitting", 0)
                 fitted = fit_adainfer(cases, settings, cost)
             _write(out, one, settings, fitted, cases, named)
-            Console().print(layers_table(fitted.layers, cost))
+            Console().print(layers_table(fitted, cost, agreement))
             Console().print(tasks_table(fitted.tasks))
         fit.how_to_go_on(one, out)
 
@@ -154,15 +154,17 @@ def _write(
     console.print(f"plots: {out / FEATURES}, {out / COVERAGE}", markup=False, soft_wrap=True)
 
 
-def layers_table(layers: Sequence[LayerJudged], cost: float) -> Table:
-    """Show what each layer's look is worth."""
+def layers_table(fitted: Fitted, cost: float, asked: float) -> Table:
+    """Show what each layer's look is worth, and whether all together are as sure as asked."""
+    chosen = fitted.chosen
     rows = Table(
         *("layer", "settled", "would stop", "agreement of these", "looked after"),
         title="cross-validation, had everybody come there",
-        caption=f"a check costs {cost:.3g} decoder layers",
+        caption=f"a check costs {cost:.3g} decoder layers; of all who stop {chosen.agreement:.2%} "
+        f"agree, in the worst task {chosen.worst_task:.2%} of all; asked for: {asked:.2%}",
         box=SIMPLE_HEAD,
     )
-    for one in layers:
+    for one in fitted.layers:
         rows.add_row(
             str(one.layer),
             f"{one.settled:.1%}",
