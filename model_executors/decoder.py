@@ -43,6 +43,13 @@ class SkippingDecoder(nn.Module):
         *layers, norm = with_kernels([*self.model.layers, self.model.norm])
         self._layers, self._norm = tuple(layers), (norm,)
 
+    @staticmethod
+    def get_model_state_cls() -> type[Any]:
+        """Give Model Runner V2 the feeder of our table."""
+        from vllm_adaskip.engine.v2_feeder import AdaSkipModelState
+
+        return AdaSkipModelState
+
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Any:
         """Load a checkpoint, with the profile's LoRA adapter merged into it if it has one."""
         if (profile := self.adaskip.profile) and (lora := Lora.of(located(profile))):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from vllm.logger import init_logger
 
 from vllm_adaskip.config import AdaSkipConfig
-from vllm_adaskip.engine.v1_feeder import class_path
+from vllm_adaskip.engine.compat import name_feeder
 from vllm_adaskip.model_executors.registry import family_of
 
 if TYPE_CHECKING:
@@ -40,8 +40,7 @@ def prepare(vllm_config: VllmConfig) -> None:
     assert family is not None
     config = AdaSkipConfig.parse(vllm_config.additional_config.setdefault("adaskip", {}))
     config.check_model(model.hf_config.to_dict())
-    feeder = class_path(config.facts(family.shape(model.hf_config)))
-    model.logits_processors = [*(model.logits_processors or []), feeder]
+    name_feeder(vllm_config, config.facts(family.shape(model.hf_config)))
     vllm_config.parallel_config.worker_extension_cls = _WORKER_EXTENSION
     if vllm_config.cache_config.enable_prefix_caching:
         vllm_config.scheduler_config.scheduler_cls = _SCHEDULER
@@ -69,11 +68,6 @@ def _unsupported(vllm_config: VllmConfig) -> Iterator[str]:
     from vllm.platforms import current_platform
 
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    if vllm_config.use_v2_model_runner or not current_platform.is_cpu():
-        yield (
-            "Model Runner V2 and accelerators are not supported yet; use the CPU backend and "
-            "leave VLLM_USE_V2_MODEL_RUNNER unset or 0"
-        )
     if (stages := parallel.pipeline_parallel_size) > 1:
         yield f"pipeline parallel is not supported; set --pipeline-parallel-size {stages} to 1"
     if vllm_config.speculative_config is not None:

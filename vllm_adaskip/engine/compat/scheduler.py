@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from vllm_adaskip.engine.block_mark import Mark, block_mark, unfindable
-from vllm_adaskip.engine.v1_feeder import planner_of
+from vllm_adaskip.engine.naming import planner_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
