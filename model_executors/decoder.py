@@ -172,7 +172,7 @@ def _scale(stream: Stream, scaling: Scaling) -> None:
     """Multiply some rows of both halves of the stream, in place as vLLM's norms are."""
     for half in stream:
         if half is not None:
-            half[scaling.tokens] *= scaling.factors
+            half[scaling.tokens] *= scaling.factors.to(half.device)
 
 
 def _gather(stream: Stream, tokens: slice | Tensor) -> Stream:

@@ -26,6 +26,7 @@ def run_job(
 ) -> dict[str, Any]:
     """Run one batch, greedy, on an engine of its own; ``options`` None: stock vLLM."""
     from vllm import LLM, SamplingParams
+    from vllm.exceptions import VLLMValidationError
 
     from vllm_adaskip import engine_args
 
@@ -57,7 +58,7 @@ def run_job(
         )
         try:
             core.add_request(str(index), {"prompt_token_ids": prompt}, params)
-        except ValueError as error:
+        except VLLMValidationError as error:
             given["refused"].append([index, str(error)])
     while core.has_unfinished_requests():
         for output in core.step():

@@ -10,7 +10,7 @@ model's depth and the server's options: they are written into its name, which it
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from vllm_adaskip.engine.facts import EngineFacts
 from vllm_adaskip.engine.planner import Planner
@@ -18,7 +18,7 @@ from vllm_adaskip.engine.planner import Planner
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-Class = TypeVar("Class", bound=type)
+Named = TypeVar("Named")
 
 _OURS = "vllm_adaskip.engine."
 
@@ -29,13 +29,12 @@ def class_path(module: str, base: str, facts: EngineFacts) -> str:
     return f"{module}:{base}_{facts.to_json().encode().hex()}"
 
 
-def named_class(name: str, base: Class) -> Class:
+def named_class(name: str, base: type[Named]) -> type[Named]:
     """Give the subclass of ``base`` that has a name, with its ``planner``; else AttributeError."""
     kind, _, facts = name.partition("_")
     if kind != base.__name__ or not facts:
         raise AttributeError(f"module {base.__module__!r} has no attribute {name!r}")
-    made: Class = type(kind, (base,), {"planner": _planner(facts)})
-    return made
+    return cast(type[Named], type(kind, (base,), {"planner": _planner(facts)}))
 
 
 def planner_of(vllm_config: VllmConfig) -> Planner:

@@ -107,14 +107,15 @@ class SubBatches:
         step = get_forward_context()
         whole = step.attn_metadata[self._names[0]]
         slots = step.slot_mapping[self._names[0]][subset.tokens]
+        device = whole.seq_lens.device
         if self._builder is None:
             self._builder = self._make_builder(step)
         part = self._builder.build(
             0,
             CommonAttentionMetadata(
-                query_start_loc=subset.query_start_loc,
+                query_start_loc=subset.query_start_loc.to(device),
                 query_start_loc_cpu=subset.query_start_loc,
-                seq_lens=whole.seq_lens[subset.rows] - subset.dropped,
+                seq_lens=whole.seq_lens[subset.rows] - subset.dropped.to(device),
                 num_reqs=len(subset.rows),
                 num_actual_tokens=subset.num_tokens,
                 max_query_len=subset.max_query_len,
