@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.exceptions import VLLMValidationError
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_adaskip import DecoderShape, engine_args
@@ -132,6 +134,24 @@ def test_model_runner_v2_must_run_eagerly(tiny_llama: str, monkeypatch: pytest.M
     vllm_config = config(tiny_llama, enforce_eager=True, **engine_args())
     (check,) = vllm_config.model_config.logits_processors
     assert "RequestCheck" in check and not vllm_config.scheduler_config.async_scheduling
+
+
+def test_before_0_32_the_front_end_is_told_of_a_check_that_the_runner_does_not_see(
+    tiny_llama: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There V2 is refused where a logits processor is named, and the front end asks it anyway."""
+    from vllm import SamplingParams
+    from vllm.v1.sample.logits_processor import validate_logits_processors_parameters
+
+    monkeypatch.setattr("vllm.config.vllm.HAS_TRITON", True)
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    monkeypatch.setattr("vllm_adaskip.engine.compat.admission.find_spec", lambda _: None)
+    model = config(tiny_llama, enforce_eager=True, **engine_args()).model_config
+    assert not model.logits_processors and len(model.logits_processors) == 1
+    kept = pickle.loads(pickle.dumps(model.logits_processors))
+    bad = SamplingParams(extra_args={"adaskip_skip": [8]})
+    with pytest.raises(VLLMValidationError, match="layers 0 to 7"):
+        validate_logits_processors_parameters(kept, bad)
 
 
 def accelerated(is_v2: bool = True) -> Any:
