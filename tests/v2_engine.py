@@ -22,7 +22,6 @@ def run_job(
     prompts: list[list[int]],
     extra_args: list[dict[str, Any] | None],
     max_tokens: int,
-    parked: str | None = None,
 ) -> dict[str, Any]:
     """Run one batch, greedy, on an engine of its own; ``options`` None: stock vLLM."""
     from vllm import LLM, SamplingParams
@@ -66,7 +65,6 @@ def run_job(
                 given["tokens"][output.request_id] = list(output.outputs[0].token_ids)
     metrics = {one.name: one.value for one in llm.get_metrics() if hasattr(one, "value")}
     given["preemptions"] = metrics["vllm:num_preemptions"]
-    given["cached"] = metrics["vllm:prefix_cache_hits"]
     if options is not None:
         given["report"] = llm.collective_rpc("adaskip_report")[0]
         plans = [list(pair) for pair in zip(extra_args, prompts, strict=True)]
