@@ -18,18 +18,17 @@ from typing import Any
 def run_job(
     model: str,
     engine: dict[str, Any],
-    options: dict[str, Any] | None,
+    options: dict[str, Any],
     prompts: list[list[int]],
     extra_args: list[dict[str, Any] | None],
     max_tokens: int,
 ) -> dict[str, Any]:
-    """Run one batch, greedy, on an engine of its own; ``options`` None: stock vLLM."""
+    """Run one batch, greedy, on an engine of its own with our ``options``."""
     from vllm import LLM, SamplingParams
     from vllm.exceptions import VLLMValidationError
 
     from vllm_adaskip import engine_args
 
-    ours = {} if options is None else engine_args(**options)
     llm = LLM(
         model,
         dtype="float32",
@@ -38,7 +37,7 @@ def run_job(
         distributed_executor_backend="uni",
         disable_log_stats=False,
         **{"kv_cache_memory_bytes": 64 << 20, "max_model_len": 256, **engine},
-        **ours,
+        **engine_args(**options),
     )
     config = llm.llm_engine.vllm_config
     given: dict[str, Any] = {
@@ -65,11 +64,11 @@ def run_job(
                 given["tokens"][output.request_id] = list(output.outputs[0].token_ids)
     metrics = {one.name: one.value for one in llm.get_metrics() if hasattr(one, "value")}
     given["preemptions"] = metrics["vllm:num_preemptions"]
-    if options is not None:
-        given["report"] = llm.collective_rpc("adaskip_report")[0]
-        plans = [list(pair) for pair in zip(extra_args, prompts, strict=True)]
-        known = [one for index, one in enumerate(plans) if str(index) in given["tokens"]]
-        given["plans"] = llm.collective_rpc("adaskip_plans", args=(known,))[0]
+    given["report"] = llm.collective_rpc("adaskip_report")[0]
+    requests = [
+        (extra_args[int(index)], prompts[int(index)]) for index in sorted(given["tokens"], key=int)
+    ]
+    given["plans"] = llm.collective_rpc("adaskip_plans", args=(requests,))[0]
     core.engine_core.shutdown()
     return given
 
