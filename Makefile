@@ -35,7 +35,7 @@ test: setup
 # A release that users of ray[llm] have.
 test-0.29: .venv-0.29/.ready
 	.venv-0.29/bin/python -m pytest -p no:cacheprovider tests/compat \
-		tests/engine/test_v1_feeder.py tests/engine/test_v2_feeder.py \
+		tests/engine/test_v1_feeder.py tests/engine/test_v2_feeder.py tests/engine/test_both_feeders.py \
 		tests/engine/test_model_runner_v2.py
 
 .venv-0.29/.ready: pyproject.toml deploy/setup_venv.py deploy/vllm-metadata/pyproject.toml
