@@ -8,13 +8,15 @@ ROUNDS ?= 25
 # Length of `make soak`.
 MINUTES ?= 30
 
-.PHONY: help setup demo test lint bench soak train clean
+.PHONY: help setup demo test test-0.29 lint bench gpu-check soak train clean
 
 help:
 	@echo "make demo   set up .venv and run the bundled model, a skip plan per sequence"
 	@echo "make test   set up .venv and run the tests"
+	@echo "make test-0.29  set up .venv-0.29 and run what another vLLM release could break"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  stock vLLM beside the plugin with nothing skipped; K/V fills; reading prompts"
+	@echo "make gpu-check  on a machine with a GPU and vLLM: mixed plans against transformers, speed"
 	@echo "make soak   the torture test for half an hour; make soak MINUTES=5 for less"
 	@echo "make train  train the bundled model again, into build/model (about an hour)"
 	@echo "make clean  remove .venv and caches"
@@ -30,6 +32,15 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest
 
+# A release that users of ray[llm] have.
+test-0.29: .venv-0.29/.ready
+	.venv-0.29/bin/python -m pytest -p no:cacheprovider tests/compat \
+		tests/engine/test_v1_feeder.py tests/engine/test_v2_feeder.py tests/engine/test_both_feeders.py \
+		tests/engine/test_model_runner_v2.py
+
+.venv-0.29/.ready: pyproject.toml deploy/setup_venv.py deploy/vllm-metadata/pyproject.toml
+	$(PYTHON) deploy/setup_venv.py cpu-0-29
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -40,6 +51,10 @@ bench: setup
 	$(BIN)/python benchmarks/paged_kv.py --rounds $(ROUNDS)
 	$(BIN)/python benchmarks/reading_prompts.py --rounds $(ROUNDS)
 
+# With the Python that has vLLM for the GPU, which no set-up of ours installs.
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py
+
 soak: setup
 	$(BIN)/python tests/torture/soak.py --minutes $(MINUTES)
 
@@ -47,4 +62,4 @@ train: setup
 	$(BIN)/python -m vllm_adaskip.testbed.train --out build/model
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-0.29 build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

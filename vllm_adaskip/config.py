@@ -30,6 +30,7 @@ class AdaSkipConfig(BaseModel):
             attention sub-layer.
         profile: folder or hub id of a `Profile`, which brings method, its options and budget;
             what is set beside it goes before it.
+        untested_accelerator: serve on an accelerator, where nobody has run this yet.
 
     """
 
@@ -39,6 +40,7 @@ class AdaSkipConfig(BaseModel):
     budget: float = Field(default=1.0, gt=0, le=1)
     kv_fill: Literal["copy", "project", "none"] = "none"
     profile: str | None = None
+    untested_accelerator: bool = False
 
     @field_validator("method")
     @classmethod

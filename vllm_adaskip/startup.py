@@ -12,9 +12,12 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 
+from vllm_adaskip.classifiers import Classifier
 from vllm_adaskip.config import AdaSkipConfig
-from vllm_adaskip.engine.v1_feeder import class_path
+from vllm_adaskip.engine.compat import name_feeder
+from vllm_adaskip.engine.planner import Planner
 from vllm_adaskip.model_executors.registry import family_of
 
 if TYPE_CHECKING:
@@ -33,18 +36,22 @@ def prepare(vllm_config: VllmConfig) -> None:
         ValueError: a set-up that is not supported, or options that do not fit the model.
 
     """
-    if problems := list(_unsupported(vllm_config)):
-        raise ValueError("\n- ".join(["vllm-adaskip cannot run with this set-up:", *problems]))
+    config = AdaSkipConfig.parse(vllm_config.additional_config.setdefault("adaskip", {}))
     model = vllm_config.model_config
     family = family_of(model.architecture)
     assert family is not None
-    config = AdaSkipConfig.parse(vllm_config.additional_config.setdefault("adaskip", {}))
+    facts = config.facts(family.shape(model.hf_config))
+    problems = [*_unsupported(vllm_config)]
+    if not current_platform.is_cpu():
+        problems += unsupported_accelerator(vllm_config, config, Planner(facts).classifier)
+    if problems:
+        raise ValueError("\n- ".join(["vllm-adaskip cannot run with this set-up:", *problems]))
     config.check_model(model.hf_config.to_dict())
-    feeder = class_path(config.facts(family.shape(model.hf_config)))
-    model.logits_processors = [*(model.logits_processors or []), feeder]
+    name_feeder(vllm_config, facts)
     vllm_config.parallel_config.worker_extension_cls = _WORKER_EXTENSION
     if vllm_config.cache_config.enable_prefix_caching:
         vllm_config.scheduler_config.scheduler_cls = _SCHEDULER
+        vllm_config.scheduler_config.async_scheduling = False  # as that scheduler is
     options = "".join(f", {key} {_shown(value)}" for key, value in config.method_options.items())
     logger.info(
         "vllm-adaskip: %s, method %s%s, profile %s, budget %g, kv_fill %s",
@@ -66,16 +73,18 @@ def _shown(value: object) -> str:
 
 def _unsupported(vllm_config: VllmConfig) -> Iterator[str]:
     """Say, for each set-up that we cannot serve, which option to change."""
-    from vllm.platforms import current_platform
-
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    if vllm_config.use_v2_model_runner or not current_platform.is_cpu():
-        yield (
-            "Model Runner V2 and accelerators are not supported yet; use the CPU backend and "
-            "leave VLLM_USE_V2_MODEL_RUNNER unset or 0"
-        )
+    if vllm_config.use_v2_model_runner and not model.enforce_eager:
+        yield "under Model Runner V2 skip plans run eagerly only; add --enforce-eager"
     if (stages := parallel.pipeline_parallel_size) > 1:
         yield f"pipeline parallel is not supported; set --pipeline-parallel-size {stages} to 1"
+    if parallel.prefill_context_parallel_size * parallel.decode_context_parallel_size > 1:
+        yield (
+            "context parallel is not supported; set --prefill-context-parallel-size and "
+            "--decode-context-parallel-size to 1"
+        )
+    if parallel.use_ubatching:
+        yield "dual batch overlap is not supported; remove --enable-dbo and --ubatch-size"
     if vllm_config.speculative_config is not None:
         yield "speculative decoding is not supported; remove --speculative-config"
     if vllm_config.lora_config is not None:
@@ -102,3 +111,21 @@ def _unsupported(vllm_config: VllmConfig) -> Iterator[str]:
     extension = parallel.worker_extension_cls
     if extension and extension != _WORKER_EXTENSION:
         yield f"--worker-extension-cls {extension!r} takes the place of ours; remove it"
+
+
+def unsupported_accelerator(
+    vllm_config: VllmConfig, config: AdaSkipConfig, classifier: Classifier
+) -> Iterator[str]:
+    """Say the same of an engine that is not on the CPU."""
+    if not config.untested_accelerator:
+        yield (
+            "skip plans have not been run on an accelerator yet; use the CPU backend, or set "
+            "adaskip.untested_accelerator in --additional-config to true and see docs/gpu.md"
+        )
+    if not vllm_config.use_v2_model_runner:
+        yield "accelerators need Model Runner V2; set VLLM_USE_V2_MODEL_RUNNER to 1"
+    if classifier.gates_tokens or classifier.exits:
+        yield (
+            f"method {config.method!r} with these options decides on the host, in the middle of a "
+            "forward, who goes on; use the CPU backend, or options that decide once a sequence"
+        )

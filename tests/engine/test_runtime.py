@@ -6,6 +6,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -53,6 +54,16 @@ def test_a_warm_up_has_no_plan_and_counts_nothing(monkeypatch: pytest.MonkeyPatc
     step = Step(monkeypatch, [1])
     assert step.runtime.begin_step() is None
     assert step.runtime.report()["decode_tokens"] == 0
+
+
+def test_lengths_that_a_feeder_tells_serve_one_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under V2 a warm-up brings attention metadata too; what they hold is nobody's."""
+    step = Step(monkeypatch, [1])
+    step.runtime._state.is_told_lengths = True
+    step.runtime._state.lengths = np.array([0, 1]), np.array([6])
+    assert rows_of(step.run([3], [3]), 2) == 0  # not the metadata's, a prompt
+    assert step.run([1], [7]) is None
+    assert step.runtime.report()["decode_tokens"] == 1
 
 
 def test_prompts_and_dense_rows_need_no_plan(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from vllm_adaskip.classifiers import Lens
 from vllm_adaskip.engine import compat
 from vllm_adaskip.engine.compat.kv_cache import KvCache
 from vllm_adaskip.engine.kv_fill import KV_FILLS
-from vllm_adaskip.engine.layout import Layout, Subset
+from vllm_adaskip.engine.layout import IntArray, Layout, Subset
 from vllm_adaskip.engine.prompt_observer import PromptObserver
 from vllm_adaskip.engine.step_exits import StepExits
 from vllm_adaskip.engine.step_plan import Segment, StepPlan
@@ -68,9 +68,9 @@ class SkipRuntime:
         stay, which in steady decoding they do.
         """
         metadata = self._sub_batches.step_metadata()
-        if metadata is None:  # a warm-up: no sequences
+        if (lengths := self._lengths(metadata)) is None:  # a warm-up: no sequences
             return None
-        query_start_loc, seq_lens = compat.step_lengths(metadata)
+        query_start_loc, seq_lens = lengths
         rows = len(seq_lens)
         layout = Layout.of(query_start_loc, seq_lens, self._table.prompt_lens[:rows])
         skips = self._table.skips[:rows]
@@ -87,6 +87,7 @@ class SkipRuntime:
             self._is_dense = self._plan.is_dense
         self._contexts.clear()
         self._count(layout)
+        assert metadata is not None
         self.observer.begin(layout, seq_lens, metadata.block_table)
         self.gate.begin(seq_lens)
         self.exits.begin(seq_lens)
@@ -154,6 +155,13 @@ class SkipRuntime:
             return None
         tokens, left_out = found
         return {"tokens": tokens, "left_out": left_out.tolist()}
+
+    def _lengths(self, metadata: Any | None) -> tuple[IntArray, IntArray] | None:
+        """Give ``query_start_loc`` and ``seq_lens`` of the step; None if it has no sequences."""
+        if not self._state.is_told_lengths:
+            return None if metadata is None else compat.step_lengths(metadata)
+        lengths, self._state.lengths = self._state.lengths, None  # a warm-up may come next
+        return lengths
 
     def _is_stale(self, layout: Layout) -> bool:
         if self._layout is None or self._version != self._table.version:

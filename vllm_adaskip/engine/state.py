@@ -32,10 +32,18 @@ class SkipState:
     The memo makes a plan a function of prompt and options (purity, invariant 5) also where
     a prompt's statistics differ in their last bits because it was computed in other chunks,
     and gives a preempted sequence the plan under which its first tokens were generated.
+
+    Attributes:
+        lengths: of the forward that comes next, ``query_start_loc`` ``[rows + 1]`` and
+            ``seq_lens`` ``[rows]``, from a feeder that knows them; None for a warm-up.
+        is_told_lengths: whether the feeder does; if not, they stand in attention metadata.
+
     """
 
-    def __init__(self, planner: Planner, capacity: int) -> None:
+    def __init__(self, planner: Planner, capacity: int, *, is_told_lengths: bool = False) -> None:
         self.planner = planner
+        self.is_told_lengths = is_told_lengths
+        self.lengths: tuple[IntArray, IntArray] | None = None
         num_layers, scales = planner.facts.shape.num_layers, planner.classifier.scales
         self.table = SequenceTable(num_layers, capacity, scales=scales)
         self._memo: LRUCache[Undecided, Decision] = LRUCache(_REMEMBERED)

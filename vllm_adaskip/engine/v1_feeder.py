@@ -5,22 +5,17 @@ The V1 runner tells its logits processors of every change of the persistent batc
 each forward (`update_state`), and has the front end validate each request with them
 (`validate_params`, whose ValueError becomes HTTP 400). So the feeder is a logits
 processor that never touches logits. It is named in one engine's ``logits_processors``
-option and is never an entry point, which would load it into every engine on the machine.
-
-vLLM hands `validate_params` the request alone, not the engine's config. The class must
-therefore know the model's depth and the server's options, and must be found by name in
-every process: `class_path` writes these facts into the name, module ``__getattr__`` reads
-them back. Nothing is kept anywhere, so two engines cannot meet here.
+option and is never an entry point, which would load it into every engine on the machine;
+`naming` says how it knows the engine's options there.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, ClassVar
 
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
-from vllm_adaskip.engine import compat
+from vllm_adaskip.engine import compat, naming
 from vllm_adaskip.engine.facts import EngineFacts
 from vllm_adaskip.engine.planner import Planner
 from vllm_adaskip.engine.request import is_one_answer
@@ -31,34 +26,14 @@ if TYPE_CHECKING:
     from vllm import SamplingParams
     from vllm.config import VllmConfig
 
-_PREFIX = "V1Feeder_"
-
 
 def class_path(facts: EngineFacts) -> str:
     """Give the ``module:Class`` by which an engine with these facts names its feeder."""
-    return f"{__name__}:{_PREFIX}{facts.to_json().encode().hex()}"
-
-
-def planner_of(vllm_config: VllmConfig) -> Planner:
-    """Give the planner of the feeder that an engine names."""
-    (path,) = [
-        one
-        for one in vllm_config.model_config.logits_processors or ()
-        if isinstance(one, str) and one.startswith(f"{__name__}:{_PREFIX}")
-    ]
-    return __getattr__(path.partition(":")[2]).planner
+    return naming.class_path(__name__, "V1Feeder", facts)
 
 
 def __getattr__(name: str) -> type[V1Feeder]:
-    if not name.startswith(_PREFIX):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return _feeder_class(bytes.fromhex(name.removeprefix(_PREFIX)).decode())
-
-
-@functools.lru_cache(maxsize=64)
-def _feeder_class(facts: str) -> type[V1Feeder]:
-    planner = Planner(EngineFacts.from_json(facts))
-    return type("V1Feeder", (V1Feeder,), {"planner": planner})
+    return naming.named_class(name, V1Feeder)
 
 
 class V1Feeder(LogitsProcessor):

@@ -3,9 +3,10 @@
 
 Each carries *since* (first release it was seen in, of those we support, 0.26 to 0.33) and
 *remove when*. Nothing here changes vLLM but `extend_parser`, which wraps the argument
-parser's builder once. `scheduler` and `kv_cache` are imported where they are used.
+parser's builder once. The other modules are imported where they are used.
 """
 
+from vllm_adaskip.engine.compat.admission import name_feeder
 from vllm_adaskip.engine.compat.forward import (
     SubBatches,
     share_state,
@@ -24,6 +25,7 @@ __all__ = [
     "enable_amx",
     "extend_parser",
     "is_probe",
+    "name_feeder",
     "register_config_hook",
     "share_state",
     "shared_state",

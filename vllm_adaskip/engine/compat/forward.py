@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vllm_adaskip.engine.layout import IntArray, Subset
+from vllm_adaskip.engine.naming import planner_of
 from vllm_adaskip.engine.state import SkipState
 
 if TYPE_CHECKING:
@@ -35,7 +36,10 @@ def share_state(vllm_config: VllmConfig, state: SkipState) -> None:
 
 
 def shared_state(vllm_config: VllmConfig) -> SkipState:
-    """Give the state of this engine; the runner makes its feeder before its model.
+    """Give the state of this engine.
+
+    The V1 runner makes its feeder before its model. Under V2 the model comes first, and brings
+    the feeder along, so whoever asks first makes the state.
 
     Raises:
         RuntimeError: nobody feeds plans to this engine, which would be silently dense.
@@ -43,6 +47,10 @@ def shared_state(vllm_config: VllmConfig) -> SkipState:
     Since and remove when: see `share_state`.
     """
     state = vllm_config.compilation_config.static_forward_context.get(_STATE_KEY)
+    if state is None and vllm_config.use_v2_model_runner:
+        capacity = vllm_config.scheduler_config.max_num_seqs
+        state = SkipState(planner_of(vllm_config), capacity, is_told_lengths=True)
+        share_state(vllm_config, state)
     if not isinstance(state, SkipState):
         raise RuntimeError(
             "vllm-adaskip: no feeder runs in this engine, so it would ignore every plan; "
@@ -99,14 +107,15 @@ class SubBatches:
         step = get_forward_context()
         whole = step.attn_metadata[self._names[0]]
         slots = step.slot_mapping[self._names[0]][subset.tokens]
+        device = whole.seq_lens.device
         if self._builder is None:
             self._builder = self._make_builder(step)
         part = self._builder.build(
             0,
             CommonAttentionMetadata(
-                query_start_loc=subset.query_start_loc,
+                query_start_loc=subset.query_start_loc.to(device),
                 query_start_loc_cpu=subset.query_start_loc,
-                seq_lens=whole.seq_lens[subset.rows] - subset.dropped,
+                seq_lens=whole.seq_lens[subset.rows] - subset.dropped.to(device),
                 num_reqs=len(subset.rows),
                 num_actual_tokens=subset.num_tokens,
                 max_query_len=subset.max_query_len,

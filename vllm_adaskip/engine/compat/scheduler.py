@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from vllm_adaskip.engine.block_mark import Mark, block_mark, unfindable
+from vllm_adaskip.engine.naming import planner_of
 from vllm_adaskip.engine.planner import Planner
 from vllm_adaskip.engine.request import is_one_answer
-from vllm_adaskip.engine.v1_feeder import planner_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -30,8 +30,8 @@ class MarkingScheduler(Scheduler):
     replacing that hasher reaches exactly the blocks with generated tokens.
 
     Since 0.26 (`Request._block_hasher`, `Request.block_hashes`, `_preempt_request`). Remove
-    when a request can bring a salt for the blocks past its prompt. The synchronous scheduler
-    is the right base as long as we serve on the CPU alone, where vLLM schedules so.
+    when a request can bring a salt for the blocks past its prompt. The base is the synchronous
+    scheduler, which is vLLM's own on the CPU; elsewhere asynchronous scheduling is switched off.
     """
 
     def __init__(self, *args: Any, vllm_config: VllmConfig, **kwargs: Any) -> None:

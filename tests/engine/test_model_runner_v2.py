@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's own Model Runner V2, on the CPU (see `v2_engine`), against the float32 reference.
+
+Fails when rows are not put into the batch's order, when a resumed request's generated tokens
+count as its prompt, when a step's lengths are an earlier step's, and when the front end does
+not check requests.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from batches import random_plan, random_prompts
+from conftest import TINY_LAYERS, TINY_SHAPE
+from gated import Gated
+from reference import Reference
+
+from vllm_adaskip import DecoderShape
+from vllm_adaskip.config import AdaSkipConfig
+from vllm_adaskip.engine.planner import Planner
+
+CHUNKED = {"max_num_seqs": 6, "max_num_batched_tokens": 48}
+#: Hardly more blocks than two sequences need.
+TIGHT = {"max_num_seqs": 6, "block_size": 32, "num_gpu_blocks_override": 9}
+BAD = {"adaskip_skip": [TINY_LAYERS]}
+SIMILARITY = {"method": "similarity", "budget": 0.6}
+GATED = {"threshold": 0.9, "warm_up": 2}
+
+
+def planned(seed: int, count: int) -> list[Any]:
+    rng = random.Random(seed)
+    return [{"adaskip_skip": random_plan(rng, TINY_LAYERS)} for _ in range(count)]
+
+
+def job(options: dict[str, Any], extra_args: list[Any], **more: Any) -> dict[str, Any]:
+    """One batch; the last of the prompts comes twice."""
+    prompts = random_prompts(70, len(extra_args) - 1, longest=70)
+    given = {"options": options, "extra_args": extra_args, "prompts": [*prompts, prompts[-1]]}
+    return {"engine": CHUNKED, "max_tokens": 12, **given, **more}
+
+
+JOBS: dict[str, dict[str, Any]] = {
+    "mixed": job({"kv_fill": "project"}, [*planned(1, 5), BAD, *planned(2, 5), None]),
+    "preempted": job({"kv_fill": "copy"}, planned(3, 8), engine=TIGHT, max_tokens=50),
+    "read": job(SIMILARITY, [None] * 7),
+    "gated": job({"method": "ffn-skip", "scope": "token", **GATED}, [None] * 7),
+}
+
+
+@pytest.fixture(scope="module")
+def ran(tiny_llama: str) -> dict[str, dict[str, Any]]:
+    """What each job gave, all from one process."""
+    script = Path(__file__).parents[1] / "v2_engine.py"
+    jobs = json.dumps([{"model": tiny_llama, **one} for one in JOBS.values()])
+    done = subprocess.run(
+        [sys.executable, str(script)], input=jobs, capture_output=True, text=True, check=False
+    )
+    assert not done.returncode, done.stderr[-4000:]
+    return dict(zip(JOBS, json.loads(done.stdout.splitlines()[-1]), strict=True))
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_llama: str) -> Reference:
+    return Reference(tiny_llama)
+
+
+def check(job: dict[str, Any], got: dict[str, Any], want: Callable[..., list[int]]) -> None:
+    """Compare tokens; ``want`` gives them from prompt, arguments and their number."""
+    assert got["is_v2"] and got["tokens"]
+    for index, tokens in got["tokens"].items():
+        args = job["extra_args"][int(index)]
+        prompt = job["prompts"][int(index)]
+        assert tokens == want(prompt, args, job["max_tokens"]), (index, len(prompt), args)
+
+
+def by_plan(reference: Reference, kv_fill: str) -> Callable[..., list[int]]:
+    def want(prompt: list[int], args: Any, tokens: int) -> list[int]:
+        skip = (args or {}).get("adaskip_skip", [])
+        return reference.generate(prompt, skip, tokens, kv_fill=kv_fill)[0]
+
+    return want
+
+
+def test_mixed_plans_and_prompts_in_chunks(ran: dict[str, Any], reference: Reference) -> None:
+    assert len(ran["mixed"]["tokens"]) == 11
+    check(JOBS["mixed"], ran["mixed"], by_plan(reference, "project"))
+
+
+def test_a_bad_request_is_refused_in_the_front_end_and_nobody_notices(ran: dict[str, Any]) -> None:
+    ((index, message),) = ran["mixed"]["refused"]
+    assert JOBS["mixed"]["extra_args"][index] == BAD
+    assert "adaskip_skip" in message and f"layers 0 to {TINY_LAYERS - 1}" in message
+
+
+def test_the_report_counts_what_ran(ran: dict[str, Any]) -> None:
+    report, job = ran["mixed"]["report"], JOBS["mixed"]
+    chosen = [index for index, args in enumerate(job["extra_args"]) if args != BAD]
+    assert report["requests"] == len(chosen)
+    assert report["prompt_tokens"] == sum(len(job["prompts"][index]) for index in chosen)
+    assert report["decode_tokens"] == len(chosen) * (job["max_tokens"] - 1)
+    skips = [job["extra_args"][index]["adaskip_skip"] for index in chosen[:-1]] + [[]]
+    dense = [sum({layer, f"mlp:{layer}"}.isdisjoint(skip) for skip in skips) for layer in range(8)]
+    assert report["mlp_run"] == [count * (job["max_tokens"] - 1) for count in dense]
+
+
+def test_preempted_requests_resume_under_their_plans(
+    ran: dict[str, Any], reference: Reference
+) -> None:
+    assert ran["preempted"]["preemptions"] > 0
+    check(JOBS["preempted"], ran["preempted"], by_plan(reference, "copy"))
+
+
+def test_a_method_that_reads_prompts_decides_as_from_the_reference(
+    ran: dict[str, Any], reference: Reference
+) -> None:
+    facts = AdaSkipConfig.parse(SIMILARITY).facts(DecoderShape(*TINY_SHAPE))
+    classifier = Planner(facts).classifier
+    plans = [
+        classifier.decide(facts.budget, reference.observe(prompt, classifier)).entries()
+        for prompt in JOBS["read"]["prompts"]
+    ]
+    assert ran["read"]["plans"] == plans and len({str(plan) for plan in plans}) > 1
+    known = dict(zip(map(tuple, JOBS["read"]["prompts"]), plans, strict=True))
+    check(
+        JOBS["read"],
+        ran["read"],
+        lambda prompt, _, tokens: reference.generate(prompt, known[tuple(prompt)], tokens)[0],
+    )
+
+
+def test_a_token_gate_leaves_out_what_its_rule_says(
+    ran: dict[str, Any], reference: Reference
+) -> None:
+    gated = Gated(None, reference, **GATED)
+    check(JOBS["gated"], ran["gated"], lambda *request: gated.want(*request)[0])
+    assert len(set(ran["gated"]["report"]["mlp_run"])) > 1
