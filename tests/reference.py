@@ -8,13 +8,12 @@ says.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
+from decoders import DECODERS
 from transformers import AutoModelForCausalLM, DynamicCache
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from vllm_adaskip import SkipPlan
 from vllm_adaskip.classifiers import Classifier, PromptStatistics
@@ -68,6 +67,7 @@ class Reference:
             path, dtype=torch.float32, attn_implementation="eager"
         ).eval()
         self.num_layers: int = self.model.config.num_hidden_layers
+        self.decoder = DECODERS[self.model.config.model_type](self.model)
 
     @torch.inference_mode()
     def generate(
@@ -108,24 +108,24 @@ class Reference:
     @torch.inference_mode()
     def observe(self, prompt: Sequence[int], classifier: Classifier) -> PromptStatistics:
         """Give what a method observes of a prompt, in one piece."""
-        decoder = self.model.model
-        positions = torch.arange(len(prompt))[None]
-        hidden = decoder.embed_tokens(torch.tensor([prompt]))
-        rotary = decoder.rotary_emb(hidden, positions)
-        mask = torch.full((len(prompt), len(prompt)), float("-inf")).triu(1)[None, None]
         values = torch.zeros(len(prompt), classifier.width)
-        observe = classifier.observer(hidden.shape[-1], hidden.device)
-        for index, layer in enumerate(decoder.layers):
-            update, _ = layer.self_attn(
-                layer.input_layernorm(hidden), position_embeddings=rotary, attention_mask=mask
-            )
-            observe(2 * index, hidden[0], update[0], values)
-            hidden = hidden + update
-            update = layer.mlp(layer.post_attention_layernorm(hidden))
-            observe(2 * index + 1, hidden[0], update[0], values)
-            hidden = hidden + update
+        observe = classifier.observer(self.model.config.hidden_size, values.device)
+        for sub_layer, before, update in self._prompt(prompt):
+            observe(sub_layer, before, update, values)
         values = values.double()
         return PromptStatistics(len(prompt), values.mean(dim=0).numpy(), values[-1].numpy())
+
+    def _prompt(self, prompt: Sequence[int]) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """Run a prompt in one piece; give sub-layers, the stream before each, and what it adds."""
+        hidden, where = self.decoder.embed(prompt, range(len(prompt)))
+        mask = torch.full((len(prompt), len(prompt)), float("-inf")).triu(1)[None, None]
+        for layer in range(self.num_layers):
+            update = self.decoder.attention(layer, hidden, where, mask=mask)
+            yield 2 * layer, hidden[0], update[0]
+            hidden = hidden + update
+            update = self.decoder.mlp(layer, hidden)
+            yield 2 * layer + 1, hidden[0], update[0]
+            hidden = hidden + update
 
     def _step(
         self,
@@ -159,41 +159,25 @@ class Reference:
     ) -> Generator[int, bool, torch.Tensor]:
         """Run a token; asks at each layer whose MLP its plan runs whether to leave it out."""
         rule.start(plan)
-        decoder = self.model.model
-        hidden = decoder.embed_tokens(torch.tensor([[token]]))
-        rotary = decoder.rotary_emb(hidden, torch.tensor([[position]]))
-        for index, layer in enumerate(decoder.layers):
+        decoder = self.decoder
+        hidden, where = decoder.embed([token], [position])
+        for index in range(self.num_layers):
             if not plan.attention >> index & 1:
-                update, _ = layer.self_attn(
-                    layer.input_layernorm(hidden),
-                    position_embeddings=rotary,
-                    attention_mask=None,  # one query token sees all that its layer has cached
-                    past_key_values=cache,
-                )
-                hidden = hidden + update
+                # No mask: one query token sees all that its layer has cached.
+                hidden = hidden + decoder.attention(index, hidden, where, cache)
             else:
                 if kv_fill == "project":
-                    self._project(index, layer.input_layernorm(hidden), rotary, cache)
+                    cache.update(*decoder.key_value(index, hidden, where), index)
                 hidden = hidden * float(factors[2 * index])
             if plan.mlp >> index & 1:
                 hidden = hidden * float(factors[2 * index + 1])
             elif not (yield index):
                 before = hidden
-                hidden = before + layer.mlp(layer.post_attention_layernorm(before))
+                hidden = before + decoder.mlp(index, before)
                 rule.saw(index, before[0, 0], hidden[0, 0])
         if kv_fill == "copy":
             self._copy(plan, cache)
-        return self.model.lm_head(decoder.norm(hidden))[0, -1]
-
-    def _project(self, index: int, normed: torch.Tensor, rotary: Any, cache: DynamicCache) -> None:
-        attention = self.model.model.layers[index].self_attn
-        shape = (1, 1, -1, attention.head_dim)
-        query, key, value = (
-            project(normed).view(shape).transpose(1, 2)
-            for project in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
-        _, key = apply_rotary_pos_emb(query, key, *rotary)
-        cache.update(key, value, index)
+        return decoder.logits(hidden)[0, -1]
 
     def _copy(self, plan: SkipPlan, cache: DynamicCache) -> None:
         ran = [index for index in range(self.num_layers) if not plan.attention >> index & 1]
