@@ -2,9 +2,10 @@
 """The loop that all families share: run each sub-layer for the tokens that need it.
 
 When nothing is skipped the family's own forward runs, compiled or not, exactly as in
-stock vLLM. When something is, the loop below calls the same layer modules one by one.
-vLLM's layers carry the residual stream as a pair ``(hidden, residual)`` whose sum it is,
-the sum being fused into the next norm: leaving a sub-layer out means passing on both.
+stock vLLM. When something is, the loop below runs the same modules, sub-layer by sub-layer.
+It carries the residual stream as a pair ``(update, before)``: what the sub-layer that ran last
+made of the stream, and the stream before it. Their sum is the stream; leaving a sub-layer out
+means passing on both. Most of vLLM's layers carry it so, with the sum fused into the next norm.
 """
 
 from __future__ import annotations
@@ -30,22 +31,26 @@ from vllm_adaskip.engine.step_plan import Check, Passing, Segment, StepPlan
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+#: ``(update, before)``, each ``[tokens, hidden]``; before the first sub-layer ``(stream, None)``.
 Stream = tuple[Tensor, Tensor | None]
 
 
 class SkippingDecoder(nn.Module):
-    """Mixin before a vLLM ``...ForCausalLM`` class; a family adds the methods marked abstract."""
+    """Mixin before a vLLM ``...ForCausalLM`` class; a family adds the methods marked abstract.
+
+    A layer that they are given, and `stack`, come with kernels (`compat.kernels`).
+    """
 
     model: Any
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any) -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
         compat.enable_amx()
+        stack = self.stack_of(self.model)
+        attention = map(self.attention_of, stack.layers)
+        self.adaskip = SkipRuntime(vllm_config, attention, Head(self, self.finish))
         #: What steps run in which something is skipped or observed; not registered once more.
-        *layers, norm = with_kernels([*self.model.layers, self.model.norm])
-        self._layers, self._norm = tuple(layers), (norm,)
-        attention = map(self.attention_of, self.model.layers)
-        self.adaskip = SkipRuntime(vllm_config, attention, Head(self, norm))
+        self._stack = (with_kernels(stack),)
 
     @staticmethod
     def get_model_state_cls() -> type[Any]:
@@ -60,21 +65,43 @@ class SkippingDecoder(nn.Module):
             weights = lora.merged(weights)
         return super().load_weights(weights)  # type: ignore[misc]
 
-    @abstractmethod
+    @property
+    def stack(self) -> Any:
+        """The module with the list ``layers``, and what comes before and after them."""
+        return self._stack[0]
+
+    def stack_of(self, model: Any) -> Any:
+        """Find that module in vLLM's ``model``, which most often is it."""
+        return model
+
     def attention_of(self, layer: Any) -> Any:
         """Give the layer's vLLM `Attention` module."""
+        return layer.self_attn.attn
+
+    def embed(
+        self, input_ids: Tensor | None, positions: Tensor, inputs_embeds: Tensor | None
+    ) -> Tensor:
+        """Give the stream ``[tokens, hidden]`` that the first layer sees; one input is not None."""
+        if inputs_embeds is not None:
+            return inputs_embeds
+        embedded: Tensor = self.model.embed_input_ids(input_ids)
+        return embedded
 
     @abstractmethod
     def run_attention(self, layer: Any, positions: Tensor, stream: Stream) -> Stream:
-        """Run a layer's norm and attention; ``[tokens]`` positions, ``[tokens, hidden]`` pair."""
+        """Run a layer's attention and the norm that is its own; ``[tokens]`` positions."""
 
     @abstractmethod
     def run_mlp(self, layer: Any, stream: Stream) -> Stream:
-        """Run a layer's norm and MLP."""
+        """Run a layer's MLP and the norm that is its own."""
 
     @abstractmethod
     def project_kv(self, layer: Any, positions: Tensor, stream: Stream) -> tuple[Tensor, Tensor]:
         """Give a layer's K and V ``[tokens, kv_heads * head_size]``, as its attention would."""
+
+    @abstractmethod
+    def finish(self, stream: Stream) -> Tensor:
+        """Give what the LM head takes, ``[tokens, width]``, of the stream after any layer."""
 
     def forward(
         self,
@@ -83,16 +110,14 @@ class SkippingDecoder(nn.Module):
         intermediate_tensors: Any = None,
         inputs_embeds: Tensor | None = None,
     ) -> Any:
-        """Give hidden states ``[tokens, hidden]`` after the final norm."""
+        """Give what the LM head takes, ``[tokens, width]``."""
         step = self.adaskip.begin_step()
         if step is None:
             return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds)
-        if inputs_embeds is None:
-            inputs_embeds = self.model.embed_input_ids(input_ids)
-        return self._run_step(step, positions, inputs_embeds)
+        return self._run_step(step, positions, self.embed(input_ids, positions, inputs_embeds))
 
-    def _run_step(self, step: StepPlan, positions: Tensor, embeddings: Tensor) -> Tensor:
-        stream: Stream = (embeddings, None)
+    def _run_step(self, step: StepPlan, positions: Tensor, embedded: Tensor) -> Tensor:
+        stream: Stream = (embedded, None)
         guarded = self.adaskip.gate.guarded
         pieces = deque(step.pieces)
         while pieces:
@@ -110,8 +135,7 @@ class SkippingDecoder(nn.Module):
             else:
                 stream = self._run_segment(piece, positions, stream)
         self.adaskip.end_step()
-        hidden: Tensor = self._norm[0](*stream)[0]
-        return hidden
+        return self.finish(stream)
 
     def _run_guarded(self, guarded: Segment, positions: Tensor, stream: Stream) -> Stream:
         """Run a sub-layer for the tokens that its gate lets through, and show the gate."""
@@ -134,48 +158,29 @@ class SkippingDecoder(nn.Module):
         return _scatter(stream, subset.tokens, part)
 
     def _pass_by(self, passing: Passing, positions: Tensor, stream: Stream) -> None:
-        layer, tokens = self._layers[passing.layer], passing.tokens
-        hidden, residual = _gather(stream, tokens)
-        if residual is not None and isinstance(tokens, slice):
-            hidden, residual = hidden.clone(), residual.clone()  # vLLM's norm works in place
-        key, value = self.project_kv(layer, positions[tokens], (hidden, residual))
+        layer, tokens = self.stack.layers[passing.layer], passing.tokens
+        update, before = _gather(stream, tokens)
+        if before is not None and isinstance(tokens, slice):
+            update, before = update.clone(), before.clone()  # vLLM's norms work in place
+        key, value = self.project_kv(layer, positions[tokens], (update, before))
         self.adaskip.kv_fill.write(passing, key, value)
 
     def _run_sub_layers(self, segment: Segment, positions: Tensor, stream: Stream) -> Stream:
-        if self.adaskip.observer.values is not None:
-            return self._run_observed(segment, positions, stream)
-        for index, part in segment.parts:
-            layer = self._layers[index]
-            if part == "layer":
-                stream = layer(positions, *stream)
-            elif part == "attention":
-                stream = self.run_attention(layer, positions, stream)
-            else:
-                stream = self.run_mlp(layer, stream)
-        return stream
-
-    def _run_observed(self, segment: Segment, positions: Tensor, stream: Stream) -> Stream:
         """Run one sub-layer after the other, and show the method what each changed."""
+        is_observed = self.adaskip.observer.values is not None
         tokens = None if segment.subset is None else segment.subset.tokens
+        layers = self.stack.layers
         for sub_layer in segment.sub_layers:
-            layer = self._layers[sub_layer // 2]
-            if sub_layer % 2 == 0:
-                stream = self.run_attention(layer, positions, stream)
+            index, is_mlp = divmod(sub_layer, 2)
+            if is_mlp:
+                stream = self.run_mlp(layers[index], stream)
             else:
-                stream = self.run_mlp(layer, stream)
-            update, before = stream
-            assert before is not None
-            self.adaskip.observer.observe(sub_layer, before, update, tokens)
+                stream = self.run_attention(layers[index], positions, stream)
+            if is_observed:
+                update, before = stream
+                assert before is not None
+                self.adaskip.observer.observe(sub_layer, before, update, tokens)
         return stream
-
-
-def add_and_norm(norm: nn.Module, stream: Stream) -> tuple[Tensor, Tensor]:
-    """Give ``(normed, residual)``, as a vLLM layer makes them; the first has no residual yet."""
-    hidden, residual = stream
-    if residual is None:
-        return norm(hidden), hidden
-    normed, residual = norm(hidden, residual)
-    return normed, residual
 
 
 def _scale(stream: Stream, scaling: Scaling) -> None:
@@ -193,16 +198,16 @@ def _pair(stream: Stream, tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _gather(stream: Stream, tokens: slice | Tensor) -> Stream:
-    hidden, residual = stream
-    return hidden[tokens], None if residual is None else residual[tokens]
+    update, before = stream
+    return update[tokens], None if before is None else before[tokens]
 
 
 def _scatter(stream: Stream, tokens: slice | Tensor, part: Stream) -> Stream:
     """Put the part's rows back; before any sub-layer has run the others' pair is (0, stream)."""
-    hidden, residual = stream
-    if residual is None:
-        hidden, residual = torch.zeros_like(hidden), hidden.clone()
-    part_hidden, part_residual = part
-    assert part_residual is not None  # a sub-layer has run
-    hidden[tokens], residual[tokens] = part_hidden, part_residual
-    return hidden, residual
+    update, before = stream
+    if before is None:
+        update, before = torch.zeros_like(update), update.clone()
+    part_update, part_before = part
+    assert part_before is not None  # a sub-layer has run
+    update[tokens], before[tokens] = part_update, part_before
+    return update, before

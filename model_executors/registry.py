@@ -31,13 +31,28 @@ def llama_shape(hf_config: Any) -> DecoderShape:
     )
 
 
+def opt_shape(hf_config: Any) -> DecoderShape:
+    """Count parameters of the projections: q, k, v, out; fc1, fc2."""
+    hidden = hf_config.hidden_size
+    return DecoderShape(
+        num_layers=hf_config.num_hidden_layers,
+        attention_parameters=4 * hidden * hidden,
+        mlp_parameters=2 * hidden * hf_config.ffn_dim,
+    )
+
+
+def _family(name: str, module: str, shape: Callable[[Any], DecoderShape]) -> Family:
+    ours = f"AdaSkip{name}ForCausalLM"
+    return Family(ours, f"vllm_adaskip.model_executors.{module}:{ours}", shape)
+
+
 #: vLLM's architecture -> the family that serves it.
 FAMILIES: dict[str, Family] = {
-    "LlamaForCausalLM": Family(
-        "AdaSkipLlamaForCausalLM",
-        "vllm_adaskip.model_executors.llama:AdaSkipLlamaForCausalLM",
-        llama_shape,
-    ),
+    "LlamaForCausalLM": _family("Llama", "llama", llama_shape),
+    "MistralForCausalLM": _family("Mistral", "mistral", llama_shape),
+    "OPTForCausalLM": _family("OPT", "opt", opt_shape),
+    "Qwen2ForCausalLM": _family("Qwen2", "qwen2", llama_shape),
+    "Qwen3ForCausalLM": _family("Qwen3", "qwen3", llama_shape),
 }
 
 

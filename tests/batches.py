@@ -66,6 +66,38 @@ def greedy(
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
+def run_with_changes(
+    llm: Any,
+    prompts: Sequence[Sequence[int]],
+    plans: Sequence[Entries],
+    changes: Sequence[tuple[int, Entries]],
+    max_tokens: int,
+) -> list[list[int]]:
+    """Run one batch; row ``i`` follows ``changes[i]`` once it has that many tokens.
+
+    Prompts must differ in length, by which rows are told apart.
+    """
+    state = llm.apply_model(lambda model: model.adaskip._state)[0]
+    core = llm.llm_engine
+    for index, (prompt, plan) in enumerate(zip(prompts, plans, strict=True)):
+        core.add_request(str(index), {"prompt_token_ids": prompt}, sampling(plan, max_tokens))
+    got: dict[int, list[int]] = {}
+    while core.has_unfinished_requests():
+        for output in core.step():
+            index, tokens = int(output.request_id), list(output.outputs[0].token_ids)
+            after, plan = changes[index]
+            if len(tokens) == after:
+                (row,) = [
+                    row
+                    for row, length in enumerate(state.table.prompt_lens)
+                    if length == len(prompts[index])
+                ]
+                state.table.follow(row, SkipPlan.parse(plan, state.table.num_layers))
+            if output.finished:
+                got[index] = tokens
+    return [got[index] for index in range(len(prompts))]
+
+
 def decisions(model: Any) -> list[tuple[str, str]]:
     """Give every decided plan with the bytes of its factors; for `LLM.apply_model`."""
     memo = model.adaskip._state._memo.values()

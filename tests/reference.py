@@ -10,11 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
+from decoders import DECODERS, LlamaDecoder, OptDecoder
 from transformers import AutoModelForCausalLM, DynamicCache
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from vllm_adaskip import SkipPlan
 from vllm_adaskip.classifiers import Classifier, Lens, PromptStatistics
@@ -96,8 +95,8 @@ class Exit:
 class ReferenceLens(Lens):
     """The transformers model's own norm and head."""
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
+    def __init__(self, decoder: LlamaDecoder | OptDecoder) -> None:
+        self.decoder = decoder
 
     def check(self, vocabulary: Sequence[int] | None) -> None:
         pass
@@ -105,7 +104,7 @@ class ReferenceLens(Lens):
     def __call__(
         self, before: torch.Tensor, update: torch.Tensor, vocabulary: Sequence[int] | None = None
     ) -> torch.Tensor:
-        logits = self.model.lm_head(self.model.model.norm(before + update))
+        logits = self.decoder.logits(before + update)
         return logits if vocabulary is None else logits[:, list(vocabulary)]
 
 
@@ -117,6 +116,7 @@ class Reference:
             path, dtype=torch.float32, attn_implementation="eager"
         ).eval()
         self.num_layers: int = self.model.config.num_hidden_layers
+        self.decoder = DECODERS[self.model.config.model_type](self.model)
 
     @torch.inference_mode()
     def generate(
@@ -162,7 +162,7 @@ class Reference:
         """Give what a method observes of a prompt, in one piece."""
         values = torch.zeros(len(prompt), classifier.width)
         size = self.model.config.hidden_size
-        observe = classifier.observer(size, values.device, ReferenceLens(self.model))
+        observe = classifier.observer(size, values.device, ReferenceLens(self.decoder))
         for sub_layer, before, update in self._prompt(prompt):
             observe(sub_layer, before, update, values)
         values = values.double()
@@ -184,36 +184,32 @@ class Reference:
             ):
                 exit.depths.append(layer + 1)
                 break
-        logits = self.model.lm_head(self.model.model.norm(hidden))
+        logits = self.decoder.logits(hidden)
         best = logits.topk(2).values
         return [int(logits.argmax())], (best[0] - best[1]).item()
-
-    def _prompt(self, prompt: Sequence[int]) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-        """Run a prompt in one piece; give sub-layers, the stream before each, and what it adds."""
-        decoder = self.model.model
-        hidden = decoder.embed_tokens(torch.tensor([prompt]))
-        rotary = decoder.rotary_emb(hidden, torch.arange(len(prompt))[None])
-        mask = torch.full((len(prompt), len(prompt)), float("-inf")).triu(1)[None, None]
-        for index, layer in enumerate(decoder.layers):
-            update, _ = layer.self_attn(
-                layer.input_layernorm(hidden), position_embeddings=rotary, attention_mask=mask
-            )
-            yield 2 * index, hidden[0], update[0]
-            hidden = hidden + update
-            update = layer.mlp(layer.post_attention_layernorm(hidden))
-            yield 2 * index + 1, hidden[0], update[0]
-            hidden = hidden + update
 
     def _is_settled(
         self, hidden: torch.Tensor, seen: list[tuple[float, float]], exit: Exit
     ) -> bool:
         """Look at ``[hidden_size]`` and tell whether to stop; ``seen`` grows."""
-        logits = self.model.lm_head(self.model.model.norm(hidden))
+        logits = self.decoder.logits(hidden)
         if exit.vocabulary is not None:
             logits = logits[list(exit.vocabulary)]
         best = [*logits.softmax(-1).sort(descending=True).values[:2].tolist(), 0.0]
         seen.append((best[0], best[0] - best[1]))
         return exit.settled(seen)
+
+    def _prompt(self, prompt: Sequence[int]) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """Run a prompt in one piece; give sub-layers, the stream before each, and what it adds."""
+        hidden, where = self.decoder.embed(prompt, range(len(prompt)))
+        mask = torch.full((len(prompt), len(prompt)), float("-inf")).triu(1)[None, None]
+        for layer in range(self.num_layers):
+            update = self.decoder.attention(layer, hidden, where, mask=mask)
+            yield 2 * layer, hidden[0], update[0]
+            hidden = hidden + update
+            update = self.decoder.mlp(layer, hidden)
+            yield 2 * layer + 1, hidden[0], update[0]
+            hidden = hidden + update
 
     def _step(
         self,
@@ -249,29 +245,23 @@ class Reference:
     ) -> Generator[int, bool, torch.Tensor]:
         """Run a token; asks at each layer whose MLP its plan runs whether to leave it out."""
         rule.start(plan)
-        decoder = self.model.model
-        hidden = decoder.embed_tokens(torch.tensor([[token]]))
-        rotary = decoder.rotary_emb(hidden, torch.tensor([[position]]))
+        decoder = self.decoder
+        hidden, where = decoder.embed([token], [position])
         depth = self.num_layers - (plan.attention & plan.mlp).bit_count()
         seen: list[tuple[float, float]] = []
-        for index, layer in enumerate(decoder.layers):
+        for index in range(self.num_layers):
             if not plan.attention >> index & 1:
-                update, _ = layer.self_attn(
-                    layer.input_layernorm(hidden),
-                    position_embeddings=rotary,
-                    attention_mask=None,  # one query token sees all that its layer has cached
-                    past_key_values=cache,
-                )
-                hidden = hidden + update
+                # No mask: one query token sees all that its layer has cached.
+                hidden = hidden + decoder.attention(index, hidden, where, cache)
             else:
                 if kv_fill == "project":
-                    self._project(index, layer.input_layernorm(hidden), rotary, cache)
+                    cache.update(*decoder.key_value(index, hidden, where), index)
                 hidden = hidden * float(factors[2 * index])
             if plan.mlp >> index & 1:
                 hidden = hidden * float(factors[2 * index + 1])
             elif not (yield index):
                 before = hidden
-                hidden = before + layer.mlp(layer.post_attention_layernorm(before))
+                hidden = before + decoder.mlp(index, before)
                 rule.saw(index, before[0, 0], hidden[0, 0])
             asked = exit and index in exit.checks and index + 1 < depth
             if exit and asked and self._is_settled(hidden[0, 0], seen, exit):
@@ -281,17 +271,7 @@ class Reference:
             exit.depths.append(depth)
         if kv_fill == "copy":
             self._copy(plan, cache)
-        return self.model.lm_head(decoder.norm(hidden))[0, -1]
-
-    def _project(self, index: int, normed: torch.Tensor, rotary: Any, cache: DynamicCache) -> None:
-        attention = self.model.model.layers[index].self_attn
-        shape = (1, 1, -1, attention.head_dim)
-        query, key, value = (
-            project(normed).view(shape).transpose(1, 2)
-            for project in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
-        _, key = apply_rotary_pos_emb(query, key, *rotary)
-        cache.update(key, value, index)
+        return decoder.logits(hidden)[0, -1]
 
     def _copy(self, plan: SkipPlan, cache: DynamicCache) -> None:
         ran = [index for index in range(self.num_layers) if not plan.attention >> index & 1]

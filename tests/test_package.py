@@ -75,7 +75,8 @@ for before, after in zip(stock, (ModelRegistry.models, MODELS_CONFIG_MAP)):
     assert all(after[name] is value for name, value in before.items())
     print(sorted(set(after) - set(before)))
 """
-    names = "['AdaSkipLlamaForCausalLM']"
+    ours = [f"AdaSkip{name}ForCausalLM" for name in ("Llama", "Mistral", "OPT", "Qwen2", "Qwen3")]
+    names = str(ours)
     assert run(code).splitlines()[-2:] == [names, names]
 
 

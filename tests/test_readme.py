@@ -10,6 +10,8 @@ from pathlib import Path
 
 from readme import ENVIRONMENT, ROOT, block, blocks
 
+from vllm_adaskip.support import markdown
+
 
 def test_every_shell_command_has_somebody_who_runs_it() -> None:
     ci = (ROOT / ".ci" / "run").read_text()
@@ -25,6 +27,12 @@ def test_every_shell_command_has_somebody_who_runs_it() -> None:
             )
 
 
+def test_the_support_table_is_the_registry_s() -> None:
+    readme = (ROOT / "README.md").read_text()
+    start = readme.index("| architecture |")
+    assert readme[start : readme.index("\n\n", start) + 1] == markdown()
+
+
 def test_doctor_finds_all_well_where_the_tests_run() -> None:
     done = subprocess.run(
         ["bash", "-c", block("adaskip doctor")],
@@ -34,7 +42,15 @@ def test_doctor_finds_all_well_where_the_tests_run() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    for word in ("Python", "vLLM", "model runner", "V1", "vllm.general_plugins", "all is well"):
+    for word in (
+        "Python",
+        "vLLM",
+        "model runner",
+        "V1",
+        "vllm.general_plugins",
+        "Qwen3ForCausalLM",
+        "all is well",
+    ):
         assert word in done.stdout
 
 

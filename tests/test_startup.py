@@ -6,12 +6,15 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from readme import ROOT
+from transformers import AutoConfig
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -190,12 +193,65 @@ def variant(tiny_llama: str, folder: Path, **changes: Any) -> str:
     return str(folder)
 
 
-def test_an_architecture_without_a_family_is_refused_with_the_list(
+def family(folder: Path, name: str, **changes: Any) -> str:
+    """The config of another family's model; no weights."""
+    AutoConfig.for_model(
+        name, architectures=[f"{NAMES[name]}ForCausalLM"], max_position_embeddings=512, **changes
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+#: transformers' ``model_type`` -> the family's part of the architecture's name.
+NAMES = {"llama": "Llama", "mistral": "Mistral", "opt": "OPT", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+#: What makes a family's own defaults full attention.
+FULL = {"mistral": {"sliding_window": None}}
+
+
+def test_an_architecture_without_a_family_is_refused_with_the_list_and_the_recipe(
     tiny_llama: str, tmp_path: Path
 ) -> None:
     other = variant(tiny_llama, tmp_path, architectures=["GPT2LMHeadModel"], model_type="gpt2")
-    with pytest.raises(ValueError, match=r"GPT2LMHeadModel; supported: LlamaForCausalLM"):
+    with pytest.raises(ValueError) as refusal:
         config(other, **engine_args())
+    everybody = ", ".join(f"{name}ForCausalLM" for name in NAMES.values())
+    assert f"GPT2LMHeadModel; supported: {everybody}. " in str(refusal.value)
+    (recipe,) = re.findall(r"docs/[\w-]+\.md", str(refusal.value))
+    assert (ROOT / recipe).exists()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_plugin_picks_the_class_of_the_family(tmp_path: Path, name: str) -> None:
+    model = family(tmp_path, name, **FULL.get(name, {}))
+    found = from_command_line("--model", model, "--plugin", "adaskip").model_config
+    assert found.architecture == f"AdaSkip{NAMES[name]}ForCausalLM"
+    assert len(found.logits_processors) == 1
+
+
+@pytest.mark.parametrize("name", ["mistral", "qwen2", "qwen3"])
+def test_sliding_windows_are_refused_and_served_without(tmp_path: Path, name: str) -> None:
+    own = {"use_sliding_window": True, "max_window_layers": 0} if name != "mistral" else {}
+    model = family(tmp_path, name, sliding_window=64, **own)
+    with pytest.raises(ValueError, match=r"add --disable-sliding-window.* of 64 tokens"):
+        config(model, **engine_args())
+    assert (
+        config(model, disable_sliding_window=True, **engine_args()).model_config.max_model_len == 64
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"dual_chunk_attention_config": {"chunk_size": 64}}, "dual chunk attention"),
+        ({"is_causal": False}, "bidirectional attention"),
+        ({"qk_norm": True}, "norm on queries and keys"),
+    ],
+)
+def test_other_forms_of_attention_are_refused(
+    tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    key = next(iter(changes))
+    with pytest.raises(ValueError, match=rf"{words}.*\({key} is"):
+        config(family(tmp_path, "qwen2", **changes), runner="generate", **engine_args())
 
 
 def test_a_quantised_checkpoint_is_refused(tiny_llama: str, tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tiny random Llama with large weights, for whoever needs one of its own kind."""
+"""Tiny random models with large weights, for whoever needs one of its own kind."""
 
 from __future__ import annotations
 
@@ -28,4 +28,24 @@ def write_llama(path: Path, *, layers: int, **config: Any) -> str:
         **config,
     )
     LlamaForCausalLM(shape).save_pretrained(path)
+    return str(path)
+
+
+def write_model(path: Path, family: str, **config: Any) -> str:
+    """Write a checkpoint of any family that transformers knows; biases and norms random too."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    std = "init_std" if family == "opt" else "initializer_range"
+    torch.manual_seed(0)
+    shape = AutoConfig.for_model(
+        family,
+        **{"vocab_size": 512, "max_position_embeddings": 512, std: 0.1, **config},
+        pad_token_id=None,
+    )
+    model = AutoModelForCausalLM.from_config(shape)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:  # made as ones and zeros, which hide who forgets them
+            torch.nn.init.normal_(parameter, float("norm.weight" in name), 0.2)
+    model.save_pretrained(path)
     return str(path)

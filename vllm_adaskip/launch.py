@@ -36,7 +36,8 @@ class UseAdaSkip:
         if not families:
             raise ValueError(
                 f"vllm-adaskip cannot skip in architecture {' or '.join(architectures) or '?'}; "
-                f"supported: {', '.join(FAMILIES)}. Serve it without --plugin adaskip."
+                f"supported: {', '.join(FAMILIES)}. Serve it without --plugin adaskip, or add "
+                "it: docs/add-a-model.md in our repository says how."
             )
         hf_config.architectures = [families[0].architecture]
         return hf_config

@@ -27,6 +27,12 @@ logger = init_logger("vllm.adaskip")
 
 _SCHEDULER = "vllm_adaskip.engine.compat.scheduler.MarkingScheduler"
 _WORKER_EXTENSION = "vllm_adaskip.engine.worker_extension.AdaSkipWorkerExtension"
+#: Of a model's config: what changes the attention of layers that else look like a family's.
+_UNTRIED: dict[str, tuple[object, str]] = {
+    "dual_chunk_attention_config": (None, "dual chunk attention"),
+    "is_causal": (True, "bidirectional attention"),
+    "qk_norm": (False, "a norm on queries and keys in a family that has none"),
+}
 
 
 def prepare(vllm_config: VllmConfig) -> None:
@@ -100,8 +106,14 @@ def _unsupported(vllm_config: VllmConfig) -> Iterator[str]:
         yield f"only text generation is supported; set --runner {model.runner_type} to generate"
     if model.enable_prompt_embeds:
         yield "prompt embeddings are not supported; remove --enable-prompt-embeds"
-    if model.get_sliding_window() is not None:
-        yield "sliding-window attention is not supported; use a model without it"
+    if (window := model.get_sliding_window()) is not None:
+        yield (
+            "sliding-window attention is not supported; add --disable-sliding-window, which limits "
+            f"sequences to the window of {window} tokens, within which it is full attention"
+        )
+    for key, (usual, what) in _UNTRIED.items():
+        if (value := getattr(model.hf_text_config, key, usual)) not in (usual, None):
+            yield f"{what} has not been tested ({key} is {value!r:.80}); use a model without it"
     scheduler = vllm_config.scheduler_config.scheduler_cls
     if scheduler and scheduler != _SCHEDULER and vllm_config.cache_config.enable_prefix_caching:
         yield (

@@ -18,7 +18,7 @@ from vllm_adaskip.classifiers.fit.sub_layers import DecoderError, decoder_layers
 from vllm_adaskip.evaluation.sweep import IGNORED, Sample
 
 CPU = torch.device("cpu")
-FAMILIES = ["llama", "opt", "qwen3"]
+FAMILIES = ["llama", "mistral", "opt", "qwen2", "qwen3"]
 SAMPLES = [
     Sample("a", [5, 30, 17, 42, 9, 11, 12, 13], 4),
     Sample("b", [7, 8, 9, 50, 51], 3),

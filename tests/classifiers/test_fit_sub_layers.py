@@ -24,7 +24,7 @@ from vllm_adaskip.classifiers.plan import SkipPlan
 from vllm_adaskip.evaluation.sweep import Sample
 
 CPU = torch.device("cpu")
-FAMILIES = ["llama", "opt", "qwen3"]
+FAMILIES = ["llama", "mistral", "opt", "qwen2", "qwen3"]
 SAMPLES = [Sample("a", [5, 30, 17, 42, 9, 11, 12, 13], 4), Sample("b", [7, 8, 9, 50, 51], 3)]
 PLANS = [["attn:1", "mlp:2"], [3, "mlp:0", "attn:6"]]
 

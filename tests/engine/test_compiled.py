@@ -63,13 +63,13 @@ def test_planned_steps_run_kernels_and_the_layers_stay_stock_vllm_s(
 ) -> None:
     llm = engine(tiny_llama, enforce_eager=False, **engine_args())
     stock, planned = llm.apply_model(
-        lambda model: [operators(one) for one in (model.model.layers[0], model._layers[0])]
+        lambda model: [operators(one) for one in (model.model.layers[0], model.stack.layers[0])]
     )[0]
     assert "_C::fused_add_rms_norm" in planned and "_C::fused_add_rms_norm" not in stock
     parameters = llm.apply_model(
         lambda model: [
             [each.data_ptr() for each in layer.parameters()]
-            for layer in (model.model.layers[0], model._layers[0])
+            for layer in (model.model.layers[0], model.stack.layers[0])
         ]
     )[0]
     assert parameters[0] == parameters[1]  # shared, not copied

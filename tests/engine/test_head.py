@@ -29,7 +29,7 @@ def test_after_the_last_layer_it_predicts_what_the_model_does(model: Any) -> Non
     with torch.inference_mode():
         hidden, _ = model.model.norm(update.clone(), before.clone())
         want = model.compute_logits(hidden)
-        lens = Head(model, model.model.norm)
+        lens = Head(model, model.finish)
         assert torch.equal(lens(before.clone(), update.clone()), want)
         few = lens(before.clone(), update.clone(), [7, 0, 511])
     assert torch.allclose(few, want[:, [7, 0, 511]], atol=1e-5)
@@ -38,13 +38,13 @@ def test_after_the_last_layer_it_predicts_what_the_model_does(model: Any) -> Non
 def test_a_head_that_is_not_there_is_refused() -> None:
     for stage in (SimpleNamespace(lm_head=PPMissingLayer()), SimpleNamespace()):
         with pytest.raises(ValueError, match="no LM head here"):
-            Head(stage, torch.nn.Identity()).check(None)
+            Head(stage, sum).check(None)
 
 
 def test_ranks_that_would_see_other_logits_are_refused(
     model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lens = Head(model, model.model.norm)
+    lens = Head(model, model.finish)
     lens.check(None)
     monkeypatch.setattr(model.lm_head, "tp_size", 2)
     lens.check(None)  # all gather
@@ -57,7 +57,7 @@ def test_ranks_that_would_see_other_logits_are_refused(
 
 def test_parts_of_a_quantised_head_are_refused(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model.lm_head, "quant_method", object())
-    lens = Head(model, model.model.norm)
+    lens = Head(model, model.finish)
     lens.check(None)
     with pytest.raises(ValueError, match="not quantised"):
         lens.check(())

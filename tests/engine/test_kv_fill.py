@@ -15,38 +15,13 @@ from typing import Any
 
 import pytest
 import torch
-from batches import Entries, greedy, random_plan, random_prompts, sampling
+from batches import Entries, greedy, random_plan, random_prompts, run_with_changes
 from conftest import TINY_LAYERS
 from reference import Reference
 
-from vllm_adaskip import SkipPlan, engine_args
+from vllm_adaskip import engine_args
 
 TOKENS = 24
-
-
-def run_with_changes(
-    llm: Any, prompts: list[list[int]], plans: list[Entries], changes: list[tuple[int, Entries]]
-) -> list[list[int]]:
-    """Run one batch; row ``i`` follows ``changes[i]`` once it has that many tokens."""
-    state = llm.apply_model(lambda model: model.adaskip._state)[0]
-    core = llm.llm_engine
-    for index, (prompt, plan) in enumerate(zip(prompts, plans, strict=True)):
-        core.add_request(str(index), {"prompt_token_ids": prompt}, sampling(plan, TOKENS))
-    got: dict[int, list[int]] = {}
-    while core.has_unfinished_requests():
-        for output in core.step():
-            index, tokens = int(output.request_id), list(output.outputs[0].token_ids)
-            after, plan = changes[index]
-            if len(tokens) == after:
-                (row,) = [
-                    row
-                    for row, length in enumerate(state.table.prompt_lens)
-                    if length == len(prompts[index])
-                ]
-                state.table.follow(row, SkipPlan.parse(plan, TINY_LAYERS))
-            if output.finished:
-                got[index] = tokens
-    return [got[index] for index in range(len(prompts))]
 
 
 @pytest.mark.parametrize("kv_fill", ["copy", "project"])
@@ -62,7 +37,7 @@ def test_a_sequence_that_runs_more_finds_what_was_filled(
     plans[:4] = [[0, 1], [3, 4, 5], [*range(1, 8)], [*range(7)]]
     changes: list[tuple[int, Entries]] = [(rng.randint(2, 12), []) for _ in prompts]
     changes[5:9] = [(4, random_plan(rng, TINY_LAYERS)) for _ in range(4)]
-    got = run_with_changes(llm, prompts, plans, changes)
+    got = run_with_changes(llm, prompts, plans, changes, TOKENS)
     others = 0
     for prompt, plan, then, tokens in zip(prompts, plans, changes, got, strict=True):
         want, gap = reference.generate(prompt, plan, TOKENS, kv_fill=kv_fill, then=then)

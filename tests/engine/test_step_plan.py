@@ -238,7 +238,6 @@ def test_a_sub_layer_that_nobody_needs_is_in_no_segment() -> None:
     plan, _ = plan_of([(9, 1, 4, skips), (7, 1, 2, skips)])
     assert [segment.sub_layers for segment in plan.pieces] == [(0, 1, 4)]
     assert plan.pieces[0].subset is None
-    assert plan.pieces[0].parts == ((0, "layer"), (2, "attention"))
 
 
 def test_prompts_run_dense_whatever_their_plan() -> None:

@@ -51,6 +51,7 @@ def examine() -> Iterator[Finding]:
         _entry_points,
         _runner,
         _cpu,
+        _families,
         _model,
     ]
     for check in checks:
@@ -147,6 +148,12 @@ def _cpu() -> Iterator[Finding]:
     space = os.environ.get("VLLM_CPU_KVCACHE_SPACE")
     found = f"{space} GiB" if space else "nearly all memory; set VLLM_CPU_KVCACHE_SPACE for less"
     yield Finding("KV cache", found)
+
+
+def _families() -> Iterator[Finding]:
+    from vllm_adaskip.model_executors.registry import FAMILIES
+
+    yield Finding("architectures", ", ".join(FAMILIES))
 
 
 def _model() -> Iterator[Finding]:

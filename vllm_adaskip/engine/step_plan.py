@@ -44,18 +44,6 @@ class Segment:
         """True when an attention sub-layer is among them."""
         return any(sub_layer % 2 == 0 for sub_layer in self.sub_layers)
 
-    @cached_property
-    def parts(self) -> tuple[tuple[int, str], ...]:
-        """``(layer, "layer" | "attention" | "mlp")`` in order; both halves make a layer."""
-        parts: list[tuple[int, str]] = []
-        for sub_layer in self.sub_layers:
-            layer, is_mlp = divmod(sub_layer, 2)
-            if is_mlp and parts and parts[-1] == (layer, "attention"):
-                parts[-1] = (layer, "layer")
-            else:
-                parts.append((layer, "mlp" if is_mlp else "attention"))
-        return tuple(parts)
-
 
 @dataclass(frozen=True)
 class Passing:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,9 +27,10 @@ class Head(Lens):
     hidden state and of chosen tokens.
     """
 
-    def __init__(self, model: Any, norm: nn.Module) -> None:
+    def __init__(self, model: Any, finish: Callable[[tuple[Tensor, Tensor]], Tensor]) -> None:
+        """Take the model, and what gives its head's input of ``(update, before)``."""
         self._model = model
-        self._norm = norm
+        self._finish = finish
 
     def check(self, vocabulary: Sequence[int] | None) -> None:
         """Refuse a model without a head, or of whose head parts cannot be had."""
@@ -62,8 +63,8 @@ class Head(Lens):
     def __call__(
         self, before: Tensor, update: Tensor, vocabulary: Sequence[int] | None = None
     ) -> Tensor:
-        """Run the final norm, then the head or the rows of it that are wanted."""
-        hidden = self._norm(update, before)[0]
+        """Run what follows the last layer, then the head or the rows of it that are wanted."""
+        hidden = self._finish((update, before))
         if vocabulary is None:
             logits: Tensor = self._model.compute_logits(hidden)
             return logits

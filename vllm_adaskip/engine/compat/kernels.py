@@ -15,7 +15,7 @@ Since 0.26. Remove when vLLM chooses kernels at call time, or planned steps are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -31,18 +31,18 @@ Forward = Callable[..., Any]
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def with_kernels(layers: Iterable[Module]) -> list[Module]:
-    """Give twins of decoder layers that share all their weights, but whose ops have kernels.
+def with_kernels(stack: Module) -> Module:
+    """Give a twin of a stack of decoder layers that shares all weights, but whose ops have kernels.
 
-    The layers themselves stay what stock vLLM made, for stock vLLM and the compiler. Called while
+    The stack itself stays what stock vLLM made, for stock vLLM and the compiler. Called while
     the model is made, as vLLM chooses the ops' methods then.
     """
     counted = get_current_vllm_config().compilation_config.enabled_custom_ops
     before = counted.copy()
-    twins = [_twin(layer) for layer in layers]
+    twin = _twin(stack)
     counted.clear()  # what vLLM counts for its log
     counted.update(before)
-    return twins
+    return twin
 
 
 def _twin(module: Module) -> Module:

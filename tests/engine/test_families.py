@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The family matrix: each family under every kind of plan, fill and method.
+
+Stock vLLM says what comes out where nothing is skipped, bit for bit; the float32 transformers loop
+says all else. Another family is one more entry in `families.CASES`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from batches import Entries, greedy, random_plan, random_prompts, run_with_changes, sampling
+from families import CASES, LAYERS, WARM_UP, Matrix
+from reference import MlpRule
+
+from vllm_adaskip import DecoderShape, SkipPlan, engine_args
+from vllm_adaskip.classifiers.fit.sub_layers import decoder_shape
+from vllm_adaskip.config import AdaSkipConfig
+from vllm_adaskip.engine.planner import Planner
+from vllm_adaskip.model_executors.registry import FAMILIES
+from vllm_adaskip.support import KV_FILLS, PLAN_KINDS, supported
+
+TOKENS = 14
+#: One of everything, ends included, and several together.
+SOME: list[list[int]] = [[0], [LAYERS - 1], [2, 3], [1, 2, 4], list(range(1, LAYERS)), []]
+#: How a layer is written in each kind of plan.
+WRITTEN: dict[str, Callable[[int], int | str]] = {
+    "whole layers": int,
+    "attention": "attn:{}".format,
+    "MLPs": "mlp:{}".format,
+}
+
+
+@pytest.fixture(scope="module")
+def matrix(tmp_path_factory: pytest.TempPathFactory, engine: Callable[..., Any]) -> Matrix:
+    return Matrix(tmp_path_factory.mktemp("families"), engine)
+
+
+def test_every_family_has_a_case_and_every_kind_its_plans() -> None:
+    """What the README promises is what is run here."""
+    assert {case.architecture for case in CASES.values()} == set(FAMILIES)
+    assert set(WRITTEN) == set(PLAN_KINDS)
+    run = {(CASES[name].architecture, kind, fill) for name, kind, fill in CELLS}
+    assert run == set(supported())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_reference_runs_what_transformers_runs(matrix: Matrix, name: str) -> None:
+    """Its loop is written down once more, so where nothing is skipped it is checked itself."""
+    reference = matrix.reference(name)
+    for prompt in random_prompts(80, 3, longest=30):
+        tokens, gap = reference.generate(prompt, [], TOKENS)
+        whole = reference.model(torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1]
+        assert whole.argmax(-1).tolist() == tokens and gap > 1e-4
+
+
+@pytest.mark.parametrize("name", CASES)
+@torch.inference_mode()
+def test_the_reference_projects_what_transformers_caches(matrix: Matrix, name: str) -> None:
+    reference = matrix.reference(name)
+    prompt = [5, 300, 17, 42]
+    cached = reference.model(torch.tensor([prompt]), use_cache=True).past_key_values.layers[0]
+    hidden, where = reference.decoder.embed(prompt, range(len(prompt)))
+    key, value = reference.decoder.key_value(0, hidden, where)
+    torch.testing.assert_close((key, value), (cached.keys, cached.values))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_plan_s_share_is_counted_by_the_parameters_that_are_there(
+    matrix: Matrix, name: str
+) -> None:
+    assert shape_of(matrix, name) == decoder_shape(matrix.reference(name).model)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_with_nothing_skipped_logprobs_equal_stock_bit_for_bit(matrix: Matrix, name: str) -> None:
+    prompts = random_prompts(81, 8)
+    stock, ours = matrix.stock(name), matrix.plugin(name, "none")
+    assert ours.apply_model(lambda model: type(model).__name__) == [
+        FAMILIES[CASES[name].architecture].architecture
+    ]
+    want = logprobs(stock, prompts, None)
+    assert logprobs(ours, prompts, None) == want
+    assert logprobs(ours, prompts, []) == want
+
+
+CELLS = [
+    (name, kind, fill)
+    for name, (architecture, kind, fill) in product(CASES, supported())
+    if CASES[name].architecture == architecture
+]
+
+
+@pytest.mark.parametrize(("name", "kind", "fill"), CELLS)
+def test_plans_of_one_kind(matrix: Matrix, name: str, kind: str, fill: str) -> None:
+    """Different plans in one batch; later they change, so that what was filled is read."""
+    plans = [[WRITTEN[kind](layer) for layer in layers] for layers in SOME]
+    check(matrix, name, fill, plans, seed=82)
+
+
+@pytest.mark.parametrize(("name", "fill"), product(CASES, KV_FILLS))
+def test_plans_of_all_kinds_in_one_batch(matrix: Matrix, name: str, fill: str) -> None:
+    rng = random.Random(83)
+    check(matrix, name, fill, [random_plan(rng, LAYERS) for _ in range(14)], seed=83)
+
+
+@pytest.mark.parametrize("name", ["opt, post-norm and projections", "qwen3"])
+def test_compiled(matrix: Matrix, name: str) -> None:
+    """Where nothing is skipped vLLM's compiled model runs, else its modules one by one."""
+    llm = matrix.make(name, enforce_eager=False, **engine_args())
+    rng = random.Random(86)
+    plans: list[Entries] = [[], *(random_plan(rng, LAYERS) for _ in range(5))]
+    prompts = random_prompts(86, len(plans))
+    for together in (plans, [[]] * len(plans)):
+        got = greedy(llm, prompts, together, TOKENS)
+        for prompt, plan, tokens in zip(prompts, together, got, strict=True):
+            want, gap = matrix.reference(name).generate(prompt, plan, TOKENS)
+            assert tokens == want, f"{plan}, smallest gap {gap:.2g}"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_method_that_reads_prompts(matrix: Matrix, name: str) -> None:
+    reference, llm = matrix.reference(name), matrix.plugin(name, "copy")
+    facts = AdaSkipConfig.parse({"method": "similarity"}).facts(shape_of(matrix, name))
+    classifier = Planner(facts).classifier
+    prompts = random_prompts(84, 4) + random_prompts(84, 8, longest=4)  # short ones differ most
+    budgets = (0.7, 0.8, 0.9)
+    requests = list(product(prompts, budgets))
+    outputs = llm.generate(
+        [{"prompt_token_ids": prompt} for prompt, _ in requests],
+        [sampling(None, TOKENS, extra_args={"adaskip_budget": one}) for _, one in requests],
+        use_tqdm=False,
+    )
+    met = set()
+    for (prompt, budget), output in zip(requests, outputs, strict=True):
+        plan = classifier.decide(budget, reference.observe(prompt, classifier))
+        want, gap = reference.generate(prompt, plan.entries(), TOKENS)
+        assert list(output.outputs[0].token_ids) == want, f"{plan}, smallest gap {gap:.2g}"
+        met.add((budget, plan))
+    assert len(met) > len(budgets)  # the prompt does decide, not the budget alone
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_method_that_gates_tokens(matrix: Matrix, name: str) -> None:
+    reference, llm = matrix.reference(name), matrix.plugin(name, "project")
+    prompts = random_prompts(85, 8)
+    left_out = set()
+    for prompt, got in zip(prompts, greedy(llm, prompts, [None] * 8, TOKENS), strict=True):
+        rule = MlpRule(range(1, LAYERS - 1), CASES[name].threshold, warm_up=WARM_UP)
+        want, gap = reference.generate(prompt, [], TOKENS, rule=rule)
+        assert got == want, f"smallest gap {gap:.2g}, margin {rule.margin:.2g}"
+        left_out |= {tuple(one) for one in rule.left_out}
+    assert len(left_out) > 2  # tokens do differ, also after the warm-up
+
+
+def check(matrix: Matrix, name: str, fill: str, plans: list[Entries], seed: int) -> None:
+    """Run plans in one batch and compare tokens; most change to another plan on the way."""
+    reference, llm = matrix.reference(name), matrix.plugin(name, fill)
+    rng = random.Random(seed)
+    prompts = [[rng.randrange(512) for _ in range(3 + 5 * index)] for index in range(len(plans))]
+    # Without a fill nobody may read what a token left out.
+    changes = [(rng.randint(2, 8), [] if fill != "none" else plan) for plan in plans]
+    got = run_with_changes(llm, prompts, plans, changes, TOKENS)
+    dense = read = 0
+    for prompt, plan, then, tokens in zip(prompts, plans, changes, got, strict=True):
+        want, gap = reference.generate(prompt, plan, TOKENS, kv_fill=fill, then=then)
+        assert tokens == want, f"{plan} then {then}, smallest gap {gap:.2g}"
+        dense += want == reference.generate(prompt, [], TOKENS)[0]
+        read += want != reference.generate(prompt, plan, TOKENS, then=then)[0]
+    assert dense <= len(plans) // 2, f"{dense} like dense: this case's weights are too small"
+    leaves_attention = any(SkipPlan.parse(plan, LAYERS).attention for plan in plans)
+    assert bool(read) is (fill != "none" and leaves_attention)  # and so does what is filled
+
+
+def shape_of(matrix: Matrix, name: str) -> DecoderShape:
+    return FAMILIES[CASES[name].architecture].shape(matrix.reference(name).model.config)
+
+
+def logprobs(llm: Any, prompts: list[list[int]], plan: Entries | None) -> list[Any]:
+    outputs = llm.generate(
+        [{"prompt_token_ids": prompt} for prompt in prompts],
+        [sampling(plan, TOKENS, logprobs=3) for _ in prompts],
+        use_tqdm=False,
+    )
+    return [
+        [{token: one.logprob for token, one in step.items()} for step in output.outputs[0].logprobs]
+        for output in outputs
+    ]
