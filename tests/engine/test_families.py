@@ -16,7 +16,7 @@ import pytest
 import torch
 from batches import Entries, greedy, random_plan, random_prompts, run_with_changes, sampling
 from families import CASES, LAYERS, WARM_UP, Matrix
-from reference import MlpRule
+from reference import Exit, MlpRule
 
 from vllm_adaskip import DecoderShape, SkipPlan, engine_args
 from vllm_adaskip.classifiers.fit.sub_layers import decoder_shape
@@ -156,6 +156,25 @@ def test_a_method_that_gates_tokens(matrix: Matrix, name: str) -> None:
         assert got == want, f"smallest gap {gap:.2g}, margin {rule.margin:.2g}"
         left_out |= {tuple(one) for one in rule.left_out}
     assert len(left_out) > 2  # tokens do differ, also after the warm-up
+
+
+@pytest.mark.parametrize("name", ["opt, post-norm and projections", "qwen3"])
+def test_answers_that_stop_early(matrix: Matrix, name: str) -> None:
+    """What follows the last layer, norm and projection and head, is looked through below it."""
+    reference, checks = matrix.reference(name), [0, 2, 3]
+    prompts = random_prompts(87, 24, longest=20)
+
+    def want(top_prob: float) -> tuple[list[list[int]], set[int]]:
+        exits = [Exit(checks, top_prob, 0.0) for _ in prompts]
+        answers = [reference.answer(*one)[0] for one in zip(prompts, exits, strict=True)]
+        return answers, {depth for one in exits for depth in one.depths}
+
+    tried = {one / 100: want(one / 100) for one in (1, 2, 5, 10, 20, 40, 60, 80, 95)}
+    top_prob = max(tried, key=lambda one: len(tried[one][1]))
+    assert len(tried[top_prob][1]) > 2
+    options = engine_args(method="adainfer", check_layers=checks, top_prob=top_prob)
+    got = greedy(matrix.make(name, **options), prompts, [None] * len(prompts), 1)
+    assert got == tried[top_prob][0]
 
 
 def check(matrix: Matrix, name: str, fill: str, plans: list[Entries], seed: int) -> None:
