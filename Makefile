@@ -15,7 +15,7 @@ help:
 	@echo "make test   set up .venv and run the tests"
 	@echo "make test-0.29  set up .venv-0.29 and run what another vLLM release could break"
 	@echo "make lint   ruff and mypy"
-	@echo "make bench  stock vLLM beside the plugin with nothing skipped; K/V fills; reading prompts"
+	@echo "make bench  stock vLLM beside the plugin with nothing skipped; K/V fills; reading prompts; early exit"
 	@echo "make gpu-check  on a machine with a GPU and vLLM: mixed plans against transformers, speed"
 	@echo "make soak   the torture test for half an hour; make soak MINUTES=5 for less"
 	@echo "make train  train the bundled model again, into build/model (about an hour)"
@@ -50,6 +50,7 @@ bench: setup
 	$(BIN)/python benchmarks/off_is_free.py --rounds $(ROUNDS)
 	$(BIN)/python benchmarks/paged_kv.py --rounds $(ROUNDS)
 	$(BIN)/python benchmarks/reading_prompts.py --rounds $(ROUNDS)
+	$(BIN)/python benchmarks/early_exit.py --rounds $(ROUNDS)
 
 # With the Python that has vLLM for the GPU, which no set-up of ours installs.
 gpu-check:
