@@ -5,10 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import random
 import re
-import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -17,9 +15,9 @@ from typing import Any
 
 import httpx
 import pytest
+from http_server import URL, serving
 from readme import ENVIRONMENT, block
 
-URL = "http://127.0.0.1:8000"
 LAYERS = 12
 
 
@@ -27,31 +25,8 @@ LAYERS = 12
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Start the server with the README's own command; give the path of its log."""
     log = tmp_path_factory.mktemp("server") / "log"
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            ["bash", "-c", "exec " + block("vllm serve")],
-            env=ENVIRONMENT,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        wait_until_up(process, log)
+    with serving(block("vllm serve"), log):
         yield str(log)
-    finally:
-        os.killpg(process.pid, signal.SIGINT)
-        process.wait(60)
-
-
-def wait_until_up(process: subprocess.Popen[bytes], log: Path) -> None:
-    for _ in range(300):
-        assert process.poll() is None, log.read_text()[-3000:]
-        try:
-            if httpx.get(f"{URL}/health").status_code == 200:
-                return
-        except httpx.TransportError:
-            time.sleep(1)
-    pytest.fail("no server after 300 s:\n" + log.read_text()[-3000:])
 
 
 def shell(command: str) -> str:
@@ -84,7 +59,10 @@ def test_the_readmes_completion_skips_what_it_names(server: str) -> None:
 
 def test_the_start_says_what_is_in_force(server: str) -> None:
     log = Path(server).read_text()
-    assert "vllm-adaskip: AdaSkipLlamaForCausalLM, method none, budget 1, kv_fill none" in log
+    assert (
+        "vllm-adaskip: AdaSkipLlamaForCausalLM, method none, profile none, budget 1, kv_fill none"
+        in log
+    )
 
 
 def test_chat_takes_plans_too(server: str) -> None:

@@ -20,7 +20,7 @@ import pytest
 from batches import random_plan, random_prompts
 from conftest import TINY_LAYERS, TINY_SHAPE
 from gated import Gated
-from reference import Reference
+from reference import Exit, Reference
 
 from vllm_adaskip import DecoderShape
 from vllm_adaskip.config import AdaSkipConfig
@@ -32,6 +32,8 @@ TIGHT = {"max_num_seqs": 6, "block_size": 32, "num_gpu_blocks_override": 9}
 BAD = {"adaskip_skip": [TINY_LAYERS]}
 SIMILARITY = {"method": "similarity", "budget": 0.6}
 GATED = {"threshold": 0.9, "warm_up": 2}
+CHECKS, TOP_PROB, GAP = [1, 2, 4, 6], 0.04, 0.01
+EXITS = {"method": "adainfer", "check_layers": CHECKS, "top_prob": TOP_PROB, "gap": GAP}
 
 
 def planned(seed: int, count: int) -> list[Any]:
@@ -51,6 +53,8 @@ JOBS: dict[str, dict[str, Any]] = {
     "preempted": job({"kv_fill": "copy"}, planned(3, 8), engine=TIGHT, max_tokens=50),
     "read": job(SIMILARITY, [None] * 7),
     "gated": job({"method": "ffn-skip", "scope": "token", **GATED}, [None] * 7),
+    "exits": job({**EXITS, "scope": "token", "kv_fill": "copy"}, [None] * 7),
+    "answers": job(EXITS, [None] * 7, max_tokens=1),
 }
 
 
@@ -141,3 +145,22 @@ def test_a_token_gate_leaves_out_what_its_rule_says(
     gated = Gated(None, reference, **GATED)
     check(JOBS["gated"], ran["gated"], lambda *request: gated.want(*request)[0])
     assert len(set(ran["gated"]["report"]["mlp_run"])) > 1
+
+
+def test_tokens_and_whole_answers_stop_early(ran: dict[str, Any], reference: Reference) -> None:
+    depths = set()
+
+    def by_token(prompt: list[int], _: Any, tokens: int) -> list[int]:
+        exit = Exit(CHECKS, TOP_PROB, GAP)
+        found = reference.generate(prompt, [], tokens, kv_fill="copy", exit=exit)[0]
+        depths.update(exit.depths)
+        return found
+
+    check(JOBS["exits"], ran["exits"], by_token)
+    check(
+        JOBS["answers"],
+        ran["answers"],
+        lambda prompt, *_: reference.answer(prompt, Exit(CHECKS, TOP_PROB, GAP))[0],
+    )
+    assert len(depths) > 2 and sum(ran["exits"]["report"]["exits"]) > 0
+    assert sum(ran["answers"]["report"]["exits"]) > 0
