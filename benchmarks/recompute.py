@@ -24,7 +24,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vllm_adaskip import bundled_model
 from vllm_adaskip.classifiers.adainfer import AdaInferOptions
-from vllm_adaskip.classifiers.exit_rules import ExitRule, load_rule
+from vllm_adaskip.classifiers.exit_rule_file import load_rule
+from vllm_adaskip.classifiers.exit_rules import ExitRule
 from vllm_adaskip.classifiers.fit.final_head import FinalHead
 from vllm_adaskip.classifiers.lens_gate import features
 from vllm_adaskip.classifiers.profile import Profile

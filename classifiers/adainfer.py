@@ -9,16 +9,11 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from pydantic import Field
 
-from vllm_adaskip.classifiers.base import (
-    Classifier,
-    ExitGate,
-    Lens,
-    MethodOptions,
-    Observe,
-    PromptStatistics,
-)
+from vllm_adaskip.classifiers.base import Classifier, MethodOptions, Observe, PromptStatistics
 from vllm_adaskip.classifiers.early_exit import deepest_exit, exit_plan
-from vllm_adaskip.classifiers.exit_rules import Crf, ExitRule, Threshold, load_rule
+from vllm_adaskip.classifiers.exit_rule_file import load_rule
+from vllm_adaskip.classifiers.exit_rules import Crf, ExitRule, Threshold
+from vllm_adaskip.classifiers.gates import ExitGate, Lens
 from vllm_adaskip.classifiers.plan import DecoderShape, PlanError, SkipPlan
 
 if TYPE_CHECKING:

@@ -8,13 +8,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from vllm_adaskip.classifiers.base import (
-    Classifier,
-    ExitGate,
-    Lens,
-    MethodOptions,
-    PromptStatistics,
-)
+from vllm_adaskip.classifiers.base import Classifier, MethodOptions, PromptStatistics
+from vllm_adaskip.classifiers.gates import ExitGate, Lens
 from vllm_adaskip.classifiers.plan import DecoderShape, PlanError, SkipPlan
 
 

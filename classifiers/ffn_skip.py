@@ -9,16 +9,10 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from vllm_adaskip.classifiers.base import (
-    Classifier,
-    Lens,
-    MethodOptions,
-    Observe,
-    PromptStatistics,
-    TokenGate,
-)
+from vllm_adaskip.classifiers.base import Classifier, MethodOptions, Observe, PromptStatistics
 from vllm_adaskip.classifiers.batch_rule import BATCH_RULES
 from vllm_adaskip.classifiers.calibration import CalibratedOptions
+from vllm_adaskip.classifiers.gates import Lens, TokenGate
 from vllm_adaskip.classifiers.plan import DecoderShape, PlanError, SkipPlan
 
 if TYPE_CHECKING:

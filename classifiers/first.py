@@ -11,15 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from vllm_adaskip.classifiers.base import (
-    Classifier,
-    Lens,
-    MethodOptions,
-    Observe,
-    PromptStatistics,
-)
+from vllm_adaskip.classifiers.base import Classifier, MethodOptions, Observe, PromptStatistics
 from vllm_adaskip.classifiers.calibration import CalibratedOptions
 from vllm_adaskip.classifiers.codebook import nearest_within
+from vllm_adaskip.classifiers.gates import Lens
 from vllm_adaskip.classifiers.plan import DecoderShape, SkipPlan
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vllm_adaskip.classifiers.base import ExitGate, Lens
 from vllm_adaskip.classifiers.exit_rules import ExitRule
+from vllm_adaskip.classifiers.gates import ExitGate, Lens
 
 
 def features(logits: Tensor) -> Tensor:

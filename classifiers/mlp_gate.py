@@ -8,8 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vllm_adaskip.classifiers.base import TokenGate
 from vllm_adaskip.classifiers.cosine import Cosines
+from vllm_adaskip.classifiers.gates import TokenGate
 
 
 class MlpGate(TokenGate):

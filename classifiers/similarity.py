@@ -9,14 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_adaskip.classifiers.base import (
-    Classifier,
-    Lens,
-    MethodOptions,
-    Observe,
-    PromptStatistics,
-)
+from vllm_adaskip.classifiers.base import Classifier, MethodOptions, Observe, PromptStatistics
 from vllm_adaskip.classifiers.ends import EndsOptions
+from vllm_adaskip.classifiers.gates import Lens
 from vllm_adaskip.classifiers.plan import DecoderShape, SkipPlan
 
 if TYPE_CHECKING:

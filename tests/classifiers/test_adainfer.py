@@ -19,7 +19,8 @@ from safetensors.numpy import load_file, save_file
 from vllm_adaskip import DecoderShape
 from vllm_adaskip.classifiers import PlanError, PromptStatistics
 from vllm_adaskip.classifiers.adainfer import AdaInfer, AdaInferOptions
-from vllm_adaskip.classifiers.exit_rules import FILE, Crf, ExitRule, Svm, Threshold, load_rule
+from vllm_adaskip.classifiers.exit_rule_file import load_rule
+from vllm_adaskip.classifiers.exit_rules import FILE, Crf, ExitRule, Svm, Threshold
 from vllm_adaskip.classifiers.lens_gate import LensGate, features
 from vllm_adaskip.classifiers.profile import ProfileError
 

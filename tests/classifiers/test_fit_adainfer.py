@@ -12,7 +12,7 @@ import pytest
 from made_up_exits import LAYERS, made_up
 
 from vllm_adaskip.classifiers.adainfer import AdaInfer, AdaInferOptions
-from vllm_adaskip.classifiers.exit_rules import load_rule
+from vllm_adaskip.classifiers.exit_rule_file import load_rule
 from vllm_adaskip.classifiers.fit.adainfer import fit_adainfer
 from vllm_adaskip.classifiers.fit.check_layers import check_cost, choose, first_exits, looked
 from vllm_adaskip.classifiers.fit.exit_fit import ExitFit

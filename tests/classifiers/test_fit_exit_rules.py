@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_up_exits import LAYERS, made_up
 
-from vllm_adaskip.classifiers.exit_rules import Svm, load_rule
+from vllm_adaskip.classifiers.exit_rule_file import load_rule
+from vllm_adaskip.classifiers.exit_rules import Svm
 from vllm_adaskip.classifiers.fit.exit_crf import (
     CrfFit,
     log_odds,
