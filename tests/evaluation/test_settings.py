@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_adaskip.classifiers import SkipPlan
+from vllm_adaskip.classifiers import METHODS, SkipPlan
 from vllm_adaskip.classifiers.profile import Profile, ProfileError
 from vllm_adaskip.evaluation.settings import (
     DENSE,
@@ -74,5 +74,5 @@ def test_a_profile_by_itself_below_its_own_budget_and_at_targets(tmp_path: Path)
 
 
 def test_an_unknown_method_is_refused_with_those_that_exist() -> None:
-    with pytest.raises(ValueError, match="'nope'; allowed: ffn-skip, first, none, similarity"):
+    with pytest.raises(ValueError, match=f"'nope'; allowed: {', '.join(METHODS)}"):
         list(decided("nope", {}, [0.5]))
