@@ -44,7 +44,8 @@ def served(
     if request.param in OTHER_SCOPES:
         command += f" --additional-config.adaskip.{OTHER_SCOPES[request.param]}"
     log = tmp_path_factory.mktemp(method) / "log"
-    with serving(f"{command} --host 127.0.0.1 --served-model-name bundled", log):
+    # Compiling would only take time: `test_server` serves compiled.
+    with serving(f"{command} --host 127.0.0.1 --served-model-name bundled --enforce-eager", log):
         yield request.param
 
 

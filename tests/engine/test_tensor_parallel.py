@@ -21,10 +21,8 @@ from vllm_adaskip.classifiers.similarity import Similarity, SimilarityOptions
 PLANS: list[Entries | None] = [[], [2, 3], ["attn:4", "mlp:5"], [0], None, ["mlp:0"], None, None]
 TOKENS = 10
 BUDGET = 0.6
-METHOD = Similarity(DecoderShape(*TINY_SHAPE), SimilarityOptions())
 SCALED = Similarity(DecoderShape(*TINY_SHAPE), SimilarityOptions(scale=True))
 SCALING = {"method": "similarity", "budget": BUDGET, "scale": True, "kv_fill": "project"}
-READING = {"method": "similarity", "budget": BUDGET, "kv_fill": "copy"}
 GATING = {"method": "ffn-skip", "scope": "token", "threshold": 0.9, "warm_up": 2}
 AGREEING = {**GATING, "batch_rule": "majority"}
 EXITING = {
@@ -60,8 +58,8 @@ if __name__ == "__main__":
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two ranks need two cores")
 @pytest.mark.parametrize(
     "options",
-    [READING, SCALING, GATING, AGREEING, EXITING],
-    ids=["reading", "scaling", "gating", "agreeing", "exiting"],
+    [SCALING, GATING, AGREEING, EXITING],
+    ids=["reading and scaling", "gating", "agreeing", "exiting"],
 )
 def test_two_ranks_give_the_reference_s_tokens_and_equal_reports(
     tiny_llama: str, tmp_path: Path, options: dict[str, object]
@@ -97,10 +95,9 @@ def test_two_ranks_give_the_reference_s_tokens_and_equal_reports(
         if plan is None and options is EXITING:
             plan, exit = [], Exit([1, 2, 4, 6], 0.04, 0.01)
         if plan is None:
-            method = SCALED if options is SCALING else METHOD
-            read = reference.observe(prompt, method)
-            decided = method.decide(BUDGET, read)
-            plan, factors = decided.entries(), method.factors(decided, read)
+            read = reference.observe(prompt, SCALED)
+            decided = SCALED.decide(BUDGET, read)
+            plan, factors = decided.entries(), SCALED.factors(decided, read)
         by = None if factors is None else factors.tolist()
         fill = str(options.get("kv_fill", "none"))
         want, _ = reference.generate(
