@@ -26,6 +26,16 @@ class DecoderShape:
     attention_parameters: int
     mlp_parameters: int
 
+    @property
+    def layer_parameters(self) -> int:
+        """Parameters of a layer."""
+        return self.attention_parameters + self.mlp_parameters
+
+    def kept(self, attention: float, mlp: float) -> float:
+        """Share of decoder compute without so many attention and MLP sub-layers, by parameters."""
+        skipped = attention * self.attention_parameters + mlp * self.mlp_parameters
+        return 1.0 - skipped / (self.num_layers * self.layer_parameters)
+
 
 @dataclass(frozen=True, slots=True)
 class SkipPlan:
@@ -89,12 +99,7 @@ class SkipPlan:
 
     def share(self, shape: DecoderShape) -> float:
         """Share of decoder compute that is kept, in [0, 1], weighted by parameters."""
-        layer = shape.attention_parameters + shape.mlp_parameters
-        skipped = (
-            self.attention.bit_count() * shape.attention_parameters
-            + self.mlp.bit_count() * shape.mlp_parameters
-        )
-        return 1.0 - skipped / (shape.num_layers * layer)
+        return shape.kept(self.attention.bit_count(), self.mlp.bit_count())
 
     def mask(self) -> NDArray[np.bool_]:
         """Give ``[2 * num_layers]`` bools, True: left out; in the order attn 0, mlp 0, attn 1."""

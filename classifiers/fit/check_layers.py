@@ -49,7 +49,7 @@ class Look:
 
 def check_cost(shape: DecoderShape, tokens: int, hidden_size: int) -> float:
     """Give what a look at so many tokens' logits costs, in decoder layers."""
-    return tokens * hidden_size / (shape.attention_parameters + shape.mlp_parameters)
+    return tokens * hidden_size / shape.layer_parameters
 
 
 def first_exits(exits: Bools, layers: Sequence[int], num_layers: int) -> Ints:

@@ -107,8 +107,7 @@ def _at_equal_compute(
     greedy_layers: Sequence[Entry], target: float, shape: DecoderShape
 ) -> Iterator[Setting]:
     """Give what leaves out attention too, with as much compute kept as without the MLPs."""
-    layer = shape.attention_parameters + shape.mlp_parameters
-    less = target * shape.mlp_parameters / layer
+    less = target * shape.mlp_parameters / shape.layer_parameters
     for family, options in (("AdaSkip", {}), ("AdaSkip, scaled", {"scale": True})):
         yield Setting(
             name=f"{family} -{target:.0%}",

@@ -184,6 +184,4 @@ def kept(left_out: Sequence[float], shape: DecoderShape) -> float:
 
     """
     attention, mlp = (math.fsum(left_out[first::2]) for first in (0, 1))
-    skipped = attention * shape.attention_parameters + mlp * shape.mlp_parameters
-    layer = shape.attention_parameters + shape.mlp_parameters
-    return 1.0 - skipped / (shape.num_layers * layer)
+    return shape.kept(attention, mlp)
