@@ -152,10 +152,13 @@ class SkippingDecoder(nn.Module):
         """Run the segment's sub-layers for its tokens; other tokens' rows stay as they are."""
         if (subset := segment.subset) is None:
             return self._run_sub_layers(segment, positions, stream)
+        tokens = subset.on(positions.device)
+        part = _gather(stream, tokens)
+        if segment.attention:  # nothing else looks at them
+            positions = _rows(positions, tokens)
         with self.adaskip.using(segment):
-            part = _gather(stream, subset.tokens)
-            part = self._run_sub_layers(segment, positions[subset.tokens], part)
-        return _scatter(stream, subset.tokens, part)
+            part = self._run_sub_layers(segment, positions, part)
+        return _scatter(stream, tokens, part)
 
     def _pass_by(self, passing: Passing, positions: Tensor, stream: Stream) -> None:
         layer, tokens = self.stack.layers[passing.layer], passing.tokens
@@ -199,7 +202,14 @@ def _pair(stream: Stream, tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 def _gather(stream: Stream, tokens: slice | Tensor) -> Stream:
     update, before = stream
-    return update[tokens], None if before is None else before[tokens]
+    return _rows(update, tokens), None if before is None else _rows(before, tokens)
+
+
+def _rows(values: Tensor, tokens: slice | Tensor) -> Tensor:
+    # Plain indexing does the same, but takes twice as long to find out what is asked for.
+    if isinstance(tokens, slice):
+        return values[tokens]
+    return values.index_select(0, tokens.to(values.device))
 
 
 def _scatter(stream: Stream, tokens: slice | Tensor, part: Stream) -> Stream:
@@ -209,5 +219,9 @@ def _scatter(stream: Stream, tokens: slice | Tensor, part: Stream) -> Stream:
         update, before = torch.zeros_like(update), update.clone()
     part_update, part_before = part
     assert part_before is not None  # a sub-layer has run
-    update[tokens], before[tokens] = part_update, part_before
+    for whole, rows in ((update, part_update), (before, part_before)):
+        if isinstance(tokens, slice):
+            whole[tokens] = rows
+        else:
+            whole.index_copy_(0, tokens, rows)
     return update, before

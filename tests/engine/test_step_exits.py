@@ -141,7 +141,7 @@ def play(batch: list[Row], scope: Any, gate: Told, kv_fill: str) -> Played:
             fill.write(piece, own, own)
             continue
         tokens = everything if piece.subset is None else everything[piece.subset.tokens]
-        if piece.subset is not None and piece.runs_attention:
+        if piece.subset is not None and piece.attention:
             check_metadata(piece.subset, tokens, computed + query, position, row_of)
         for sub_layer in piece.sub_layers:
             for token in tokens.tolist():

@@ -107,12 +107,22 @@ class Tokens:
 
     """
 
+    _elsewhere: torch.Tensor | None = None
+
     def __init__(self, tokens: IntArray) -> None:
         """Take the ascending indices of at least one token."""
         self.num_tokens = len(tokens)
         first, last = int(tokens[0]), int(tokens[-1])
         together = last - first + 1 == self.num_tokens
         self.tokens = slice(first, last + 1) if together else torch.from_numpy(tokens)
+
+    def on(self, device: torch.device) -> slice | torch.Tensor:
+        """Give `tokens` as an index of tensors on a device, copied there once."""
+        if isinstance(self.tokens, slice) or self.tokens.device == device:
+            return self.tokens
+        if self._elsewhere is None or self._elsewhere.device != device:
+            self._elsewhere = self.tokens.to(device)
+        return self._elsewhere
 
     @property
     def index(self) -> slice | IntArray:

@@ -21,7 +21,6 @@ from vllm_adaskip.engine.token_gate import StepGate
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm.forward_context import ForwardContext
     from vllm.model_executor.layers.attention import Attention
 
 
@@ -51,10 +50,12 @@ class SkipRuntime:
         exit_gate = classifier.exit_gate(lens) if classifier.exits else None
         self.exits = StepExits(classifier.exits, exit_gate, self._table, self.kv_fill)
         self._layout: Layout | None = None
+        self._starts = b""
+        self._only_decodes = False
+        self._num_prompt = self._num_generated = 0
         self._version = -1
         self._plan: StepPlan | None = None
         self._is_dense = True
-        self._contexts: dict[Subset, ForwardContext] = {}
         self._method = facts.method
         self.profile = facts.profile
         self._prompt_tokens = 0
@@ -70,31 +71,19 @@ class SkipRuntime:
         metadata = self._sub_batches.step_metadata()
         if (lengths := self._lengths(metadata)) is None:  # a warm-up: no sequences
             return None
-        query_start_loc, seq_lens = lengths
-        rows = len(seq_lens)
-        layout = Layout.of(query_start_loc, seq_lens, self._table.prompt_lens[:rows])
-        skips = self._table.skips[:rows]
-        if self._plan is None or self._is_stale(layout):
-            self._version, self._layout = self._table.version, layout
-            self._plan = StepPlan.build(
-                skips,
-                layout,
-                with_passing=self.kv_fill.wants_passing,
-                alone=self.gate.arrange(layout),
-                factors=None if self._table.factors is None else self._table.factors[:rows],
-                checks=self.exits.arrange(layout),
-            )
-            self._is_dense = self._plan.is_dense
-        self._contexts.clear()
-        self._count(layout)
-        assert metadata is not None
-        self.observer.begin(layout, seq_lens, metadata.block_table)
+        starts, seq_lens = lengths
+        if self._is_stale(starts, seq_lens):
+            self._make_plan(starts, seq_lens)
+        assert metadata is not None and self._plan is not None and self._layout is not None
+        self._sub_batches.begin(self._plan.attention_subsets)
+        self._count()
+        self.observer.begin(self._layout, seq_lens, metadata.block_table)
         self.gate.begin(seq_lens)
         self.exits.begin(seq_lens)
         inside = self.observer.values is not None or self.gate.guarded or self.exits.is_open
         if self._is_dense and not inside:
             return None
-        self.kv_fill.begin(self._plan, skips, layout)
+        self.kv_fill.begin(self._plan, self._table.skips[: len(seq_lens)], self._layout)
         return self._plan
 
     def end_step(self) -> None:
@@ -107,16 +96,12 @@ class SkipRuntime:
     def using(self, segment: Segment) -> AbstractContextManager[Any]:
         """Enter a forward context in which vLLM's attention sees only the segment's tokens.
 
-        Metadata are built once per subset and step, however many segments share it, and
-        not at all for segments of MLPs, which do not look at them.
+        A segment of MLPs needs none, as these do not look at it.
         """
-        subset = segment.subset
-        if subset is None or not segment.runs_attention:
+        if segment.subset is None or not segment.attention:
             return nullcontext()
-        assert isinstance(subset, Subset)
-        if subset not in self._contexts:
-            self._contexts[subset] = self._sub_batches.context(subset)
-        return self._sub_batches.enter(self._contexts[subset])
+        assert isinstance(segment.subset, Subset)
+        return self._sub_batches.enter(segment.subset, segment.attention)
 
     def report(self) -> dict[str, Any]:
         """Give cumulative counters, and how many sequences are in the batch now.
@@ -163,14 +148,33 @@ class SkipRuntime:
         lengths, self._state.lengths = self._state.lengths, None  # a warm-up may come next
         return lengths
 
-    def _is_stale(self, layout: Layout) -> bool:
+    def _is_stale(self, starts: IntArray, seq_lens: IntArray) -> bool:
         if self._layout is None or self._version != self._table.version:
             return True
-        return not layout.equals(self._layout)
+        if self._only_decodes:  # and goes on so: sequences do not become shorter
+            return starts.tobytes() != self._starts
+        prompt_lens = self._table.prompt_lens[: len(seq_lens)]
+        return not Layout.of(starts, seq_lens, prompt_lens).equals(self._layout)
 
-    def _count(self, layout: Layout) -> None:
-        generated = int(layout.generated.sum())
-        self._prompt_tokens += int(layout.query_lens.sum()) - generated
-        self._generated_tokens += generated
+    def _make_plan(self, starts: IntArray, seq_lens: IntArray) -> None:
+        rows = len(seq_lens)
+        layout = Layout.of(starts, seq_lens, self._table.prompt_lens[:rows])
+        self._version, self._layout, self._starts = self._table.version, layout, starts.tobytes()
+        self._plan = StepPlan.build(
+            self._table.skips[:rows],
+            layout,
+            with_passing=self.kv_fill.wants_passing,
+            alone=self.gate.arrange(layout),
+            factors=None if self._table.factors is None else self._table.factors[:rows],
+            checks=self.exits.arrange(layout),
+        )
+        self._is_dense = self._plan.is_dense
+        self._num_generated = int(layout.generated.sum())
+        self._num_prompt = int(layout.query_lens.sum()) - self._num_generated
+        self._only_decodes = self._num_prompt == 0
+
+    def _count(self) -> None:
+        self._prompt_tokens += self._num_prompt
+        self._generated_tokens += self._num_generated
         assert self._plan is not None
         self._generated_run += self._plan.generated_run

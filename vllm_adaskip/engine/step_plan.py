@@ -40,9 +40,9 @@ class Segment:
     subset: Tokens | None
 
     @cached_property
-    def runs_attention(self) -> bool:
-        """True when an attention sub-layer is among them."""
-        return any(sub_layer % 2 == 0 for sub_layer in self.sub_layers)
+    def attention(self) -> tuple[int, ...]:
+        """Layers whose attention is among them."""
+        return tuple(sub_layer // 2 for sub_layer in self.sub_layers if sub_layer % 2 == 0)
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,13 @@ class StepPlan:
             if isinstance(piece, Segment) and piece.subset is None
         ]
         return sum(whole) == len(self.generated_run)
+
+    @cached_property
+    def attention_subsets(self) -> tuple[Subset, ...]:
+        """Subsets for which some layer's attention runs, in running order."""
+        segments = [piece for piece in self.pieces if isinstance(piece, Segment)]
+        found = [segment.subset for segment in segments if segment.attention]
+        return tuple(dict.fromkeys(one for one in found if isinstance(one, Subset)))
 
     @classmethod
     def build(

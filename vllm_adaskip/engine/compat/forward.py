@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from torch import Tensor
 
+from vllm_adaskip.engine.joined_subsets import JoinedSubsets
 from vllm_adaskip.engine.layout import IntArray, Subset
 from vllm_adaskip.engine.naming import planner_of
 from vllm_adaskip.engine.state import SkipState
@@ -71,11 +73,13 @@ def step_lengths(metadata: Any) -> tuple[IntArray, IntArray]:
 
 
 class SubBatches:
-    """Makes forward contexts in which vLLM's layers see a part of the step's tokens.
+    """Forward contexts in which vLLM's layers see a part of the step's tokens.
 
-    Attention metadata of the part come from the backend's own builder. Since 0.26
-    (`CommonAttentionMetadata`, `override_forward_context`, names of metadata fields).
-    Remove when vLLM runs layers on subsets itself.
+    Attention metadata of the parts come from the backend's own builder, made once per subset and
+    step. A layer's attention looks up metadata and slots under its own name, and runs once a step,
+    so one context serves all parts of a step. Since 0.26 (`CommonAttentionMetadata`,
+    `override_forward_context`, names of metadata fields). Remove when vLLM runs layers on
+    subsets itself.
     """
 
     def __init__(self, vllm_config: VllmConfig, layers: Iterable[Attention]) -> None:
@@ -83,6 +87,10 @@ class SubBatches:
         self._layers = list(layers)
         self._names = [layer.layer_name for layer in self._layers]
         self._builder: Any = None
+        self._joined: JoinedSubsets | None = None
+        self._planned: Sequence[Subset] = ()
+        self._parts: dict[Subset, tuple[Any, Tensor]] = {}
+        self._context: ForwardContext | None = None
 
     def step_metadata(self) -> Any | None:
         """Give the attention metadata of the step that runs now; None in a warm-up."""
@@ -91,45 +99,72 @@ class SubBatches:
         metadata = get_forward_context().attn_metadata
         return metadata[self._names[0]] if isinstance(metadata, dict) else None
 
-    @staticmethod
-    def enter(context: ForwardContext) -> AbstractContextManager[Any]:
-        """Make a forward context the current one for a while."""
-        from vllm.forward_context import override_forward_context
+    def begin(self, subsets: Sequence[Subset]) -> None:
+        """Start a step; ``subsets`` are those it is planned with, the same object while they are."""
+        self._parts, self._context = {}, None
+        if subsets is not self._planned:
+            self._planned, self._joined = subsets, None
 
-        entered: AbstractContextManager[Any] = override_forward_context(context)
+    def enter(self, subset: Subset, layers: Iterable[int]) -> AbstractContextManager[Any]:
+        """Make a context the current one in which the attention of these layers sees a subset."""
+        from vllm.forward_context import get_forward_context, override_forward_context
+
+        if self._context is None:
+            self._context = dataclasses.replace(
+                get_forward_context(), attn_metadata={}, slot_mapping={}
+            )
+        if subset not in self._parts:
+            self._make_parts(subset)
+        metadata, slots = self._parts[subset]
+        for layer in layers:
+            self._context.attn_metadata[self._names[layer]] = metadata
+            self._context.slot_mapping[self._names[layer]] = slots
+        entered: AbstractContextManager[Any] = override_forward_context(self._context)
         return entered
 
-    def context(self, subset: Subset) -> ForwardContext:
-        """Give the current forward context narrowed to a subset of its tokens."""
+    def _make_parts(self, subset: Subset) -> None:
+        """Make metadata for a subset; for all that were planned if it is one of them."""
         from vllm.forward_context import get_forward_context
         from vllm.v1.attention.backend import CommonAttentionMetadata
 
         step = get_forward_context()
         whole = step.attn_metadata[self._names[0]]
-        slots = step.slot_mapping[self._names[0]][subset.tokens]
         device = whole.seq_lens.device
         if self._builder is None:
             self._builder = self._make_builder(step)
-        part = self._builder.build(
-            0,
-            CommonAttentionMetadata(
-                query_start_loc=subset.query_start_loc.to(device),
-                query_start_loc_cpu=subset.query_start_loc,
-                seq_lens=whole.seq_lens[subset.rows] - subset.dropped.to(device),
-                num_reqs=len(subset.rows),
-                num_actual_tokens=subset.num_tokens,
-                max_query_len=subset.max_query_len,
-                max_seq_len=whole.max_seq_len,
-                block_table_tensor=whole.block_table[subset.rows],
-                slot_mapping=slots,
-                causal=True,
-            ),
+        if subset not in self._planned:  # planned anew in the middle of a step
+            joined = JoinedSubsets([subset], device)
+        else:
+            joined = self._joined = self._joined or JoinedSubsets(self._planned, device)
+        seq_lens = whole.seq_lens.index_select(0, joined.rows)
+        if joined.dropped is not None:
+            seq_lens -= joined.dropped
+        tables = whole.block_table.index_select(0, joined.rows)
+        slots = step.slot_mapping[self._names[0]].index_select(0, joined.tokens)
+        parts = zip(
+            joined.subsets,
+            seq_lens.split(joined.num_rows),
+            tables.split(joined.num_rows),
+            slots.split(joined.num_tokens),
+            strict=True,
         )
-        return dataclasses.replace(
-            step,
-            attn_metadata=dict.fromkeys(self._names, part),
-            slot_mapping=dict.fromkeys(self._names, slots),
-        )
+        for one, lengths, table, slot_mapping in parts:
+            metadata = self._builder.build(
+                0,
+                CommonAttentionMetadata(
+                    query_start_loc=one.query_start_loc.to(device),
+                    query_start_loc_cpu=one.query_start_loc,
+                    seq_lens=lengths,
+                    num_reqs=len(lengths),
+                    num_actual_tokens=one.num_tokens,
+                    max_query_len=one.max_query_len,
+                    max_seq_len=whole.max_seq_len,
+                    block_table_tensor=table,
+                    slot_mapping=slot_mapping,
+                    causal=True,
+                ),
+            )
+            self._parts[one] = metadata, slot_mapping
 
     def _make_builder(self, step: ForwardContext) -> Any:
         """Make the backend's builder, once the KV cache is laid out."""

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engines in this process that take turns, and one batch in one of them."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import count
+from typing import Any
+
+from vllm_adaskip.classifiers import SkipPlan
+
+#: Of each request, its ``extra_args``.
+Arguments = Sequence[Mapping[str, Any] | None]
+
+_numbers = count()
+
+
+def alone(kv_space: int = 1) -> None:
+    """Set the environment of such engines: this process, one thread, so that steps repeat.
+
+    Args:
+        kv_space: GiB of KV cache for each of them.
+
+    """
+    os.environ.update(
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+        VLLM_CPU_KVCACHE_SPACE=str(kv_space),
+        VLLM_LOGGING_LEVEL="ERROR",
+        OMP_NUM_THREADS="1",
+    )
+
+
+@contextmanager
+def engine(model: str, *, plugin: Mapping[str, Any] | None = None, **options: Any) -> Iterator[Any]:
+    """Start an engine with made-up weights; ``plugin``: with ours and these options of it."""
+    from vllm import LLM
+
+    from vllm_adaskip import engine_args
+    from vllm_adaskip.engine.compat import enable_amx
+
+    enable_amx()
+    common: dict[str, Any] = {
+        "load_format": "dummy",
+        "skip_tokenizer_init": True,
+        "enforce_eager": True,
+        "max_model_len": 512,
+        "max_num_seqs": 128,
+        "max_num_batched_tokens": 8192,
+        "enable_prefix_caching": False,
+        "distributed_executor_backend": "uni",
+    }
+    llm = LLM(model, **{**common, **options}, **({} if plugin is None else engine_args(**plugin)))
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
+class Batch:
+    """Requests that one engine works on; every step of it is timed by itself.
+
+    Prompts are `prompt` tokens long, all different, and never come again, so that no plan is
+    remembered from an earlier batch.
+    """
+
+    def __init__(self, llm: Any, arguments: Arguments, *, prompt: int = 8, tokens: int = 64) -> None:
+        from vllm import SamplingParams
+
+        self._engine = llm.llm_engine
+        vocabulary = self._engine.model_config.get_vocab_size()
+        self._ids = [f"bench-{next(_numbers)}" for _ in arguments]
+        for one, extra_args in zip(self._ids, arguments, strict=True):
+            number = int(one.removeprefix("bench-"))
+            params = SamplingParams(
+                temperature=0,
+                max_tokens=tokens,
+                ignore_eos=True,
+                detokenize=False,
+                extra_args=None if extra_args is None else dict(extra_args),
+            )
+            ids = [(number * 31 + place * (number % 97 + 1)) % (vocabulary - 8) for place in range(prompt)]
+            self._engine.add_request(one, {"prompt_token_ids": ids}, params)
+
+    def prefill(self) -> float:
+        """Run steps until every request has its first token; give their seconds."""
+        waiting, taken = set(self._ids), 0.0
+        while waiting:
+            start = time.perf_counter()
+            outputs = self._engine.step()
+            taken += time.perf_counter() - start
+            waiting -= {output.request_id for output in outputs}
+        return taken
+
+    def step(self) -> float:
+        """Run one step; give its seconds."""
+        start = time.perf_counter()
+        self._engine.step()
+        return time.perf_counter() - start
+
+    def end(self) -> None:
+        """Drop the requests, so that the next batch has the engine to itself."""
+        self._engine.abort_request(self._ids, internal=True)
+        while self._engine.has_unfinished_requests():
+            self._engine.step()
+
+
+def following(plans: Sequence[SkipPlan]) -> Arguments:
+    """Give arguments that name the plans."""
+    return [{"adaskip_skip": plan.entries()} for plan in plans]
+
+
+def decode(llm: Any, arguments: Arguments, steps: int, *, prompt: int = 8) -> list[float]:
+    """Give the seconds of so many decode steps of a batch, the first of which warms up."""
+    batch = Batch(llm, arguments, prompt=prompt, tokens=steps + 3)
+    batch.prefill()
+    batch.step()
+    taken = [batch.step() for _ in range(steps)]
+    batch.end()
+    return taken

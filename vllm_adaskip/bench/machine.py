@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What this machine can do at most: bytes and operations per second, measured."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+#: Far more than any cache holds.
+_BYTES = 1 << 29
+_SIZE = 2048
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The roof over every step.
+
+    Attributes:
+        bandwidth: bytes per second read from memory.
+        rate: operations per second of a matrix product in bfloat16, a multiply and an add two.
+
+    """
+
+    bandwidth: float
+    rate: float
+
+    @classmethod
+    def measure(cls) -> Machine:
+        """Measure both, with the threads that PyTorch is set to; the best of a few turns."""
+        import torch
+
+        table = torch.ones(_BYTES // 4, dtype=torch.float32)
+        left, right = (torch.randn(_SIZE, _SIZE, dtype=torch.bfloat16) for _ in range(2))
+        return cls(
+            bandwidth=_BYTES / _fastest(lambda: table.sum()),
+            rate=2 * _SIZE**3 / _fastest(lambda: left @ right),
+        )
+
+    def seconds(self, num_bytes: float, operations: float) -> float:
+        """Give the least time that so much takes: the slower of both, perfectly overlapped."""
+        return max(num_bytes / self.bandwidth, operations / self.rate)
+
+
+def _fastest(call: Callable[[], object]) -> float:
+    taken = []
+    for _ in range(6):
+        start = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - start)
+    return min(taken)

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decoders of real shapes with made-up weights, whole and with layers physically gone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+#: Name -> a published config, as far as it decides what a step costs.
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-3.2-1b": {
+        "model_type": "llama",
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "vocab_size": 128_256,
+        "tie_word_embeddings": True,
+    },
+    "tinyllama-1.1b": {
+        "model_type": "llama",
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "vocab_size": 32_000,
+        "tie_word_embeddings": False,
+    },
+    "opt-1.3b": {
+        "model_type": "opt",
+        "hidden_size": 2048,
+        "ffn_dim": 8192,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 32,
+        "vocab_size": 50_272,
+        "word_embed_proj_dim": 2048,
+        "max_position_embeddings": 8192,
+    },
+}
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "opt": "OPTForCausalLM"}
+#: Length that every shape is given, so that long contexts can be timed.
+POSITIONS = 8192
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder's config, whose weights are made up when it is loaded: they cost the same.
+
+    Attributes:
+        name: as users write it.
+        config: in transformers' keys, with ``model_type``.
+
+    """
+
+    name: str
+    config: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, name: str) -> Shape:
+        """Give ``bundled``, one of `SHAPES`, or that of a model's folder.
+
+        Raises:
+            ValueError: there is none of that name.
+
+        """
+        if name in SHAPES:
+            return cls(name, {"max_position_embeddings": POSITIONS, **SHAPES[name]})
+        from vllm_adaskip import bundled_model
+
+        folder = bundled_model() if name == "bundled" else name
+        if not (Path(folder) / "config.json").is_file():
+            raise ValueError(
+                f"{name!r} is no model to time; allowed: bundled, {', '.join(SHAPES)}, or a "
+                "folder with a config.json"
+            )
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(folder).to_dict()
+        return cls(Path(name).name, {**config, "max_position_embeddings": POSITIONS})
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+        return int(self.config["num_hidden_layers"])
+
+    @property
+    def family(self) -> str:
+        """Stock vLLM's architecture."""
+        architectures = self.config.get("architectures") or [
+            ARCHITECTURES[self.config["model_type"]]
+        ]
+        return str(architectures[0])
+
+    def of_depth(self, layers: int) -> Shape:
+        """Give the same with fewer layers, the others physically gone."""
+        return Shape(f"{self.name}, {layers} layers", {**self.config, "num_hidden_layers": layers})
+
+    def write(self, folder: Path) -> str:
+        """Write the config where an engine loads it from, and give that path."""
+        from transformers import AutoConfig
+
+        changed = {**self.config, "architectures": [self.family], "dtype": "bfloat16"}
+        changed.pop("layer_types", None)
+        config = AutoConfig.for_model(**changed)
+        config.save_pretrained(folder)
+        return str(folder)
