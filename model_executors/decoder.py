@@ -24,6 +24,7 @@ from vllm_adaskip.classifiers.lora import Lora
 from vllm_adaskip.engine import compat
 from vllm_adaskip.engine.compat.head import Head
 from vllm_adaskip.engine.compat.kernels import with_kernels
+from vllm_adaskip.engine.layout import Tokens
 from vllm_adaskip.engine.runtime import SkipRuntime
 from vllm_adaskip.engine.scaling import Scaling
 from vllm_adaskip.engine.step_plan import Check, Passing, Segment, StepPlan
@@ -51,6 +52,7 @@ class SkippingDecoder(nn.Module):
         self.adaskip = SkipRuntime(vllm_config, attention, Head(self, self.finish))
         #: What steps run in which something is skipped or observed; not registered once more.
         self._stack = (with_kernels(stack),)
+        self._layers = [*self.stack.layers]  # whose lookup takes longer than this list's
 
     @staticmethod
     def get_model_state_cls() -> type[Any]:
@@ -152,6 +154,8 @@ class SkippingDecoder(nn.Module):
         """Run the segment's sub-layers for its tokens; other tokens' rows stay as they are."""
         if (subset := segment.subset) is None:
             return self._run_sub_layers(segment, positions, stream)
+        if segment.others is not None:
+            return self._run_all(segment, segment.others, positions, stream)
         tokens = subset.on(positions.device)
         part = _gather(stream, tokens)
         if segment.attention:  # nothing else looks at them
@@ -160,8 +164,21 @@ class SkippingDecoder(nn.Module):
             part = self._run_sub_layers(segment, positions, part)
         return _scatter(stream, tokens, part)
 
+    def _run_all(
+        self, segment: Segment, others: Tokens, positions: Tensor, stream: Stream
+    ) -> Stream:
+        """Run them for all tokens, and put back what the others had, as if they had not."""
+        tokens = others.on(positions.device)
+        update, before = _gather(stream, tokens)
+        if before is None:
+            update, before = torch.zeros_like(update), update
+        if isinstance(tokens, slice):  # a view, of what vLLM's norms change in place
+            update, before = update.clone(), before.clone()
+        stream = self._run_sub_layers(segment, positions, stream)
+        return _scatter(stream, tokens, (update, before))
+
     def _pass_by(self, passing: Passing, positions: Tensor, stream: Stream) -> None:
-        layer, tokens = self.stack.layers[passing.layer], passing.tokens
+        layer, tokens = self._layers[passing.layer], passing.tokens
         update, before = _gather(stream, tokens)
         if before is not None and isinstance(tokens, slice):
             update, before = update.clone(), before.clone()  # vLLM's norms work in place
@@ -171,8 +188,9 @@ class SkippingDecoder(nn.Module):
     def _run_sub_layers(self, segment: Segment, positions: Tensor, stream: Stream) -> Stream:
         """Run one sub-layer after the other, and show the method what each changed."""
         is_observed = self.adaskip.observer.values is not None
-        tokens = None if segment.subset is None else segment.subset.tokens
-        layers = self.stack.layers
+        subset = segment.subset if segment.others is None else None
+        tokens = None if subset is None else subset.tokens
+        layers = self._layers
         for sub_layer in segment.sub_layers:
             index, is_mlp = divmod(sub_layer, 2)
             if is_mlp:

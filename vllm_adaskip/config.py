@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from vllm_adaskip.classifiers import METHODS, DecoderShape
 from vllm_adaskip.classifiers.hub import located
 from vllm_adaskip.classifiers.profile import Profile, ProfileError
+from vllm_adaskip.engine.crossover import Crossover
 from vllm_adaskip.engine.facts import EngineFacts
 from vllm_adaskip.engine.planner import Planner
 
@@ -30,6 +31,7 @@ class AdaSkipConfig(BaseModel):
             attention sub-layer.
         profile: folder or hub id of a `Profile`, which brings method, its options and budget;
             what is set beside it goes before it.
+        crossover: file with a `Crossover`, measured on this machine for this model.
         untested_accelerator: serve on an accelerator, where nobody has run this yet.
 
     """
@@ -40,6 +42,7 @@ class AdaSkipConfig(BaseModel):
     budget: float = Field(default=1.0, gt=0, le=1)
     kv_fill: Literal["copy", "project", "none"] = "none"
     profile: str | None = None
+    crossover: str | None = None
     untested_accelerator: bool = False
 
     @field_validator("method")
@@ -88,8 +91,18 @@ class AdaSkipConfig(BaseModel):
                 the method cannot meet).
 
         """
+        try:
+            table = Crossover.load(self.crossover).model_dump() if self.crossover else None
+        except ValueError as error:
+            raise ConfigError(f"adaskip.crossover: {error}") from None
         facts = EngineFacts(
-            shape, self.method, self.method_options, self.budget, self.kv_fill, self.profile
+            shape,
+            self.method,
+            self.method_options,
+            self.budget,
+            self.kv_fill,
+            self.profile,
+            table,
         )
         try:
             Planner(facts)

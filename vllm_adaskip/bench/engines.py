@@ -66,7 +66,9 @@ class Batch:
     remembered from an earlier batch.
     """
 
-    def __init__(self, llm: Any, arguments: Arguments, *, prompt: int = 8, tokens: int = 64) -> None:
+    def __init__(
+        self, llm: Any, arguments: Arguments, *, prompt: int = 8, tokens: int = 64
+    ) -> None:
         from vllm import SamplingParams
 
         self._engine = llm.llm_engine
@@ -81,7 +83,10 @@ class Batch:
                 detokenize=False,
                 extra_args=None if extra_args is None else dict(extra_args),
             )
-            ids = [(number * 31 + place * (number % 97 + 1)) % (vocabulary - 8) for place in range(prompt)]
+            ids = [
+                (number * 31 + place * (number % 97 + 1)) % (vocabulary - 8)
+                for place in range(prompt)
+            ]
             self._engine.add_request(one, {"prompt_token_ids": ids}, params)
 
     def prefill(self) -> float:

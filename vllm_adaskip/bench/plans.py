@@ -17,7 +17,9 @@ def shared(num_layers: int, share: float = 0.5, unit: Unit = "layer") -> SkipPla
     return SkipPlan.parse(evenly(candidates, round(share * len(candidates))), num_layers)
 
 
-def distinct(num_layers: int, count: int, share: float = 0.5, unit: Unit = "layer") -> list[SkipPlan]:
+def distinct(
+    num_layers: int, count: int, share: float = 0.5, unit: Unit = "layer"
+) -> list[SkipPlan]:
     """Give as many plans, all different, that leave out as much; the same at every call.
 
     Raises:

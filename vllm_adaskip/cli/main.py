@@ -7,6 +7,7 @@ import typer
 
 from vllm_adaskip.cli import ablate_adainfer, ablate_ffn_skip, ablate_first
 from vllm_adaskip.cli.ablate import ablate
+from vllm_adaskip.cli.bench import bench
 from vllm_adaskip.cli.demo import demo
 from vllm_adaskip.cli.doctor import doctor
 from vllm_adaskip.cli.eval import evaluate
@@ -43,6 +44,7 @@ ablate.command("adainfer")(ablate_adainfer.adainfer)
 ablate.command("ffn-skip")(ablate_ffn_skip.ffn_skip)
 ablate.command("first")(ablate_first.first)
 app.add_typer(ablate, name="ablate")
+app.add_typer(bench, name="bench")
 app.command()(publish)
 app.command()(tune)
 app.command()(sweep)

@@ -16,6 +16,7 @@ class EngineFacts:
     """The model's depth and the server's options, already checked; they travel as JSON.
 
     ``profile``, a folder or hub id, is where a method finds its tensors, in every process.
+    ``crossover`` is what stands in a `Crossover`'s file: read once, so that all processes agree.
     """
 
     shape: DecoderShape
@@ -24,6 +25,7 @@ class EngineFacts:
     budget: float = 1.0
     kv_fill: str = "none"
     profile: str | None = None
+    crossover: Mapping[str, Any] | None = None
 
     def to_json(self) -> str:
         """Write the facts as JSON text."""

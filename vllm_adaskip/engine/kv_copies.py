@@ -75,13 +75,13 @@ def nearest_executed(skipped: BoolArray) -> IntArray:
 
 def place_of_tokens(plan: StepPlan, layer: int, num_tokens: int) -> IntArray:
     """Where each token of the step lies among those that go through a layer's attention."""
-    (subset,) = [
-        piece.subset
+    (segment,) = [
+        piece
         for piece in plan.pieces
         if isinstance(piece, Segment) and 2 * layer in piece.sub_layers
     ]
-    if subset is None:
+    if segment.subset is None or segment.others is not None:  # all do
         return np.arange(num_tokens)
     place = np.zeros(num_tokens, dtype=np.int64)
-    place[subset.index] = np.arange(subset.num_tokens)
+    place[segment.subset.index] = np.arange(segment.subset.num_tokens)
     return place

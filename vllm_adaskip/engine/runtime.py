@@ -12,6 +12,7 @@ import numpy as np
 from vllm_adaskip.classifiers import Lens
 from vllm_adaskip.engine import compat
 from vllm_adaskip.engine.compat.kv_cache import KvCache
+from vllm_adaskip.engine.crossover import Crossover
 from vllm_adaskip.engine.kv_fill import KV_FILLS
 from vllm_adaskip.engine.layout import IntArray, Layout, Subset
 from vllm_adaskip.engine.prompt_observer import PromptObserver
@@ -49,6 +50,8 @@ class SkipRuntime:
         self.gate = StepGate(gate, self._table)
         exit_gate = classifier.exit_gate(lens) if classifier.exits else None
         self.exits = StepExits(classifier.exits, exit_gate, self._table, self.kv_fill)
+        self._crossover = Crossover.model_validate(facts.crossover) if facts.crossover else None
+        self._applied = self._crossover
         self._layout: Layout | None = None
         self._starts = b""
         self._only_decodes = False
@@ -60,6 +63,7 @@ class SkipRuntime:
         self.profile = facts.profile
         self._prompt_tokens = 0
         self._generated_tokens = 0
+        self._discarded = 0
         self._generated_run = np.zeros(2 * self._table.num_layers, dtype=np.int64)
 
     def begin_step(self) -> StepPlan | None:
@@ -106,9 +110,10 @@ class SkipRuntime:
     def report(self) -> dict[str, Any]:
         """Give cumulative counters, and how many sequences are in the batch now.
 
-        ``*_run[l]`` counts generated tokens that went through sub-layer l. Where a method lets
-        tokens exit, ``exits[l]`` counts those, or with scope ``answer`` the requests, that it
-        stopped after layer l.
+        ``*_run[l]`` counts generated tokens that went through sub-layer l; ``discarded`` how often
+        a sub-layer was run for a token all the same, because that was cheaper (`Crossover`).
+        Where a method lets tokens exit, ``exits[l]`` counts those, or with scope ``answer`` the
+        requests, that it stopped after layer l.
         """
         run = (self._generated_run - self.gate.left_out - self.exits.left_out).tolist()
         report = {
@@ -117,6 +122,7 @@ class SkipRuntime:
             "decode_tokens": self._generated_tokens,
             "attn_run": run[0::2],
             "mlp_run": run[1::2],
+            "discarded": self._discarded,
             "requests": self._table.requests,
             "method": self._method,
             "live_rows": self._table.live_rows,
@@ -151,13 +157,20 @@ class SkipRuntime:
     def _is_stale(self, starts: IntArray, seq_lens: IntArray) -> bool:
         if self._layout is None or self._version != self._table.version:
             return True
+        if self._applied is not self._applying(seq_lens):
+            return True
         if self._only_decodes:  # and goes on so: sequences do not become shorter
             return starts.tobytes() != self._starts
         prompt_lens = self._table.prompt_lens[: len(seq_lens)]
         return not Layout.of(starts, seq_lens, prompt_lens).equals(self._layout)
 
+    def _applying(self, seq_lens: IntArray) -> Crossover | None:
+        """Give what of the measured table holds for sequences as long as these."""
+        return self._crossover and self._crossover.within(float(seq_lens.mean()))
+
     def _make_plan(self, starts: IntArray, seq_lens: IntArray) -> None:
         rows = len(seq_lens)
+        self._applied = self._applying(seq_lens)
         layout = Layout.of(starts, seq_lens, self._table.prompt_lens[:rows])
         self._version, self._layout, self._starts = self._table.version, layout, starts.tobytes()
         self._plan = StepPlan.build(
@@ -167,6 +180,7 @@ class SkipRuntime:
             alone=self.gate.arrange(layout),
             factors=None if self._table.factors is None else self._table.factors[:rows],
             checks=self.exits.arrange(layout),
+            crossover=self._applied,
         )
         self._is_dense = self._plan.is_dense
         self._num_generated = int(layout.generated.sum())
@@ -178,3 +192,4 @@ class SkipRuntime:
         self._generated_tokens += self._num_generated
         assert self._plan is not None
         self._generated_run += self._plan.generated_run
+        self._discarded += self._plan.discarded

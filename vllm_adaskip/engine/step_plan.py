@@ -13,6 +13,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from vllm_adaskip.engine.crossover import Crossover
 from vllm_adaskip.engine.layout import (
     BoolArray,
     IntArray,
@@ -33,11 +34,13 @@ class Segment:
         sub_layers: indices in running order, attention ``2 * l`` and MLP ``2 * l + 1``.
         subset: the tokens, or None for all of the step; a `Subset` if attention is among
             the sub-layers.
+        others: the other tokens, where it is cheaper to run all and to put these back.
 
     """
 
     sub_layers: tuple[int, ...]
     subset: Tokens | None
+    others: Tokens | None = None
 
     @cached_property
     def attention(self) -> tuple[int, ...]:
@@ -99,8 +102,20 @@ class StepPlan:
     def attention_subsets(self) -> tuple[Subset, ...]:
         """Subsets for which some layer's attention runs, in running order."""
         segments = [piece for piece in self.pieces if isinstance(piece, Segment)]
-        found = [segment.subset for segment in segments if segment.attention]
+        found = [
+            segment.subset for segment in segments if segment.attention and segment.others is None
+        ]
         return tuple(dict.fromkeys(one for one in found if isinstance(one, Subset)))
+
+    @cached_property
+    def discarded(self) -> int:
+        """Tokens that run a sub-layer for nothing, over all sub-layers."""
+        segments = [piece for piece in self.pieces if isinstance(piece, Segment)]
+        return sum(
+            segment.others.num_tokens * len(segment.sub_layers)
+            for segment in segments
+            if segment.others is not None
+        )
 
     @classmethod
     def build(
@@ -113,6 +128,7 @@ class StepPlan:
         factors: Factors | None = None,
         checks: Set[int] = frozenset(),
         after: int = -1,
+        crossover: Crossover | None = None,
     ) -> StepPlan:
         """Plan a step, or the rest of it.
 
@@ -125,13 +141,14 @@ class StepPlan:
             factors: like ``skips``, what left-out sub-layers multiply the stream by; None: nothing.
             checks: layers after which tokens may leave.
             after: the layer that has run already; -1: none.
+            crossover: when to run all; None: never. Not asked about sub-layers ``alone``, whose
+                tokens are known only when they run.
 
         """
         following = layout.generated if layout.following is None else layout.following
         skipping = skips & (following > 0)[:, None]
         generated_run = layout.generated @ ~skipping
-        num_tokens = int(layout.query_lens.sum())
-        subsets: dict[bytes, Subset | None] = {}
+        parts = _Parts(layout, crossover)
         pieces: list[Piece] = []
         due = DueFactors(layout, factors)
         columns = np.ascontiguousarray(skipping.T)
@@ -139,13 +156,10 @@ class StepPlan:
             if sub_layer % 2 == 0 and sub_layer // 2 - 1 in checks and sub_layer // 2 - 1 > after:
                 pieces.append(Check(sub_layer // 2 - 1))
             column = columns[sub_layer]
-            key = column.tobytes()
-            if key not in subsets:
-                subset = Subset(layout, column)
-                subsets[key] = None if subset.num_tokens == num_tokens else subset
-            chosen = subsets[key]
+            chosen = parts.subset(column)
+            others = None if sub_layer in alone else parts.others(chosen, sub_layer)
             last = pieces[-1] if pieces else None
-            goes_on = isinstance(last, Segment) and last.subset is chosen
+            goes_on = isinstance(last, Segment) and last.subset is chosen and last.others is others
             goes_on = goes_on and alone.isdisjoint((sub_layer, sub_layer - 1))
             goes_on = goes_on and not due.any_of(~column)
             # Who passes by here ran nothing of a segment that goes on: before or after
@@ -162,9 +176,39 @@ class StepPlan:
                 continue
             if goes_on:
                 assert isinstance(last, Segment)
-                pieces[-1] = Segment((*last.sub_layers, sub_layer), chosen)
+                pieces[-1] = Segment((*last.sub_layers, sub_layer), chosen, others)
             else:
-                pieces.append(Segment((sub_layer,), chosen))
+                pieces.append(Segment((sub_layer,), chosen, others))
         if scaling := due.settle(layout.generated > 0):
             pieces.append(scaling)
         return cls(tuple(pieces), generated_run)
+
+
+class _Parts:
+    """Parts of one step's tokens; the same object where the same tokens are meant."""
+
+    def __init__(self, layout: Layout, crossover: Crossover | None) -> None:
+        self._layout = layout
+        self._crossover = crossover
+        self._everybody = np.arange(int(layout.query_lens.sum()))
+        self._subsets: dict[bytes, Subset | None] = {}
+        self._others: dict[Subset, Tokens] = {}
+
+    def subset(self, skipping: BoolArray) -> Subset | None:
+        """Give those that go through where these rows skip; None for everybody."""
+        key = skipping.tobytes()
+        if key not in self._subsets:
+            subset = Subset(self._layout, skipping)
+            is_whole = subset.num_tokens == len(self._everybody)
+            self._subsets[key] = None if is_whole else subset
+        return self._subsets[key]
+
+    def others(self, subset: Subset | None, sub_layer: int) -> Tokens | None:
+        """Give the other tokens if a sub-layer is rather run for all; None if not."""
+        if self._crossover is None or subset is None or not subset.num_tokens:
+            return None
+        if not self._crossover.runs_all(sub_layer, subset.num_tokens, len(self._everybody)):
+            return None
+        if subset not in self._others:
+            self._others[subset] = Tokens(np.delete(self._everybody, subset.index))
+        return self._others[subset]

@@ -100,7 +100,7 @@ class SubBatches:
         return metadata[self._names[0]] if isinstance(metadata, dict) else None
 
     def begin(self, subsets: Sequence[Subset]) -> None:
-        """Start a step; ``subsets`` are those it is planned with, the same object while they are."""
+        """Start a step that is planned with these subsets, the same object while it is."""
         self._parts, self._context = {}, None
         if subsets is not self._planned:
             self._planned, self._joined = subsets, None
