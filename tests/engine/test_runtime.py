@@ -99,6 +99,7 @@ def test_report_adds_up_over_dense_and_planned_steps(monkeypatch: pytest.MonkeyP
         "decode_tokens": 3,
         "attn_run": [3, 1, 3],
         "mlp_run": [3, 1, 1],
+        "discarded": 0,
         "requests": 2,
         "method": "none",
         "live_rows": 2,

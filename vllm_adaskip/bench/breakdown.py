@@ -88,3 +88,9 @@ def breakdown(llm: Any, arguments: Arguments, steps: int, *, prompt: int = 8) ->
     spent = {part: watch.spent[part] / steps for part in PARTS}
     spent["rest of vLLM"] = whole / steps - sum(spent.values())
     return spent
+
+
+def host_share(parts: dict[str, float]) -> float:
+    """Give the share of a step that goes into arranging it, beside moving rows and filling K/V."""
+    arranging = [part for part in ADDED if part not in ("gather and scatter", "fill")]
+    return sum(parts[part] for part in arranging) / sum(parts.values())

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -63,19 +64,26 @@ class Batch:
     """Requests that one engine works on; every step of it is timed by itself.
 
     Prompts are `prompt` tokens long, all different, and never come again, so that no plan is
-    remembered from an earlier batch.
+    remembered from an earlier batch; with ``again`` they are the same in every batch, so that
+    the prefix cache has them.
     """
 
     def __init__(
-        self, llm: Any, arguments: Arguments, *, prompt: int = 8, tokens: int = 64
+        self,
+        llm: Any,
+        arguments: Arguments,
+        *,
+        prompt: int = 8,
+        tokens: int = 64,
+        again: bool = False,
     ) -> None:
         from vllm import SamplingParams
 
         self._engine = llm.llm_engine
         vocabulary = self._engine.model_config.get_vocab_size()
         self._ids = [f"bench-{next(_numbers)}" for _ in arguments]
-        for one, extra_args in zip(self._ids, arguments, strict=True):
-            number = int(one.removeprefix("bench-"))
+        for place, (one, extra_args) in enumerate(zip(self._ids, arguments, strict=True)):
+            number = place if again else int(one.removeprefix("bench-"))
             params = SamplingParams(
                 temperature=0,
                 max_tokens=tokens,
@@ -83,10 +91,7 @@ class Batch:
                 detokenize=False,
                 extra_args=None if extra_args is None else dict(extra_args),
             )
-            ids = [
-                (number * 31 + place * (number % 97 + 1)) % (vocabulary - 8)
-                for place in range(prompt)
-            ]
+            ids = random.Random(number).choices(range(vocabulary - 8), k=prompt)
             self._engine.add_request(one, {"prompt_token_ids": ids}, params)
 
     def prefill(self) -> float:
@@ -117,9 +122,11 @@ def following(plans: Sequence[SkipPlan]) -> Arguments:
     return [{"adaskip_skip": plan.entries()} for plan in plans]
 
 
-def decode(llm: Any, arguments: Arguments, steps: int, *, prompt: int = 8) -> list[float]:
-    """Give the seconds of so many decode steps of a batch, the first of which warms up."""
-    batch = Batch(llm, arguments, prompt=prompt, tokens=steps + 3)
+def decode(
+    llm: Any, arguments: Arguments, steps: int, *, prompt: int = 8, again: bool = False
+) -> list[float]:
+    """Give the seconds of so many decode steps of a batch, after one that warms up."""
+    batch = Batch(llm, arguments, prompt=prompt, tokens=steps + 3, again=again)
     batch.prefill()
     batch.step()
     taken = [batch.step() for _ in range(steps)]

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from vllm_adaskip.bench.regimes import Regime
 from vllm_adaskip.bench.results import Results
 
 
@@ -39,4 +41,23 @@ def draw(results: Results, path: Path) -> None:
     figure.legend(
         *figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8
     )
+    figure.savefig(path, dpi=130)
+
+
+def draw_regimes(found: Sequence[Regime], path: Path) -> None:
+    """Draw what each kind of plan gains over dense, a line a batch, by context."""
+    from matplotlib.figure import Figure
+
+    kinds = list(dict.fromkeys(kind for one in found for kind in one.gains))
+    figure = Figure(figsize=(9.6, 6.4), layout="constrained")
+    panels = figure.subplots(2, -(-len(kinds) // 2), sharex=True, sharey=True).ravel(order="F")
+    for kind, axes in zip(kinds, panels, strict=False):
+        for batch in dict.fromkeys(one.batch for one in found):
+            cells = [one for one in found if one.batch == batch and kind in one.gains]
+            gains = [one.gains[kind].middle for one in cells]
+            axes.plot([one.context for one in cells], gains, "o-", label=f"batch {batch}")
+        axes.axhline(1.0, color="black", linewidth=0.8)
+        axes.set(title=kind, xscale="log", xlabel="context, tokens", ylabel="dense / planned")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     figure.savefig(path, dpi=130)

@@ -143,19 +143,20 @@ class SubBatches:
         slots = step.slot_mapping[self._names[0]].index_select(0, joined.tokens)
         parts = zip(
             joined.subsets,
+            joined.num_rows,
             seq_lens.split(joined.num_rows),
             tables.split(joined.num_rows),
             slots.split(joined.num_tokens),
             strict=True,
         )
-        for one, lengths, table, slot_mapping in parts:
+        for one, num_rows, lengths, table, slot_mapping in parts:
             metadata = self._builder.build(
                 0,
                 CommonAttentionMetadata(
                     query_start_loc=one.query_start_loc.to(device),
                     query_start_loc_cpu=one.query_start_loc,
                     seq_lens=lengths,
-                    num_reqs=len(lengths),
+                    num_reqs=num_rows,
                     num_actual_tokens=one.num_tokens,
                     max_query_len=one.max_query_len,
                     max_seq_len=whole.max_seq_len,

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``adaskip bench regimes``: what limits a step, by batch and context, and what pays there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from vllm_adaskip.cli.bench import Rounds, effort_for, saying, shapes_of
+from vllm_adaskip.cli.run import plain_errors
+
+#: Batch and context of each cell; a large model's stay below so many tokens in all.
+_GRID = [(batch, context) for batch in (1, 4, 16, 64, 256) for context in (32, 256, 1024, 4096)]
+_SMALL, _LARGE = 1 << 16, 1 << 14
+
+
+def regimes(
+    out: Annotated[Path, typer.Option(help="Folder for regimes.json and regimes.png.")] = Path(
+        "bench"
+    ),
+    model: Annotated[str, typer.Option(help="As for adaskip bench.")] = "bundled",
+    rounds: Rounds = 3,
+) -> None:
+    """Time plans without half of the layers, attention or MLPs, shared and mixed, over a grid."""
+    console = Console()
+    with plain_errors():
+        from vllm_adaskip.bench.engines import alone, engine
+        from vllm_adaskip.bench.machine import Machine
+        from vllm_adaskip.bench.plot import draw_regimes
+        from vllm_adaskip.bench.regimes import regimes as measure
+
+        (shape,) = shapes_of([model])
+        alone(kv_space=3)
+        effort = effort_for(shape, rounds)
+        tokens = _LARGE if effort.steps < 10 else _SMALL
+        grid = [(batch, context) for batch, context in _GRID if batch * context <= tokens]
+        out.mkdir(parents=True, exist_ok=True)
+        with saying(console) as say, TemporaryDirectory() as folder:
+            machine = Machine.measure()
+            done = say(f"{shape.name}: batch and context", len(grid))
+            options = {"max_model_len": 8192, "max_num_seqs": 256, "enable_prefix_caching": True}
+            found = []
+            with engine(shape.write(Path(folder)), plugin={}, **options) as llm:
+                for one in measure(
+                    llm, shape, machine, grid, rounds=rounds, steps=max(2, effort.steps // 2)
+                ):
+                    found.append(one)
+                    done()
+        text = json.dumps([one.as_json() for one in found], indent=1)
+        (out / f"regimes-{shape.name}.json").write_text(text + "\n")
+        draw_regimes(found, out / f"regimes-{shape.name}.png")
+    kinds = list(dict.fromkeys(kind for one in found for kind in one.gains))
+    title = "dense time over the time without half of the layers, attention, MLPs"
+    table = Table(
+        "batch", "context", "dense step", "limited by", *kinds, box=SIMPLE_HEAD, title=title
+    )
+    for one in found:
+        limit = f"{one.limit} ({one.limits[one.limit]:.0%})"
+        gains = (f"{one.gains[kind].middle:.2f}" if kind in one.gains else "" for kind in kinds)
+        step = f"{one.seconds * 1e3:.1f} ms"
+        table.add_row(str(one.batch), str(one.context), step, limit, *gains)
+    console.print(table)
+    console.print(f"Written: {out / f'regimes-{shape.name}.json'} and .png")
