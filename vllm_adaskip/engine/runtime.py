@@ -121,7 +121,8 @@ class SkipRuntime:
     def report(self) -> dict[str, Any]:
         """Give cumulative counters, and how many sequences are in the batch now.
 
-        ``*_run[l]`` counts generated tokens that went through sub-layer l. Where a method lets
+        ``*_run[l]`` counts generated tokens that went through sub-layer l; ``plans`` see
+        `SkipState`. Where a method lets
         tokens exit, ``exits[l]`` counts those, or with scope ``answer`` the requests, that it
         stopped after layer l.
         """
@@ -135,6 +136,7 @@ class SkipRuntime:
             "requests": self._table.requests,
             "method": self._method,
             "live_rows": self._table.live_rows,
+            "plans": dict(self._state.plans),
         }
         if self._state.planner.classifier.exits:
             report["exits"] = self.exits.exits.tolist()
