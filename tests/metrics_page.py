@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import httpx
 from http_server import URL
 from prometheus_client.parser import text_string_to_metric_families
+
+from vllm_adaskip.serving.metrics import PERIOD
 
 KINDS = (("attention", "attn_run"), ("mlp", "mlp_run"))
 
@@ -34,16 +37,23 @@ class MetricsPage:
         return int(sum(found))
 
 
+def scrape_until(condition: Callable[[MetricsPage], bool]) -> MetricsPage:
+    """Scrape until it holds, or twice as long as the workers are left in peace."""
+    end = time.monotonic() + 2 * PERIOD
+    while not condition(page := MetricsPage()) and time.monotonic() < end:
+        time.sleep(0.1)
+    return page
+
+
 def wait_for_page(reports: list[dict[str, Any]]) -> MetricsPage:
     """Scrape until the counters have come as far as the engines' reports, then check them."""
-    for _ in range(100):
-        page = MetricsPage()
-        shown = [
-            page.total("decode_tokens", engine=str(engine)) for engine, _ in enumerate(reports)
-        ]
-        if shown == [report["decode_tokens"] for report in reports]:
-            break
-        time.sleep(0.1)
+    totals = [report["decode_tokens"] for report in reports]
+
+    def shows_all(page: MetricsPage) -> bool:
+        engines = range(len(totals))
+        return totals == [page.total("decode_tokens", engine=str(engine)) for engine in engines]
+
+    page = scrape_until(shows_all)
     for engine, report in enumerate(reports):
         own = {"engine": str(engine), "model_name": "bundled"}
         tokens = report["decode_tokens"]

@@ -17,12 +17,13 @@ import httpx
 import psutil
 import pytest
 from http_server import URL, serving
-from metrics_page import MetricsPage, wait_for_page
+from metrics_page import MetricsPage, scrape_until, wait_for_page
 from readme import ENVIRONMENT, block
 
 from vllm_adaskip.serving.metrics import PERIOD
 
 LAYERS = 12
+REFUSED = "refused_requests"
 
 
 @pytest.fixture(scope="module")
@@ -70,21 +71,22 @@ def test_the_start_says_what_is_in_force(server: str) -> None:
 
 
 def test_metrics_agree_with_the_report_and_count_refusals(server: str) -> None:
-    before = MetricsPage()
+    before = wait_for_page([report()])
     complete("sum : 2 6 + 7 1 = ? answer :", {"adaskip_skip": [3, "mlp:4"]})
     complete("sum : 2 6 + 7 1 = ? answer :", {"adaskip": "off"})
     for refused in ({"adaskip_skip": [99]}, {"adaskip_skip": "x"}, {"adaskip_a": 1}):
         assert complete("sum", refused).status_code == 400
-    assert complete("sum", {"adaskip_skip": [99]}, n=4).status_code == 400  # one request
-    page = wait_for_page([report()])
+    assert complete("sum", {"adaskip_skip": [99]}, n=4, temperature=1).status_code == 400
+    wait_for_page([report()])
+    page = scrape_until(lambda page: page.total(REFUSED) == before.total(REFUSED) + 4)
 
     def grown(name: str, **labels: str) -> int:
         return page.total(name, **labels) - before.total(name, **labels)
 
     assert grown("requests", plan="skipping") == grown("requests", plan="dense") == 1
     assert grown("rows_skipped", kind="attention") * 2 == grown("rows_skipped", kind="mlp") > 0
-    assert grown("refused_requests", reason="adaskip_skip") == 3
-    assert grown("refused_requests", reason="unknown") == 1
+    assert grown(REFUSED, reason="adaskip_skip") == 3
+    assert grown(REFUSED, reason="unknown") == 1
 
 
 def test_the_dashboards_metrics_stand_on_the_page(server: str) -> None:
@@ -104,7 +106,7 @@ def test_metrics_do_not_wait_for_an_engine_that_hangs(server: str) -> None:
         for process in psutil.Process().children(recursive=True)
         if process.name().startswith("VLLM::EngineC")
     ]
-    before = MetricsPage()
+    before = wait_for_page([report()])
     engine.suspend()
     try:
         assert complete("sum", {"adaskip_skip": [99]}).status_code == 400
@@ -113,8 +115,7 @@ def test_metrics_do_not_wait_for_an_engine_that_hangs(server: str) -> None:
             page = MetricsPage()
     finally:
         engine.resume()
-    refused = "refused_requests"
-    assert page.total(refused) == before.total(refused) + 1
+    assert page.total(REFUSED) == before.total(REFUSED) + 1
     assert page.total("decode_tokens") == before.total("decode_tokens")
     assert complete("sum : 2 6 + 7 1 = ? answer :").status_code == 200
     wait_for_page([report()])
