@@ -93,6 +93,7 @@ def test_each_engine_counts_and_ranks_count_once() -> None:
     page = page_after(client)
     assert client.asked > 2
     assert MLPS_SKIPPED % 0 + "2.0" in page and MLPS_SKIPPED % 1 + "2.0" in page
+    assert 'adaskip_decode_tokens_total{engine="2"' not in page
 
 
 def test_an_engine_that_hangs_is_asked_once_and_holds_up_nobody() -> None:
