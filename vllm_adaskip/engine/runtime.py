@@ -121,10 +121,9 @@ class SkipRuntime:
     def report(self) -> dict[str, Any]:
         """Give cumulative counters, and how many sequences are in the batch now.
 
-        ``*_run[l]`` counts generated tokens that went through sub-layer l; ``plans`` see
-        `SkipState`. Where a method lets
-        tokens exit, ``exits[l]`` counts those, or with scope ``answer`` the requests, that it
-        stopped after layer l.
+        ``*_run[l]`` counts generated tokens that went through sub-layer l; ``plans`` is
+        `SkipState.plans`. Where a method lets tokens exit, ``exits[l]`` counts those, or with
+        scope ``answer`` the requests, that it stopped after layer l.
         """
         run = (self._generated_run - self.gate.left_out - self.exits.left_out).tolist()
         report = {
