@@ -14,11 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from http_server import URL, serving
+from metrics_page import MetricsPage, scrape_until, wait_for_page
 from readme import ENVIRONMENT, block
 
+from vllm_adaskip.serving.metrics import PERIOD
+
 LAYERS = 12
+REFUSED = "refused_requests"
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +68,57 @@ def test_the_start_says_what_is_in_force(server: str) -> None:
         "vllm-adaskip: AdaSkipLlamaForCausalLM, method none, profile none, budget 1, kv_fill none"
         in log
     )
+
+
+def test_metrics_agree_with_the_report_and_count_refusals(server: str) -> None:
+    before = wait_for_page([report()])
+    complete("sum : 2 6 + 7 1 = ? answer :", {"adaskip_skip": [3, "mlp:4"]})
+    complete("sum : 2 6 + 7 1 = ? answer :", {"adaskip": "off"})
+    for refused in ({"adaskip_skip": [99]}, {"adaskip_skip": "x"}, {"adaskip_a": 1}):
+        assert complete("sum", refused).status_code == 400
+    assert complete("sum", {"adaskip_skip": [99]}, n=4, temperature=1).status_code == 400
+    wait_for_page([report()])
+    page = scrape_until(lambda page: page.total(REFUSED) == before.total(REFUSED) + 4)
+
+    def grown(name: str, **labels: str) -> int:
+        return page.total(name, **labels) - before.total(name, **labels)
+
+    assert grown("requests", plan="skipping") == grown("requests", plan="dense") == 1
+    assert grown("rows_skipped", kind="attention") * 2 == grown("rows_skipped", kind="mlp") > 0
+    assert grown(REFUSED, reason="adaskip_skip") == 3
+    assert grown(REFUSED, reason="unknown") == 1
+
+
+def test_the_dashboards_metrics_stand_on_the_page(server: str) -> None:
+    from dashboard import selectors
+
+    page = MetricsPage()
+    for selector in selectors():
+        assert selector.name in page.labels
+        assert {matcher.name for matcher in selector.matchers.matchers} <= page.labels[
+            selector.name
+        ]
+
+
+def test_metrics_do_not_wait_for_an_engine_that_hangs(server: str) -> None:
+    (engine,) = [
+        process
+        for process in psutil.Process().children(recursive=True)
+        if process.name().startswith("VLLM::EngineC")
+    ]
+    before = wait_for_page([report()])
+    engine.suspend()
+    try:
+        assert complete("sum", {"adaskip_skip": [99]}).status_code == 400
+        for _ in range(3):  # in the meantime the workers are asked
+            time.sleep(PERIOD / 2)
+            page = MetricsPage()
+    finally:
+        engine.resume()
+    assert page.total(REFUSED) == before.total(REFUSED) + 1
+    assert page.total("decode_tokens") == before.total("decode_tokens")
+    assert complete("sum : 2 6 + 7 1 = ? answer :").status_code == 200
+    wait_for_page([report()])
 
 
 def test_chat_takes_plans_too(server: str) -> None:

@@ -138,6 +138,7 @@ def test_report_counts_what_ran(engine: Callable[..., Any], tiny_llama: str) -> 
         "requests": 2,
         "method": "none",
         "live_rows": 0,
+        "plans": {"dense": 0, "skipping": 2, "gated": 0},
     }
 
 

@@ -66,6 +66,27 @@ def test_refusal_names_key_value_and_what_is_allowed(
         assert word in str(refusal.value)
 
 
+def test_admission_counts_what_it_refuses_by_the_argument_that_is_wrong() -> None:
+    planner = Planner(NONE.facts)
+    allowed = [None, {"adaskip": "off"}, {"adaskip_skip": [1]}, {"somebody_elses": 1}]
+    refused = [
+        {"adaskip_a": 1},
+        {"adaskip_b": 1},
+        {"adaskip": "maybe"},
+        {"adaskip_skip": [99]},
+        {"adaskip_budget": 2},
+        {"adaskip_budget": 0.5},
+        {"adaskip_budget": 0.5, "adaskip_skip": [1]},
+    ]
+    for args in allowed:
+        planner.admit(args)
+    for args in refused:
+        with pytest.raises(RequestError):
+            planner.admit(args)
+    want = {"adaskip": 1, "adaskip_skip": 1, "adaskip_budget": 3, "unknown": 2}
+    assert planner.refused == want
+
+
 def test_a_budget_below_what_static_keeps_is_refused() -> None:
     with pytest.raises(RequestError, match=r"adaskip_budget.*'static'.*keeps 0\.844"):
         STATIC.wanted({"adaskip_budget": 0.8})

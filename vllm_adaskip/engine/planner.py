@@ -10,7 +10,7 @@ from typing import Any
 from vllm_adaskip.classifiers import METHODS, Classifier, PlanError, SkipPlan
 from vllm_adaskip.classifiers.hub import located
 from vllm_adaskip.engine.facts import EngineFacts
-from vllm_adaskip.engine.request import RequestArgs, RequestError
+from vllm_adaskip.engine.request import REASONS, RequestArgs, RequestError
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +34,10 @@ class Planner:
 
     What is wanted is a function of the request's arguments and the server's options alone
     (purity, invariant 5), so the front end can refuse what a worker would refuse.
+
+    Attributes:
+        refused: requests that `admit` has refused in this process, by `RequestError.reason`.
+
     """
 
     def __init__(self, facts: EngineFacts) -> None:
@@ -49,6 +53,20 @@ class Planner:
                 "tokens would read holes; allowed: 'copy', 'project'"
             )
         self._default = self._decided(facts.budget)
+        self.refused = dict.fromkeys(REASONS, 0)
+
+    def admit(self, extra_args: Mapping[str, Any] | None) -> None:
+        """Refuse, in the front end, a request whose arguments are not allowed, and count it.
+
+        Raises:
+            RequestError: see `wanted`.
+
+        """
+        try:
+            self.wanted(extra_args)
+        except RequestError as error:
+            self.refused[error.reason] += 1
+            raise
 
     def wanted(self, extra_args: Mapping[str, Any] | None, *, one_answer: bool = False) -> Wanted:
         """Read a request's arguments; ``one_answer``: it asks for one token, `is_one_answer`.
@@ -68,7 +86,7 @@ class Planner:
             try:
                 wanted = self._decided(min(args.budget, self.facts.budget))
             except PlanError as error:
-                raise RequestError(f"adaskip_budget: {error}") from None
+                raise RequestError("adaskip_budget", str(error)) from None
         if one_answer and self.classifier.exits == "answer":
             return replace(wanted, gated=True)
         return wanted
@@ -86,11 +104,12 @@ class Planner:
         try:
             plan = SkipPlan.parse(skip, self.facts.shape.num_layers)
         except PlanError as error:
-            raise RequestError(f"adaskip_skip: {error}") from None
+            raise RequestError("adaskip_skip", str(error)) from None
         kept = plan.share(self.facts.shape)
         if budget is not None and kept > budget:
             raise RequestError(
-                f"adaskip_budget: {budget:g} is below what adaskip_skip keeps: '{plan}' keeps "
-                f"{kept:.3f} of the decoder's compute; name more to skip, or a larger budget"
+                "adaskip_budget",
+                f"{budget:g} is below what adaskip_skip keeps: '{plan}' keeps "
+                f"{kept:.3f} of the decoder's compute; name more to skip, or a larger budget",
             )
         return plan

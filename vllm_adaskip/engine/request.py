@@ -15,10 +15,23 @@ if TYPE_CHECKING:
     from vllm import SamplingParams
 
 KEYS = ("adaskip", "adaskip_skip", "adaskip_budget")
+UNKNOWN = "unknown"
+#: Why requests are refused: the argument that is wrong, or one that there is not. Few, however
+#: many names clients make up.
+REASONS = (*KEYS, UNKNOWN)
 
 
 class RequestError(ValueError):
-    """A bad per-request argument; the message names the key, the value and what is allowed."""
+    """A bad per-request argument; the message names the key, the value and what is allowed.
+
+    Attributes:
+        reason: one of `REASONS`, for who counts.
+
+    """
+
+    def __init__(self, key: str, problem: str) -> None:
+        super().__init__(f"{key}: {problem}")
+        self.reason = key if key in KEYS else UNKNOWN
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +56,13 @@ class RequestArgs:
             return cls()
         for key in ours:
             if key not in KEYS:
-                raise RequestError(f"{key}: unknown argument{_nearest(key)}; allowed: {_listed()}")
+                raise RequestError(key, f"unknown argument{_nearest(key)}; allowed: {_listed()}")
         switch = ours.get("adaskip", "on")
         if switch not in ("on", "off"):
-            raise RequestError(f"adaskip: {switch!r:.80} is not allowed; allowed: 'on', 'off'")
+            raise RequestError("adaskip", f"{switch!r:.80} is not allowed; allowed: 'on', 'off'")
         if switch == "off" and len(ours) > 1:
             others = " and ".join(sorted(ours.keys() - {"adaskip"}))
-            raise RequestError(f"adaskip: 'off' means dense and does not go with {others}")
+            raise RequestError("adaskip", f"'off' means dense and does not go with {others}")
         return cls(switch == "off", ours.get("adaskip_skip"), _budget(ours.get("adaskip_budget")))
 
 
@@ -79,7 +92,8 @@ def _budget(value: object) -> float | None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
         raise RequestError(
-            f"adaskip_budget: {value!r:.80} is not allowed; allowed: a number in (0, 1], the "
-            "largest share of decoder compute the plan may keep"
+            "adaskip_budget",
+            f"{value!r:.80} is not allowed; allowed: a number in (0, 1], the "
+            "largest share of decoder compute the plan may keep",
         )
     return float(value)

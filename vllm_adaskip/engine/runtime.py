@@ -111,9 +111,9 @@ class SkipRuntime:
         """Give cumulative counters, and how many sequences are in the batch now.
 
         ``*_run[l]`` counts generated tokens that went through sub-layer l; ``discarded`` how often
-        a sub-layer was run for a token all the same, because that was cheaper (`Crossover`).
-        Where a method lets tokens exit, ``exits[l]`` counts those, or with scope ``answer`` the
-        requests, that it stopped after layer l.
+        a sub-layer was run for a token all the same, because that was cheaper (`Crossover`);
+        ``plans`` is `SkipState.plans`. Where a method lets tokens exit, ``exits[l]`` counts those,
+        or with scope ``answer`` the requests, that it stopped after layer l.
         """
         run = (self._generated_run - self.gate.left_out - self.exits.left_out).tolist()
         report = {
@@ -126,6 +126,7 @@ class SkipRuntime:
             "requests": self._table.requests,
             "method": self._method,
             "live_rows": self._table.live_rows,
+            "plans": dict(self._state.plans),
         }
         if self._state.planner.classifier.exits:
             report["exits"] = self.exits.exits.tolist()

@@ -37,6 +37,8 @@ class SkipState:
         lengths: of the forward that comes next, ``query_start_loc`` ``[rows + 1]`` and
             ``seq_lens`` ``[rows]``, from a feeder that knows them; None for a warm-up.
         is_told_lengths: whether the feeder does; if not, they stand in attention metadata.
+        plans: sequences that entered, by plan: ``dense``, ``skipping``, or ``gated`` where the
+            method may leave out more, token by token. Who waits for a plan is in none.
 
     """
 
@@ -46,6 +48,7 @@ class SkipState:
         self.lengths: tuple[IntArray, IntArray] | None = None
         num_layers, scales = planner.facts.shape.num_layers, planner.classifier.scales
         self.table = SequenceTable(num_layers, capacity, scales=scales)
+        self.plans = {"dense": 0, "skipping": 0, "gated": 0}
         self._memo: LRUCache[Undecided, Decision] = LRUCache(_REMEMBERED)
 
     def enter(
@@ -85,6 +88,8 @@ class SkipState:
         self.table.add(
             row, plan, len(prompt), factors=factors, is_new=not generated, gated=wanted.gated
         )
+        if isinstance(plan, SkipPlan) and not generated:
+            self._count(row, plan)
         if not wanted.gated:
             return
         if allowed is not None:
@@ -135,7 +140,13 @@ class SkipState:
             classifier = self.planner.classifier
             plan = classifier.decide(undecided.budget, prompt)
             self._memo[undecided] = plan, classifier.factors(plan, prompt)
-        self.table.follow(row, *self._memo[undecided])
+        plan, factors = self._memo[undecided]
+        self.table.follow(row, plan, factors)
+        self._count(row, plan)
+
+    def _count(self, row: int, plan: SkipPlan) -> None:
+        kind = "dense" if plan.is_dense else "skipping"
+        self.plans["gated" if self.table.gated[row] else kind] += 1
 
 
 def _key(extra_args: Mapping[str, Any] | None, prompt: Sequence[int]) -> bytes:

@@ -49,7 +49,7 @@ class V1Feeder(LogitsProcessor):
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
         """Refuse, in the front end, a request whose arguments are not allowed."""
-        cls.planner.wanted(sampling_params.extra_args)
+        cls.planner.admit(sampling_params.extra_args)
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
         """Follow the batch: removed, then added, then moved rows, as vLLM prescribes."""

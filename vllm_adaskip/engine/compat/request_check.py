@@ -36,7 +36,7 @@ class RequestCheck(LogitsProcessor):
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
         """Refuse, in the front end, a request whose arguments are not allowed."""
-        cls.planner.wanted(sampling_params.extra_args)
+        cls.planner.admit(sampling_params.extra_args)
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
         """Tell the runner that this request's logits stay as they are."""

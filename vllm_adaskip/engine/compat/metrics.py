@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's counters, and how a server reaches the workers of all its engines."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm.engine.protocol import EngineClient
+
+
+def counter_class(client: EngineClient) -> Any | None:
+    """Give the class of vLLM's own counters; None under ``--disable-log-stats``.
+
+    That is prometheus_client's, or under Ray Serve one that hands on to Ray's metrics.
+    Since 0.29. Remove when a stat logger may ask workers.
+    """
+    from vllm.v1.metrics.loggers import PrometheusStatLogger
+
+    manager = getattr(client, "logger_manager", None)
+    loggers = manager.stat_loggers if manager else ()
+    found = (one for one in loggers if isinstance(one, PrometheusStatLogger))
+    return next((one._counter_cls for one in found), None)
+
+
+def speaks_for_workers(client: EngineClient) -> bool:
+    """Tell, of several API server processes with the same engines, the one that asks them.
+
+    Since 0.29. Remove when the engine client says which of how many it is.
+    """
+    rank: int = client.vllm_config.parallel_config._api_process_rank
+    return rank <= 0
+
+
+async def worker_reports(client: EngineClient) -> dict[int, list[dict[str, Any]]]:
+    """Give ``adaskip_report`` of each worker of each data-parallel engine, by engine index.
+
+    `EngineClient.collective_rpc` answers for the first engine alone.
+    Since 0.29. Remove when it answers for all.
+    """
+    core: Any = client.engine_core
+    call = ("collective_rpc", "adaskip_report", None, (), None)
+    asked = [core._call_utility_async(*call, engine=engine) for engine in core.core_engines]
+    return dict(zip(core.engine_ranks_managed, await asyncio.gather(*asked), strict=True))

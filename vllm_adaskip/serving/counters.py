@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Prometheus counters ``vllm:adaskip_*_total`` of one server process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+#: Of what a worker counts: help text, and the label that tells a counter's parts from each other.
+_WORKERS: Final[dict[str, tuple[str, str | None]]] = {
+    "prompt_tokens": ("Prompt tokens that ran; they run everything.", None),
+    "decode_tokens": ("Generated tokens that ran.", None),
+    "rows_run": ("Generated tokens that went through a sub-layer, over all layers.", "kind"),
+    "rows_skipped": ("Generated tokens that left a sub-layer out, over all layers.", "kind"),
+    "requests": ("Sequences whose plan is known, by plan: dense, skipping, gated.", "plan"),
+    "exits": ("Tokens, or whole one-token answers, that a method stopped on their way up.", None),
+}
+_REFUSED: Final = "Requests refused for their adaskip arguments, by the argument that was wrong."
+
+Figures = dict[tuple[str, str | None], int]
+
+
+class ServerCounters:
+    """Turns what was counted elsewhere, cumulative, into increments of vLLM's kind of counter.
+
+    Increments, because that is all that counters have in common which several processes write,
+    or which hand on to Ray.
+    """
+
+    def __init__(self, counter: Callable[..., Any], model_name: str) -> None:
+        """Make the counters.
+
+        Args:
+            counter: as ``prometheus_client.Counter``: name, help text, names of labels.
+            model_name: the label that vLLM's own have.
+
+        """
+        self._model_name = model_name
+        self._counters = {
+            name: counter(
+                f"vllm:adaskip_{name}", text, ["model_name", "engine", *([label] if label else [])]
+            )
+            for name, (text, label) in _WORKERS.items()
+        }
+        self._refused = counter("vllm:adaskip_refused_requests", _REFUSED, ["model_name", "reason"])
+        self._shown: dict[tuple[str, ...], int] = {}
+
+    def show_report(self, engine: int, report: Mapping[str, Any]) -> None:
+        """Show what one worker has counted by now, see `SkipRuntime.report`.
+
+        Args:
+            engine: index of its engine.
+            report: of one rank alone, since tensor-parallel ranks count the same rows.
+
+        """
+        for (name, value), total in figures(report).items():
+            labels = [str(engine), *([value] if value else [])]
+            self._raise(self._counters[name], (name, *labels), labels, total)
+
+    def show_refused(self, refused: Mapping[str, int]) -> None:
+        """Show what this process's front end has refused by now, by `RequestError.reason`."""
+        for reason, total in refused.items():
+            self._raise(self._refused, ("refused", reason), [reason], total)
+
+    def _raise(self, counter: Any, key: tuple[str, ...], labels: list[str], total: int) -> None:
+        """Let a counter grow as its source did; a source that is behind has begun anew."""
+        before = self._shown.get(key, 0)
+        self._shown[key] = total
+        counter.labels(self._model_name, *labels).inc(total - before if total >= before else total)
+
+
+def figures(report: Mapping[str, Any]) -> Figures:
+    """Give what a report comes to, by counter and value of its label."""
+    tokens: int = report["decode_tokens"]
+    run = {"attention": sum(report["attn_run"]), "mlp": sum(report["mlp_run"])}
+    return {
+        ("prompt_tokens", None): report["prompt_tokens"],
+        ("decode_tokens", None): tokens,
+        **{("rows_run", kind): rows for kind, rows in run.items()},
+        **{
+            ("rows_skipped", kind): tokens * report["num_layers"] - rows
+            for kind, rows in run.items()
+        },
+        **{("requests", plan): entered for plan, entered in report["plans"].items()},
+        ("exits", None): sum(report.get("exits", ())),
+    }
