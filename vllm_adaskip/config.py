@@ -30,6 +30,8 @@ class AdaSkipConfig(BaseModel):
             attention sub-layer.
         profile: folder or hub id of a `Profile`, which brings method, its options and budget;
             what is set beside it goes before it.
+        coalesce: how far a decided plan may leave what the prompt asks for, so that the sequences
+            of a batch share plans; in [0, 1], 0: not at all. See docs/coalesce.md.
         untested_accelerator: serve on an accelerator, where nobody has run this yet.
 
     """
@@ -40,6 +42,7 @@ class AdaSkipConfig(BaseModel):
     budget: float = Field(default=1.0, gt=0, le=1)
     kv_fill: Literal["copy", "project", "none"] = "none"
     profile: str | None = None
+    coalesce: float = Field(default=0.0, ge=0, le=1)
     untested_accelerator: bool = False
 
     @field_validator("method")
@@ -89,7 +92,13 @@ class AdaSkipConfig(BaseModel):
 
         """
         facts = EngineFacts(
-            shape, self.method, self.method_options, self.budget, self.kv_fill, self.profile
+            shape,
+            self.method,
+            self.method_options,
+            self.budget,
+            self.kv_fill,
+            self.profile,
+            self.coalesce,
         )
         try:
             Planner(facts)

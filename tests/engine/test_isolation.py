@@ -138,6 +138,8 @@ def test_report_counts_what_ran(engine: Callable[..., Any], tiny_llama: str) -> 
         "requests": 2,
         "method": "none",
         "live_rows": 0,
+        "live_plans": 0,
+        "coalesced": 0,
     }
 
 

@@ -102,4 +102,6 @@ def test_report_adds_up_over_dense_and_planned_steps(monkeypatch: pytest.MonkeyP
         "requests": 2,
         "method": "none",
         "live_rows": 2,
+        "live_plans": 2,
+        "coalesced": 0,
     }

@@ -39,7 +39,9 @@ def block_mark(
     wanted = planner.wanted(extra_args)
     plan, kv_fill = wanted.plan, planner.facts.kv_fill
     if plan is None:
-        holes, identity = kv_fill == "none", f"budget {wanted.budget!r}"
+        # A coalesced plan also depends on the batch, so nothing we know here tells whose it is.
+        holes = kv_fill == "none" or planner.facts.coalesce > 0
+        identity = f"budget {wanted.budget!r}"
     elif plan.is_dense and not wanted.gated and not _reads_whole_prompts(planner.classifier):
         return None
     else:

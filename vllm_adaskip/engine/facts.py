@@ -24,6 +24,7 @@ class EngineFacts:
     budget: float = 1.0
     kv_fill: str = "none"
     profile: str | None = None
+    coalesce: float = 0.0
 
     def to_json(self) -> str:
         """Write the facts as JSON text."""

@@ -119,11 +119,11 @@ class SkipRuntime:
         return self._sub_batches.enter(self._contexts[subset])
 
     def report(self) -> dict[str, Any]:
-        """Give cumulative counters, and how many sequences are in the batch now.
+        """Give cumulative counters, and how many sequences and plans are in the batch now.
 
         ``*_run[l]`` counts generated tokens that went through sub-layer l. Where a method lets
         tokens exit, ``exits[l]`` counts those, or with scope ``answer`` the requests, that it
-        stopped after layer l.
+        stopped after layer l. ``coalesced`` counts decisions that others in the batch changed.
         """
         run = (self._generated_run - self.gate.left_out - self.exits.left_out).tolist()
         report = {
@@ -135,6 +135,8 @@ class SkipRuntime:
             "requests": self._table.requests,
             "method": self._method,
             "live_rows": self._table.live_rows,
+            "live_plans": self._table.live_plans,
+            "coalesced": self._state.coalesced,
         }
         if self._state.planner.classifier.exits:
             report["exits"] = self.exits.exits.tolist()
