@@ -118,7 +118,6 @@ def test_what_most_allow_goes_first() -> None:
 
 def test_a_plan_that_is_read_anyway_goes_before_one_that_more_allow() -> None:
     left_out = np.array([SkipPlan.parse([layer], 6).mask() for layer in range(3)])
-    live = left_out[:2]  # together they run everything but nothing twice
     live = np.repeat(left_out[:1], 2, axis=0)
     allowed = np.array([[1, 1, 0], [1, 1, 0], [0, 1, 0]], dtype=np.bool_)
     assert drawn(allowed, np.zeros((3, 3)), left_out, live, WEIGHTS) == [0, 0, 1]
@@ -201,6 +200,22 @@ def test_factors_are_the_sequence_s_own_for_the_plan_it_was_given() -> None:
         want = state.planner.classifier.factors(plan, prompt)
         assert (state.table.factors[row] == want).all()
     assert len(np.unique(state.table.factors[:6], axis=0)) == 6
+
+
+def test_a_plan_of_the_codebook_is_shared_that_is_nobody_s_own() -> None:
+    """Each would take it before the other's own, whose layers it needs most."""
+    options = {"threshold": 0.0, "codebook": [[4, 5]]}
+    facts = EngineFacts(DecoderShape(10, 1, 2), "first", options, 0.8, profile=".", coalesce=0.2)
+    state = SkipState(Planner(facts), 2)
+    needs = np.array([[1, 0.1, 0.1, 0.2, 0.25, 0.25, 0.2, 1, 1, 1],
+                      [1, 1, 1, 0.2, 0.25, 0.25, 0.2, 0.1, 0.1, 1]])  # fmt: skip
+    read = {row: PromptStatistics(3, scores, scores) for row, scores in enumerate(needs)}
+    own = [state.planner.classifier.decide(0.8, one).entries() for one in read.values()]
+    assert own == [[1, 2], [7, 8]]
+    for row in read:
+        state.enter(row, None, [row], generated=0)
+    state.decide(read)
+    assert [SkipPlan.of_mask(one).entries() for one in state.table.skips] == [[4, 5]] * 2
 
 
 def test_explicit_plans_and_dense_requests_are_not_changed_but_count() -> None:
