@@ -6,15 +6,20 @@ Each sequence's tokens must be those of the float32 loop under the plan that it 
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 from batches import random_prompts, sampling
+from conftest import TINY_SHAPE
 from profiles import write_first
 from reference import Reference
 
-from vllm_adaskip import SkipPlan, engine_args
+from vllm_adaskip import DecoderShape, SkipPlan, engine_args
+from vllm_adaskip.classifiers import Classifier
+from vllm_adaskip.engine.coalesce import Undrawn, coalesced
 from vllm_adaskip.engine.state import Decision, _digest
 
 Arguments = dict[str, Any] | None
@@ -60,9 +65,17 @@ class Coalescing:
     def forget(self) -> None:
         self.llm.apply_model(lambda model: model.adaskip._state._memo.clear())
 
+    @property
+    def method(self) -> Classifier:
+        return self.llm.apply_model(lambda model: model.adaskip._state.planner.classifier)[0]
+
+    def undrawn(self, prompt: list[int]) -> Undrawn:
+        method, budget = self.method, self.options["budget"]
+        read = self.reference.observe(prompt, method)
+        return Undrawn(method.decide(budget, read), budget, read)
+
     def own(self, prompt: list[int]) -> SkipPlan:
-        method = self.llm.apply_model(lambda model: model.adaskip._state.planner.classifier)[0]
-        return method.decide(self.options["budget"], self.reference.observe(prompt, method))
+        return self.undrawn(prompt).own
 
     def report(self) -> dict[str, Any]:
         return self.llm.collective_rpc("adaskip_report")[0]
@@ -107,6 +120,22 @@ def test_at_1_sequences_share_one_plan(
     assert one.report()["coalesced"] >= 4
 
 
+def test_prompts_that_become_complete_together_are_drawn_together(
+    make: Callable[..., Any], options: dict[str, Options]
+) -> None:
+    """Drawn one after the other they would be given other plans."""
+    one = make({**options["first"], "coalesce": 0.3})
+    prompts = random_prompts(97, 8, longest=30)
+    sequences = [one.undrawn(prompt) for prompt in prompts]
+    shape, nobody = DecoderShape(*TINY_SHAPE), np.zeros((0, 16), dtype=np.bool_)
+    want = coalesced(sequences, nobody, one.method, shape, 0.3)
+    one_by_one: list[SkipPlan] = []
+    for sequence in sequences:
+        live = np.array([plan.mask() for plan in one_by_one], dtype=np.bool_).reshape(-1, 16)
+        one_by_one += coalesced([sequence], live, one.method, shape, 0.3)
+    assert one.check(prompts, [None] * 8) == want != one_by_one
+
+
 def test_at_0_sequences_follow_their_own(
     make: Callable[..., Any], options: dict[str, Options]
 ) -> None:
@@ -145,3 +174,39 @@ def test_a_preempted_sequence_goes_on_under_its_plan(
     others: list[Arguments] = [{"adaskip_skip": [3, 4, 6]}] * 4
     again = one.check(random_prompts(95, 4, 40) + prompts, [*others, *[None] * 8], tokens=80)
     assert again[4:] != first
+
+
+def test_blocks_of_another_s_plan_for_the_same_prompt_are_not_found(
+    make: Callable[..., Any], options: dict[str, Options]
+) -> None:
+    """The same tokens after the same prompt within the same budget, but under two plans."""
+    one = make({**options["first"], "kv_fill": "project", "coalesce": 1.0})
+    core = one.llm.llm_engine
+    scheduler = core.engine_core.engine_core.scheduler
+    rng = random.Random(96)
+    prompt, other = ([rng.randrange(512) for _ in range(40)] for _ in range(2))
+    plans = []
+    for beside in (None, {"adaskip_skip": [1, 3, 5]}):
+        one.forget()
+        if beside:
+            core.add_request(
+                "beside", {"prompt_token_ids": other}, sampling(None, 150, extra_args=beside)
+            )
+            core.step()
+        same = sampling(None, 100, allowed_token_ids=[7])
+        core.add_request(f"same, {beside}", {"prompt_token_ids": prompt}, same)
+        for _ in range(70):
+            core.step()
+        ((plan, _),) = one.decided().values()
+        plans.append(plan)
+        if not beside:
+            while core.has_unfinished_requests():
+                core.step()
+    assert plans[0] != plans[1]
+    (request,) = [one for one in scheduler.running if "same" in one.request_id]
+    scheduler.running.remove(request)
+    scheduler._preempt_request(request, 0.0)
+    scheduler.prev_step_scheduled_req_ids.clear()
+    assert scheduler.kv_cache_manager.get_computed_blocks(request)[1] == 32  # of its prompt
+    while core.has_unfinished_requests():
+        core.step()
