@@ -159,12 +159,13 @@ def test_a_plan_that_is_read_anyway_goes_before_one_that_more_allow() -> None:
     assert drawn(allowed, np.zeros((3, 3)), left_out, live, WEIGHTS) == [0, 0, 1]
 
 
-def test_within_reach_is_the_budget_and_a_layer_more_or_less() -> None:
-    plans = [SkipPlan.parse(one, 6) for one in ([], [1], [1, 2], [1, 2, 3], [1, 2, 3, "attn:4"])]
-    shares = np.array([plan.share(SHAPE) for plan in plans])
-    near = within_reach(shares, shares[2], 1.0, 6)
-    assert near.tolist() == [False, True, True, True, False]
-    assert within_reach(shares, shares[2], 0.7, 6).tolist() == [False, False, True, True, False]
+def test_within_reach_is_the_budget_and_a_layer_more_or_a_sub_layer_less() -> None:
+    names = ([], [1], [1, 2], ["mlp:1", "mlp:2", "mlp:3"], [1, 2, "mlp:3"], [1, 2, 3])
+    shares = np.array([SkipPlan.parse(one, 6).share(SHAPE) for one in names])
+    near = within_reach(shares, shares[2], 1.0, SHAPE)
+    assert near.tolist() == [False, True, True, True, True, False]
+    near = within_reach(shares, shares[2], 0.7, SHAPE)
+    assert near.tolist() == [False, False, True, True, True, False]
 
 
 def state_of(coalesce: float, **options: Any) -> SkipState:

@@ -66,24 +66,28 @@ def coalesced(
     regrets = np.array([classifier.regrets(one.own, left_out, one.prompt) for one in sequences])
     allowed = regrets <= limit
     for row, one in enumerate(sequences):
-        allowed[row] &= within_reach(shares, one.own.share(shape), one.budget, shape.num_layers)
+        allowed[row] &= within_reach(shares, one.own.share(shape), one.budget, shape)
         allowed[row, plans.index(one.own)] = True
     weights = np.tile([shape.attention_parameters, shape.mlp_parameters], shape.num_layers)
     return [plans[index] for index in drawn(allowed, regrets, left_out, live, weights)]
 
 
-def within_reach(shares: FloatArray, own: float, budget: float, num_layers: int) -> BoolArray:
-    """Tell which plans meet a budget and keep as much as the own plan, give or take a layer.
+def within_reach(shares: FloatArray, own: float, budget: float, shape: DecoderShape) -> BoolArray:
+    """Tell which plans meet a budget and keep about as much as the own plan.
+
+    At most a layer more: with one dense request in the batch whoever may would follow it, and
+    others them. Less only by a sub-layer, which is how closely methods meet a budget.
 
     Args:
         shares: ``[plans]``, of decoder compute that they keep.
         own: the own plan's.
         budget: the largest that is allowed.
-        num_layers: of the decoder.
+        shape: the model's.
 
     """
-    near: BoolArray = np.abs(shares - own) <= 1 / num_layers + 1e-9
-    return near & (shares <= budget)
+    sub_layer = max(shape.attention_parameters, shape.mlp_parameters) / shape.layer_parameters
+    near: BoolArray = shares >= own - sub_layer / shape.num_layers - 1e-9
+    return near & (shares <= min(budget, own + 1 / shape.num_layers + 1e-9))
 
 
 def drawn(
