@@ -6,7 +6,7 @@ What a block with generated tokens holds depends on the request's plan and on wh
 prompt ended. So its hash is mixed with a *mark* of both: it can be found by a sequence with
 the same tokens, plan and prompt length, which in practice is the same sequence coming back
 after preemption, and by nobody else. A block that lacks KV in some layer is given a mark
-that never comes again, so nobody finds it.
+that never comes again, so nobody finds it; nor a block of a plan that the batch had a say in.
 """
 
 from __future__ import annotations
