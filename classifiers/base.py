@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -57,7 +57,8 @@ class Classifier(ABC):
     ``width`` and brings an `observer`; one that decides token by token sets
     ``gates_tokens`` and brings a `gate`, which adds to the plan; one that stops tokens on their
     way up sets ``exits`` and brings an `exit_gate`; one that makes up for what is left out sets
-    ``scales`` and brings `factors`.
+    ``scales`` and brings `factors`; one that can say how much worse another plan is sets
+    ``coalesces`` and brings `regrets`.
     """
 
     Options: ClassVar[type[MethodOptions]] = MethodOptions
@@ -72,6 +73,11 @@ class Classifier(ABC):
     scales: bool = False
     #: Whether `observer` is shown the last token of each prompt alone.
     last_only: bool = False
+
+    #: Whether `regrets` compares plans, so that the sequences of a batch may share some.
+    coalesces: bool = False
+    #: Plans that the method has ready, whatever the prompt.
+    codebook: Sequence[SkipPlan] = ()
 
     #: Who may stop before the last layer, see `exit_gate`: each generated ``token``, or, where a
     #: request asks for one token only, its whole prompt (``answer``). Plans then leave out nothing
@@ -113,6 +119,23 @@ class Classifier(ABC):
         1 where the sub-layer runs. They hold for generated tokens, as the plan does.
         """
         return None
+
+    def regrets(
+        self, own: SkipPlan, left_out: NDArray[np.bool_], prompt: PromptStatistics
+    ) -> NDArray[np.float64]:
+        """Say how much worse other plans are for a prompt, by the method's own score.
+
+        Args:
+            own: the plan that was decided from this prompt.
+            left_out: ``[plans, 2 * num_layers]``, each as `SkipPlan.mask`.
+            prompt: what was observed of it.
+
+        Returns:
+            ``[plans]``: 0 for the own plan or a better one, 1 for one as bad as the worst of its
+            size, infinite for one that leaves out what the method never does (`regret.regrets`).
+
+        """
+        raise NotImplementedError(f"{type(self).__name__} coalesces but has no regrets")
 
     def observer(self, hidden_size: int, device: torch.device, lens: Lens | None = None) -> Observe:
         """Give what writes down what is kept of each token, for one engine of this process.

@@ -16,6 +16,7 @@ from vllm_adaskip.classifiers.calibration import CalibratedOptions
 from vllm_adaskip.classifiers.codebook import nearest_within
 from vllm_adaskip.classifiers.gates import Lens
 from vllm_adaskip.classifiers.plan import DecoderShape, SkipPlan
+from vllm_adaskip.classifiers.regret import regrets
 
 if TYPE_CHECKING:
     import torch
@@ -54,6 +55,7 @@ class First(Classifier):
     """
 
     Options = FirstOptions
+    coalesces = True
 
     def __init__(
         self, shape: DecoderShape, options: MethodOptions, profile: Path | None = None
@@ -67,7 +69,7 @@ class First(Classifier):
         self._profile = profile
         self._routed = options.inner(shape.num_layers)
         self._threshold = options.resolved_threshold()
-        self._codebook = [
+        self.codebook = [
             SkipPlan.parse(plan, shape.num_layers)
             for plan in (options.codebook and [[], *options.codebook])
         ]
@@ -95,8 +97,18 @@ class First(Classifier):
     def decide(self, budget: float, prompt: PromptStatistics | None) -> SkipPlan:
         """Leave out the layers whose score is below the threshold, or that the budget asks for."""
         assert prompt is not None
-        scores = prompt.last if self.options.reduce == "last" else prompt.mean
-        return self.plan(scores, budget)
+        return self.plan(self._scores(prompt), budget)
+
+    def regrets(
+        self, own: SkipPlan, left_out: NDArray[np.bool_], prompt: PromptStatistics
+    ) -> NDArray[np.float64]:
+        """Weigh plans by the summed scores of the layers they leave out."""
+        harms = np.full(self._shape.num_layers, np.inf)
+        harms[self._routed] = self._scores(prompt)[self._routed]
+        return regrets(np.repeat(harms, 2), own.mask(), left_out)
+
+    def _scores(self, prompt: PromptStatistics) -> NDArray[np.float64]:
+        return prompt.last if self.options.reduce == "last" else prompt.mean
 
     def plan(self, scores: NDArray[np.float64], budget: float = 1.0) -> SkipPlan:
         """Give the plan for ``[num_layers]`` reduced scores.
@@ -113,7 +125,7 @@ class First(Classifier):
             for count in range(allowed, len(plans))
             if plans[count].share(self._shape) <= budget
         )
-        fitting = [plan for plan in self._codebook if plan.share(self._shape) <= budget]
+        fitting = [plan for plan in self.codebook if plan.share(self._shape) <= budget]
         for plan in plans[allowed : needed + 1 + REACH]:
             if snapped := nearest_within(plan, fitting):
                 return snapped

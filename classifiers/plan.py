@@ -81,6 +81,14 @@ class SkipPlan:
             )
         return plan
 
+    @classmethod
+    def of_mask(cls, mask: NDArray[np.bool_]) -> SkipPlan:
+        """Give the plan that `mask` says, ``[2 * num_layers]``."""
+        attention, mlp = (
+            sum(1 << int(layer) for layer in np.flatnonzero(mask[first::2])) for first in (0, 1)
+        )
+        return cls(len(mask) // 2, attention, mlp)
+
     @property
     def is_dense(self) -> bool:
         """True when nothing is left out."""

@@ -13,6 +13,7 @@ from vllm_adaskip.classifiers.base import Classifier, MethodOptions, Observe, Pr
 from vllm_adaskip.classifiers.ends import EndsOptions
 from vllm_adaskip.classifiers.gates import Lens
 from vllm_adaskip.classifiers.plan import DecoderShape, SkipPlan
+from vllm_adaskip.classifiers.regret import regrets
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +42,7 @@ class Similarity(Classifier):
     """
 
     Options = SimilarityOptions
+    coalesces = True
 
     def __init__(
         self, shape: DecoderShape, options: MethodOptions, profile: Path | None = None
@@ -88,6 +90,14 @@ class Similarity(Classifier):
             skipped.append(sub_layer)
             plan = _plan(self._shape, skipped)
         return plan
+
+    def regrets(
+        self, own: SkipPlan, left_out: NDArray[np.bool_], prompt: PromptStatistics
+    ) -> NDArray[np.float64]:
+        """Weigh plans by what is missing to a similarity of 1, summed over what they leave out."""
+        harms = np.full(self._sub_layers, np.inf)
+        harms[self._candidates] = np.maximum(1 - prompt.mean[self._candidates], 0)
+        return regrets(harms, own.mask(), left_out)
 
     def factors(self, plan: SkipPlan, prompt: PromptStatistics) -> NDArray[np.float32] | None:
         """Give ``norm(after) / norm(before)``, Frobenius norms over the prompt's tokens."""

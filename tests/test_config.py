@@ -24,6 +24,10 @@ def test_defaults_decide_nothing() -> None:
         ({"budget": 0}, ["budget", "0", "greater than 0"]),
         ({"budget": 1.5}, ["budget", "1.5"]),
         ({"budget": "0.5"}, ["budget", "'0.5'"]),
+        ({"coalesce": 1.5}, ["coalesce", "1.5", "less than or equal to 1"]),
+        ({"coalesce": -0.1}, ["coalesce", "-0.1"]),
+        ({"coalesce": float("nan")}, ["coalesce", "nan"]),
+        ({"coalesce": True}, ["coalesce", "True"]),
         ({"kv_fill": "paste"}, ["kv_fill", "'paste'", "'copy', 'project' or 'none'"]),
         ({"method": "static"}, ["skip is missing", "static"]),
         ({"method": "static", "skip": "5"}, ["skip", "'5'", "list"]),
@@ -47,6 +51,7 @@ def test_refuses_with_the_key_the_value_and_what_is_allowed(options: Any, words:
         ({"method": "static", "skip": list(range(8))}, ["all 16 sub-layers"]),
         ({"method": "static", "skip": [1], "budget": 0.5}, ["0.5", "keeps 0.875"]),
         ({"budget": 0.5}, ["0.5", "'none' skips nothing"]),
+        ({"coalesce": 0.5}, ["coalesce", "0.5", "method 'none'", "'first', 'similarity'"]),
     ],
 )
 def test_refuses_what_does_not_fit_the_model(options: dict[str, Any], words: list[str]) -> None:

@@ -94,6 +94,19 @@ def test_without_prefix_caching_the_scheduler_is_the_users(tiny_llama: str) -> N
     assert vllm_config.scheduler_config.scheduler_cls == theirs
 
 
+def test_the_log_says_that_shared_plans_depend_on_the_batch(
+    tiny_llama: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(
+        "vllm_adaskip.startup.logger.info", lambda text, *facts: said.append(text % facts)
+    )
+    for coalesce in (0, 0.25):
+        config(tiny_llama, **engine_args(method="similarity", budget=0.6, coalesce=coalesce))
+    told = [text for text in said if "coalesce" in text]
+    assert len(told) == 1 and "0.25" in told[0] and "depends on who is in the batch" in told[0]
+
+
 @pytest.mark.parametrize(
     ("kwargs", "words"),
     [

@@ -32,6 +32,8 @@ class AdaSkipConfig(BaseModel):
         profile: folder or hub id of a `Profile`, which brings method, its options and budget;
             what is set beside it goes before it.
         crossover: file with a `Crossover`, measured on this machine for this model.
+        coalesce: how far a decided plan may leave what the prompt asks for, so that the sequences
+            of a batch share plans; in [0, 1], 0: not at all. See docs/coalesce.md.
         untested_accelerator: serve on an accelerator, where nobody has run this yet.
 
     """
@@ -43,6 +45,7 @@ class AdaSkipConfig(BaseModel):
     kv_fill: Literal["copy", "project", "none"] = "none"
     profile: str | None = None
     crossover: str | None = None
+    coalesce: float = Field(default=0.0, ge=0, le=1)
     untested_accelerator: bool = False
 
     @field_validator("method")
@@ -103,6 +106,7 @@ class AdaSkipConfig(BaseModel):
             self.kv_fill,
             self.profile,
             table,
+            self.coalesce,
         )
         try:
             Planner(facts)

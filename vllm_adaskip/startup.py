@@ -68,6 +68,12 @@ def prepare(vllm_config: VllmConfig) -> None:
         config.budget,
         config.kv_fill,
     )
+    if config.coalesce:
+        logger.info(
+            "vllm-adaskip: coalesce %g, so a plan depends on who is in the batch when it is "
+            "decided, and the same request may get another plan another time (docs/coalesce.md)",
+            config.coalesce,
+        )
 
 
 def _shown(value: object) -> str:

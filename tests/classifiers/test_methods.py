@@ -16,6 +16,7 @@ from vllm_adaskip.classifiers import (
     SkipPlan,
 )
 from vllm_adaskip.classifiers.early_exit import EarlyExit, EarlyExitOptions
+from vllm_adaskip.classifiers.regret import regrets
 from vllm_adaskip.classifiers.routers import Routers
 from vllm_adaskip.classifiers.similarity import Similarity, SimilarityOptions
 from vllm_adaskip.classifiers.static import Static, StaticOptions
@@ -98,6 +99,45 @@ def test_every_method_that_reads_prompts_observes_each_token_by_itself(made: Mad
             for chunk in (slice(0, 1), slice(1, 4), slice(4, 6)):
                 observe(sub_layer, before[chunk], update[chunk], parts[chunk])
         assert torch.allclose(whole, parts, atol=1e-6) and whole.any()  # but for rounding
+
+
+def test_every_method_that_compares_plans_regrets_those_that_cost_its_prompt_more(
+    made: Made,
+) -> None:
+    compared = [one for one in map(made, EXAMPLES) if one.coalesces]
+    assert len(compared) == 3
+    masks = np.array([SkipPlan.parse(one, 4).mask() for one in ([1], [2], [1, 2], [], [0], [3])])
+    for classifier in compared:
+        for seed in range(5):
+            prompt = prompt_for(classifier, seed)
+            assert prompt is not None
+            own = classifier.decide(0.75, prompt)
+            found = classifier.regrets(own, np.array([own.mask(), *masks]), prompt)
+            assert found[0] == 0 and ((found >= 0) & (found <= 1) | (found == np.inf)).all()
+            assert (found[-2:] == np.inf).all()  # both ends are never left out
+            assert found[-3] == 0  # dense costs the prompt nothing
+            assert found[3] >= max(found[1], found[2])
+
+
+def test_regret_goes_from_the_own_plan_to_the_worst_of_its_size(made: Made) -> None:
+    mean = np.array([0.99, 0.99, 0.9, 0.8, 0.6, 0.4, 0.99, 0.99])
+    plans = [SkipPlan.parse(one, 4) for one in ([1], [2], ["attn:1", "attn:2"], ["mlp:1"])]
+    left_out = np.array([plan.mask() for plan in plans])
+    found = made("similarity").regrets(plans[0], left_out, PromptStatistics(3, mean, mean))
+    # Missing to 1: 0.1 + 0.2 at layer 1, 0.4 + 0.6 at layer 2.
+    np.testing.assert_allclose(found, [0, 1, 0.2 / 0.7, 0])
+    scores = np.array([0.5, 0.2, 0.8, 0.5])
+    for reduced in (PromptStatistics(3, scores, mean[:4]), PromptStatistics(3, scores, scores)):
+        found = made("first").regrets(plans[0], left_out, reduced)
+        np.testing.assert_allclose(found, [0, 1, 0.5, 0])
+
+
+def test_where_every_plan_of_a_size_is_the_worst_more_harm_is_regretted_wholly() -> None:
+    harms = np.array([np.inf, 0.2, 0.3, np.inf])
+    dense, both = np.zeros(4, dtype=np.bool_), np.array([False, True, True, False])
+    one = np.array([False, True, False, False])
+    assert regrets(harms, dense, np.array([dense, one])).tolist() == [0, 1]
+    assert regrets(harms, both, np.array([both, one, ~both])).tolist() == [0, 0, np.inf]
 
 
 def test_similarity_is_the_cosine_of_the_stream_before_and_after(made: Made) -> None:

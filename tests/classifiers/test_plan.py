@@ -13,8 +13,9 @@ plans = st.builds(SkipPlan, st.just(LAYERS), masks, masks).filter(lambda p: not 
 
 
 @given(plans)
-def test_entries_read_back_as_the_same_plan(plan: SkipPlan) -> None:
+def test_entries_and_mask_read_back_as_the_same_plan(plan: SkipPlan) -> None:
     assert SkipPlan.parse(plan.entries(), LAYERS) == plan
+    assert SkipPlan.of_mask(plan.mask()) == plan
 
 
 @given(plans, plans)

@@ -73,6 +73,17 @@ def test_a_decided_plan_is_told_apart_from_the_same_plan_of_a_request() -> None:
     assert decided() not in {mark(scales, skip) for skip in ([], [1], [2], [1, 2], ["mlp:1"])}
 
 
+def test_blocks_of_a_plan_that_depends_on_the_batch_are_found_by_nobody() -> None:
+    """Those of requests that bring a plan, or are dense, do not depend on it."""
+    facts = {"method": "similarity", "budget": 0.7}
+    draws = planner(**facts, coalesce=0.1)
+    assert block_mark(draws, None, 9) is unfindable
+    assert block_mark(draws, {"adaskip_budget": 0.6}, 9) is unfindable
+    for arguments in ({"adaskip_skip": [1]}, {"adaskip": "off"}):
+        marks = [block_mark(one, arguments, 9) for one in (draws, planner(**facts))]
+        assert len({one() for one in marks if one}) == 1
+
+
 @pytest.mark.parametrize(
     ("kv_fill", "skip", "has_holes"),
     [

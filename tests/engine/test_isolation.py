@@ -135,10 +135,13 @@ def test_report_counts_what_ran(engine: Callable[..., Any], tiny_llama: str) -> 
         "decode_tokens": 8,
         "attn_run": [8, 8, 8, 8, 8, 4, 0, 4],
         "mlp_run": [8, 8, 8, 8, 8, 4, 0, 8],
+        "discarded": 0,
         "requests": 2,
         "method": "none",
         "live_rows": 0,
         "plans": {"dense": 0, "skipping": 2, "gated": 0},
+        "live_plans": 0,
+        "coalesced": 0,
     }
 
 

@@ -104,4 +104,6 @@ def test_report_adds_up_over_dense_and_planned_steps(monkeypatch: pytest.MonkeyP
         "method": "none",
         "live_rows": 2,
         "plans": {"dense": 0, "skipping": 0, "gated": 0},  # nobody entered through the state
+        "live_plans": 2,
+        "coalesced": 0,
     }

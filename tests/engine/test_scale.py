@@ -226,9 +226,8 @@ def test_rows_that_wait_with_the_same_prompt_get_one_decision() -> None:
     state = SkipState(Planner(facts), 4)
     for row in (0, 1):
         state.enter(row, {"adaskip_budget": 0.8}, [1, 2, 3], generated=0)
-    for row in (0, 1):
-        values = np.linspace(0.1, 1 + row, state.planner.classifier.width)
-        state.decide(row, PromptStatistics(3, values, values))
+    statistics = [np.linspace(0.1, 1 + row, state.planner.classifier.width) for row in (0, 1)]
+    state.decide({row: PromptStatistics(3, read, read) for row, read in enumerate(statistics)})
     assert state.table.skips[0].any()
     assert (state.table.skips[0] == state.table.skips[1]).all()
     assert state.table.factors is not None and (state.table.factors[0] != 1).any()

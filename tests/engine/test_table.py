@@ -101,6 +101,9 @@ class TableFollowsBatch(RuleBasedStateMachine):
     def rows_agree(self) -> None:
         assert self.table.requests == self.entered
         assert self.table.live_rows == len(self.model)
+        plans = [plan for plan, *_ in self.model.values() if isinstance(plan, SkipPlan)]
+        assert self.table.live_plans == len({*plans})
+        assert sorted(map(SkipPlan.of_mask, self.table.followed), key=str) == sorted(plans, key=str)
         for row in range(ROWS):
             plan, prompt, gated = self.model.get(row, (SkipPlan(LAYERS), 0, False))
             waits = isinstance(plan, Undecided)

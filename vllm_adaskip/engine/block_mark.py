@@ -6,7 +6,7 @@ What a block with generated tokens holds depends on the request's plan and on wh
 prompt ended. So its hash is mixed with a *mark* of both: it can be found by a sequence with
 the same tokens, plan and prompt length, which in practice is the same sequence coming back
 after preemption, and by nobody else. A block that lacks KV in some layer is given a mark
-that never comes again, so nobody finds it.
+that never comes again, so nobody finds it; nor a block of a plan that the batch had a say in.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ def block_mark(
     wanted = planner.wanted(extra_args)
     plan, kv_fill = wanted.plan, planner.facts.kv_fill
     if plan is None:
-        holes, identity = kv_fill == "none", f"budget {wanted.budget!r}"
+        # A coalesced plan also depends on the batch, so nothing we know here tells whose it is.
+        holes = kv_fill == "none" or planner.facts.coalesce > 0
+        identity = f"budget {wanted.budget!r}"
     elif plan.is_dense and not wanted.gated and not _reads_whole_prompts(planner.classifier):
         return None
     else:

@@ -26,6 +26,7 @@ class EngineFacts:
     kv_fill: str = "none"
     profile: str | None = None
     crossover: Mapping[str, Any] | None = None
+    coalesce: float = 0.0
 
     def to_json(self) -> str:
         """Write the facts as JSON text."""

@@ -52,6 +52,12 @@ class Planner:
                 "kv_fill: 'none' is not allowed where each token stops by itself, because deeper "
                 "tokens would read holes; allowed: 'copy', 'project'"
             )
+        if facts.coalesce and not self.classifier.coalesces:
+            able = ", ".join(repr(name) for name, one in METHODS.items() if one.coalesces)
+            raise ValueError(
+                f"coalesce: {facts.coalesce:g} is not allowed with method {facts.method!r}, which "
+                f"cannot say how much worse another plan is; allowed: 0, or method {able}"
+            )
         self._default = self._decided(facts.budget)
         self.refused = dict.fromkeys(REASONS, 0)
 

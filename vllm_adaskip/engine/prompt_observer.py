@@ -93,13 +93,13 @@ class PromptObserver:
             return
         chosen = self._prompt_tokens
         self._statistics.add(self._cache.slots()[chosen], self.values[chosen])
-        table = self._state.table
-        for row in list(table.undecided):
+        table, prompts = self._state.table, {}
+        for row in table.undecided:
             prompt_len = int(table.prompt_lens[row])
             if self._seq_lens[row] >= prompt_len:
                 last = self.values[self._query_ends[row] - (self._seq_lens[row] - prompt_len) - 1]
-                prompt = self._statistics.read(self._block_table[row], prompt_len, last)
-                self._state.decide(row, prompt)
+                prompts[row] = self._statistics.read(self._block_table[row], prompt_len, last)
+        self._state.decide(prompts)
         self.values = None
 
     def _begin_last(self, layout: Layout, seq_lens: IntArray) -> None:
@@ -115,9 +115,11 @@ class PromptObserver:
         self.values = torch.zeros(len(ends), self._width, dtype=torch.float32)
 
     def _decide_by_last(self, values: NDArray[np.float64]) -> None:
-        for row, last in zip(self._last_rows.tolist(), values, strict=True):
-            prompt_len = int(self._state.table.prompt_lens[row])
-            self._state.decide(row, PromptStatistics(prompt_len, last, last))
+        lengths = self._state.table.prompt_lens[self._last_rows].tolist()
+        self._state.decide({
+            row: PromptStatistics(prompt_len, last, last)
+            for row, prompt_len, last in zip(self._last_rows.tolist(), lengths, values, strict=True)
+        })  # fmt: skip
 
 
 def _indices(tokens: slice | Tensor) -> Tensor:

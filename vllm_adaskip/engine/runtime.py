@@ -108,12 +108,13 @@ class SkipRuntime:
         return self._sub_batches.enter(segment.subset, segment.attention)
 
     def report(self) -> dict[str, Any]:
-        """Give cumulative counters, and how many sequences are in the batch now.
+        """Give cumulative counters, and how many sequences and plans are in the batch now.
 
         ``*_run[l]`` counts generated tokens that went through sub-layer l; ``discarded`` how often
         a sub-layer was run for a token all the same, because that was cheaper (`Crossover`);
-        ``plans`` is `SkipState.plans`. Where a method lets tokens exit, ``exits[l]`` counts those,
-        or with scope ``answer`` the requests, that it stopped after layer l.
+        ``plans`` is `SkipState.plans`; ``coalesced`` counts decisions that others in the batch
+        changed. Where a method lets tokens exit, ``exits[l]`` counts those, or with scope
+        ``answer`` the requests, that it stopped after layer l.
         """
         run = (self._generated_run - self.gate.left_out - self.exits.left_out).tolist()
         report = {
@@ -127,6 +128,8 @@ class SkipRuntime:
             "method": self._method,
             "live_rows": self._table.live_rows,
             "plans": dict(self._state.plans),
+            "live_plans": self._table.live_plans,
+            "coalesced": self._state.coalesced,
         }
         if self._state.planner.classifier.exits:
             report["exits"] = self.exits.exits.tolist()

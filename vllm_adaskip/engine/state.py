@@ -7,11 +7,13 @@ from array import array
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from logging import getLogger
+from operator import ne
 from typing import Any
 
 from cachetools import LRUCache
 
 from vllm_adaskip.classifiers import PromptStatistics, SkipPlan
+from vllm_adaskip.engine.coalesce import Undrawn, coalesced
 from vllm_adaskip.engine.layout import IntArray
 from vllm_adaskip.engine.planner import Planner, Wanted
 from vllm_adaskip.engine.table import Factors, SequenceTable, Undecided
@@ -31,7 +33,8 @@ class SkipState:
 
     The memo makes a plan a function of prompt and options (purity, invariant 5) also where
     a prompt's statistics differ in their last bits because it was computed in other chunks,
-    and gives a preempted sequence the plan under which its first tokens were generated.
+    and gives a preempted sequence the plan under which its first tokens were generated. With
+    `coalesce` there is no purity, and the memo alone does the latter.
 
     Attributes:
         lengths: of the forward that comes next, ``query_start_loc`` ``[rows + 1]`` and
@@ -39,12 +42,14 @@ class SkipState:
         is_told_lengths: whether the feeder does; if not, they stand in attention metadata.
         plans: sequences that entered, by plan: ``dense``, ``skipping``, or ``gated`` where the
             method may leave out more, token by token. Who waits for a plan is in none.
+        coalesced: decisions so far that others in the batch changed, see `engine/coalesce.py`.
 
     """
 
     def __init__(self, planner: Planner, capacity: int, *, is_told_lengths: bool = False) -> None:
         self.planner = planner
         self.is_told_lengths = is_told_lengths
+        self.coalesced = 0
         self.lengths: tuple[IntArray, IntArray] | None = None
         num_layers, scales = planner.facts.shape.num_layers, planner.classifier.scales
         self.table = SequenceTable(num_layers, capacity, scales=scales)
@@ -129,20 +134,37 @@ class SkipState:
         plan, (tokens, left_out) = self._planned(self.planner.wanted(extra_args), prompt), found
         return tokens, left_out + (tokens * plan.mask() if plan else 0)
 
-    def decide(self, row: int, prompt: PromptStatistics) -> None:
-        """Let the method decide the plan of an undecided row, whose prompt is complete.
+    def decide(self, prompts: Mapping[int, PromptStatistics]) -> None:
+        """Let the method decide the plans of undecided rows, whose prompts became complete now.
 
-        Or give it what another row with the same prompt, computed beside it, was given: they may
-        find each other's blocks.
+        Or give one what another row with the same prompt was given: they may find each other's
+        blocks.
         """
-        undecided = self.table.undecided[row]
-        if undecided not in self._memo:
-            classifier = self.planner.classifier
-            plan = classifier.decide(undecided.budget, prompt)
-            self._memo[undecided] = plan, classifier.factors(plan, prompt)
-        plan, factors = self._memo[undecided]
-        self.table.follow(row, plan, factors)
-        self._count(row, plan)
+        rows = {row: self.table.undecided[row] for row in prompts}
+        new: dict[Undecided, PromptStatistics] = {}
+        for row, undecided in rows.items():
+            if undecided not in self._memo:
+                new.setdefault(undecided, prompts[row])
+        for (undecided, prompt), plan in zip(new.items(), self._plans(new), strict=True):
+            self._memo[undecided] = plan, self.planner.classifier.factors(plan, prompt)
+        for row, undecided in rows.items():
+            plan, factors = self._memo[undecided]
+            self.table.follow(row, plan, factors)
+            self._count(row, plan)
+
+    def _plans(self, new: Mapping[Undecided, PromptStatistics]) -> list[SkipPlan]:
+        """Decide for these, which have no plan yet, each by itself or with a look at the batch."""
+        classifier, facts = self.planner.classifier, self.planner.facts
+        own = [classifier.decide(one.budget, prompt) for one, prompt in new.items()]
+        if not facts.coalesce or not new:
+            return own
+        sequences = [
+            Undrawn(plan, one.budget, prompt)
+            for plan, (one, prompt) in zip(own, new.items(), strict=True)
+        ]
+        plans = coalesced(sequences, self.table.followed, classifier, facts.shape, facts.coalesce)
+        self.coalesced += sum(map(ne, own, plans))
+        return plans
 
     def _count(self, row: int, plan: SkipPlan) -> None:
         kind = "dense" if plan.is_dense else "skipping"

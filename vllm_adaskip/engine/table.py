@@ -74,6 +74,18 @@ class SequenceTable:
         """Rows that hold a sequence."""
         return int(np.count_nonzero(self.prompt_lens))
 
+    @property
+    def followed(self) -> NDArray[np.bool_]:
+        """``[rows, 2 * num_layers]``, what each sequence that has a plan leaves out."""
+        has_plan = self.prompt_lens > 0
+        has_plan[[*self.undecided]] = False
+        return self.skips[has_plan]
+
+    @property
+    def live_plans(self) -> int:
+        """Distinct plans that sequences in the batch follow."""
+        return len(np.unique(self.followed, axis=0))
+
     def add(
         self,
         row: int,
