@@ -2,20 +2,22 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-# Rounds of `make bench`.
+# Rounds of `make bench-parts`.
 ROUNDS ?= 25
 
 # Length of `make soak`.
 MINUTES ?= 30
 
-.PHONY: help setup demo test test-0.29 lint bench gpu-check soak train clean
+.PHONY: help setup demo test test-0.29 lint bench bench-guard bench-parts gpu-check soak train clean
 
 help:
 	@echo "make demo   set up .venv and run the bundled model, a skip plan per sequence"
 	@echo "make test   set up .venv and run the tests"
 	@echo "make test-0.29  set up .venv-0.29 and run what another vLLM release could break"
 	@echo "make lint   ruff and mypy"
-	@echo "make bench  stock vLLM beside the plugin with nothing skipped; K/V fills; reading prompts; early exit"
+	@echo "make bench  adaskip bench: stock vLLM, the plugin and deleted layers side by side"
+	@echo "make bench-guard  a fast subset of it, whose ratios must not fall"
+	@echo "make bench-parts  K/V fills; reading prompts; early exit"
 	@echo "make gpu-check  on a machine with a GPU and vLLM: mixed plans against transformers, speed"
 	@echo "make soak   the torture test for half an hour; make soak MINUTES=5 for less"
 	@echo "make train  train the bundled model again, into build/model (about an hour)"
@@ -47,7 +49,12 @@ lint: setup
 	$(BIN)/mypy
 
 bench: setup
-	$(BIN)/python benchmarks/off_is_free.py --rounds $(ROUNDS)
+	$(BIN)/adaskip bench
+
+bench-guard: setup
+	$(BIN)/adaskip bench guard
+
+bench-parts: setup
 	$(BIN)/python benchmarks/paged_kv.py --rounds $(ROUNDS)
 	$(BIN)/python benchmarks/reading_prompts.py --rounds $(ROUNDS)
 	$(BIN)/python benchmarks/early_exit.py --rounds $(ROUNDS)

@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
-from reading_prompts import TOKENS, spread, write_shape
+from reading_prompts import TOKENS, spread
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -36,6 +36,7 @@ def main(rounds: Annotated[int, typer.Option(min=3)] = 15) -> None:
     from transformers import AutoConfig
 
     from vllm_adaskip import bundled_model
+    from vllm_adaskip.bench.shapes import Shape
 
     table = Table(
         "model", "prompts", "layers run", "how", "time against dense", "of the layers' share",
@@ -44,7 +45,13 @@ def main(rounds: Annotated[int, typer.Option(min=3)] = 15) -> None:
     with TemporaryDirectory() as folder:
         for model, name, prompts, parts, turns in (
             (bundled_model(), "bundled", 16, (0.25, 0.5, 0.75), rounds),
-            (write_shape(Path(folder)), "Llama-3.2-1B's shape", 2, (0.5,), max(3, rounds // 3)),
+            (
+                Shape.of("llama-3.2-1b").write(Path(folder)),
+                "Llama-3.2-1B's shape",
+                2,
+                (0.5,),
+                max(3, rounds // 3),
+            ),
         ):
             layers = AutoConfig.from_pretrained(model).num_hidden_layers
             for run in (round(part * layers) for part in parts):

@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
-from reading_prompts import spread, write_shape
+from reading_prompts import spread
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -48,6 +48,7 @@ VARIANTS: dict[str, tuple[float, dict[str, str] | None]] = {
 def main(rounds: Annotated[int, typer.Option(min=3)] = 15) -> None:
     """Time the gate on the bundled model and on a larger shape."""
     from vllm_adaskip import bundled_model
+    from vllm_adaskip.bench.shapes import Shape
 
     costs = Table(
         "model", "batch", "a decode step", "measured everywhere", "measured once",
@@ -59,7 +60,12 @@ def main(rounds: Annotated[int, typer.Option(min=3)] = 15) -> None:
     with TemporaryDirectory() as folder:
         for model, name, tokens, turns in (
             (bundled_model(), "bundled", 48, rounds),
-            (write_shape(Path(folder)), "Llama-3.2-1B's shape", 3, max(3, rounds // 3)),
+            (
+                Shape.of("llama-3.2-1b").write(Path(folder)),
+                "Llama-3.2-1B's shape",
+                3,
+                max(3, rounds // 3),
+            ),
         ):
             engines = {threshold: make(model, threshold) for threshold in (NEVER, ALWAYS)}
             for batch in BATCHES:

@@ -30,30 +30,21 @@ os.environ.update(
     OMP_NUM_THREADS="1",
 )
 
-#: Whose config is published with Llama-3.2-1B.
-LLAMA_1B = {
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 64,
-    "vocab_size": 128_256,
-    "tie_word_embeddings": True,
-}
 TOKENS = 240
 
 
 def main(rounds: Annotated[int, typer.Option(min=3)] = 15) -> None:
     """Time methods that read prompts on the bundled model and on a larger shape."""
     from vllm_adaskip import bundled_model
+    from vllm_adaskip.bench.profiles import untrained_first
+    from vllm_adaskip.bench.shapes import Shape
 
     table = Table(
         "model", "prompts", "method", "statistics and decisions", "the method's own observing",
         title=f"share of prefill, prompts of {TOKENS} tokens (medians, quartiles)",
     )  # fmt: skip
     with TemporaryDirectory() as folder:
-        large = write_shape(Path(folder) / "model")
+        large = Shape.of("llama-3.2-1b").write(Path(folder) / "model")
         for model, name, prompts in (
             (bundled_model(), "bundled, hidden size 192", 16),
             (large, "Llama-3.2-1B's shape, 2048", 1),
@@ -61,8 +52,11 @@ def main(rounds: Annotated[int, typer.Option(min=3)] = 15) -> None:
             for method, options in (
                 ("similarity", {"method": "similarity"}),
                 ("ffn-skip", {"method": "ffn-skip"}),
-                ("first, linear", {"profile": write_first(Path(folder) / "linear", model, 0)}),
-                ("first, 16 units", {"profile": write_first(Path(folder) / "units", model, 16)}),
+                ("first, linear", {"profile": untrained_first(Path(folder) / "linear", model)}),
+                (
+                    "first, 16 units",
+                    {"profile": untrained_first(Path(folder) / "units", model, 16)},
+                ),
             ):
                 spent = shares(model, options, prompts, rounds)
                 table.add_row(name, str(prompts), method, *map(spread, spent.values()))
@@ -123,30 +117,6 @@ def watch(observer: Any, spent: dict[str, float]) -> None:
     observer.begin = timed("table", observer.begin)
     observer.finish = timed("table", observer.finish)
     observer.observe = timed("observe", observer.observe)
-
-
-def write_shape(folder: Path) -> str:
-    """Write the config of a model; its weights are made up when it is loaded."""
-    from transformers import LlamaConfig
-
-    LlamaConfig(**LLAMA_1B, architectures=["LlamaForCausalLM"], dtype="bfloat16").save_pretrained(
-        folder
-    )
-    return str(folder)
-
-
-def write_first(folder: Path, model: str, width: int) -> str:
-    """Write a profile with routers that are not trained: they cost the same."""
-    from transformers import AutoConfig
-
-    from vllm_adaskip.classifiers.profile import Profile, fingerprint
-    from vllm_adaskip.classifiers.routers import Routers
-
-    config = AutoConfig.from_pretrained(model).to_dict()
-    profile = Profile(method="first", model=model, fingerprint=fingerprint(config))
-    profile.save(folder)
-    Routers(config["num_hidden_layers"], config["hidden_size"], width).save(folder)
-    return str(folder)
 
 
 def spread(values: list[float]) -> str:

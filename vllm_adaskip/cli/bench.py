@@ -52,7 +52,7 @@ def table(
         bool, typer.Option("--breakdown", help="Only where the time of a step goes.")
     ] = False,
     out: Annotated[Path, typer.Option(help="Folder for results.json and results.png.")] = Path(
-        "bench"
+        "build/bench"
     ),
 ) -> None:
     """Time stock vLLM, the plugin, one plan, mixed plans and deleted layers, turn by turn.
@@ -62,7 +62,7 @@ def table(
     if context.invoked_subcommand is not None:
         return
     console = Console()
-    with plain_errors():
+    with plain_errors(stopped="stopped; of models that were not done nothing is kept"):
         from vllm_adaskip.bench.machine import Machine
         from vllm_adaskip.bench.plot import draw
         from vllm_adaskip.bench.results import Results

@@ -28,7 +28,7 @@ def crossover(
 ) -> None:
     """Measure when running a sub-layer for everybody is cheaper than gathering rows for it."""
     console = Console()
-    with plain_errors():
+    with plain_errors(stopped="stopped; nothing is kept"):
         from vllm_adaskip.bench.crossover import SIZES
         from vllm_adaskip.bench.variants import measured_crossover
 

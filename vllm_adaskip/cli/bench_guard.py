@@ -23,7 +23,7 @@ def guard(
 ) -> None:
     """Exit with 1 when a ratio on the bundled model's shape stays below its floor."""
     console = Console()
-    with plain_errors():
+    with plain_errors(stopped="stopped; nothing is kept"):
         from vllm_adaskip.bench.engines import alone
         from vllm_adaskip.bench.guard import guard as measure
 

@@ -23,14 +23,14 @@ _SMALL, _LARGE = 1 << 16, 1 << 14
 
 def regimes(
     out: Annotated[Path, typer.Option(help="Folder for regimes.json and regimes.png.")] = Path(
-        "bench"
+        "build/bench"
     ),
     model: Annotated[str, typer.Option(help="As for adaskip bench.")] = "bundled",
     rounds: Rounds = 3,
 ) -> None:
     """Time plans without half of the layers, attention or MLPs, shared and mixed, over a grid."""
     console = Console()
-    with plain_errors():
+    with plain_errors(stopped="stopped; nothing is kept"):
         from vllm_adaskip.bench.engines import alone, engine
         from vllm_adaskip.bench.machine import Machine
         from vllm_adaskip.bench.plot import draw_regimes

@@ -33,7 +33,7 @@ def server(
 ) -> None:
     """Send batches of requests: dense, and under each plan, turn by turn."""
     console = Console()
-    with plain_errors():
+    with plain_errors(stopped="stopped; nothing is kept"):
         from vllm_adaskip.bench.rounds import Spread
         from vllm_adaskip.bench.server import Arguments, Load, Server, compare
 

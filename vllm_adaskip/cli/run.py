@@ -67,8 +67,13 @@ Seed = Annotated[int, typer.Option(help="Of drawn items and random plans.")]
 
 
 @contextmanager
-def plain_errors() -> Iterator[None]:
-    """End the command with an error's message alone where the message says what to do."""
+def plain_errors(
+    stopped: str = "stopped; what was measured is kept, the same command goes on",
+) -> Iterator[None]:
+    """End the command with an error's message alone where the message says what to do.
+
+    ``stopped`` is said after Ctrl-C.
+    """
     try:
         yield
     except ModuleNotFoundError as error:
@@ -80,7 +85,7 @@ def plain_errors() -> Iterator[None]:
         console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
-        console.print("stopped; what was measured is kept, the same command goes on")
+        console.print(stopped)
         raise typer.Exit(130) from None
 
 
