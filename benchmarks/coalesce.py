@@ -162,7 +162,7 @@ def looked_at(
     shape, seen = engine.shape, []
     parameters = np.tile([shape.attention_parameters, shape.mlp_parameters], shape.num_layers)
 
-    def watch(model: Any) -> Any:
+    def watch(model: Any) -> None:
         begin = model.adaskip.begin_step
 
         def begin_step() -> Any:
@@ -173,7 +173,6 @@ def looked_at(
             return step
 
         model.adaskip.begin_step = begin_step
-        return begin
 
     def unwatch(model: Any) -> None:
         del model.adaskip.begin_step  # the class's own is behind it
