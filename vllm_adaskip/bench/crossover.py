@@ -82,7 +82,7 @@ def _first(size: int, advantage: dict[int, float]) -> int:
         ((running, saved),) = advantage.items()
         return running if saved > 0 else size
     # Theil and Sen's line, the median of slopes: a turn that the machine disturbed counts once.
-    slope, start, *_ = theilslopes(list(advantage.values()), list(advantage))
+    slope, start, *_ = theilslopes(list(advantage.values()), list(advantage), method="joint")
     if slope <= 0:  # a gather gets no dearer with its rows: all or nothing
         return 1 if start > 0 else size
     return int(np.clip(np.ceil(-start / slope), 1, size))
