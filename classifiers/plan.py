@@ -111,12 +111,10 @@ class SkipPlan:
 
     def mask(self) -> NDArray[np.bool_]:
         """Give ``[2 * num_layers]`` bools, True: left out; in the order attn 0, mlp 0, attn 1."""
-        pairs = [
-            bool(bits >> layer & 1)
-            for layer in range(self.num_layers)
-            for bits in (self.attention, self.mlp)
-        ]
-        return np.array(pairs, dtype=np.bool_)
+        size = -(-self.num_layers // 8)
+        packed = self.attention.to_bytes(size, "little") + self.mlp.to_bytes(size, "little")
+        bits = np.unpackbits(np.frombuffer(packed, dtype=np.uint8), bitorder="little")
+        return bits.reshape(2, -1)[:, : self.num_layers].T.reshape(-1).astype(np.bool_)
 
     def entries(self) -> list[int | str]:
         """Give the list that `parse` reads back: whole layers first, then single sub-layers."""

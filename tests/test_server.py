@@ -244,5 +244,34 @@ def waited() -> float:
     return float(total[1])
 
 
+def test_bench_times_a_running_server(server: str) -> None:
+    """Every plan by itself, and both in one batch."""
+    before = report()
+    said = shell(
+        "adaskip bench server --skip '[5, 6]' --skip '[\"mlp:3\"]' --concurrency 4 "
+        "--prompt 8 --tokens 5 --rounds 2"
+    )
+    assert "dense" in said and "skip [5, 6]" in said and "2 plans mixed" in said
+    after = report()
+    assert after["decode_tokens"] - before["decode_tokens"] == 192  # 4 variants, 3 turns, 4 x 4
+    ran = [new - old for new, old in zip(after["mlp_run"], before["mlp_run"], strict=True)]
+    # One of four variants leaves it out for all, one for every second request.
+    assert ran == [192 - 72 if layer in (3, 5, 6) else 192 for layer in range(LAYERS)]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--skip 5-6", "'5-6' is no plan"),
+        ("--skip '[99]'", "the server refused"),
+        ("--url http://127.0.0.1:1", "does not answer as a vLLM server"),
+    ],
+)
+def test_bench_says_what_is_wrong(server: str, options: str, words: str) -> None:
+    command = f"adaskip bench server --concurrency 1 --rounds 2 {options}"
+    done = subprocess.run(["bash", "-c", command], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 2 and words in " ".join(done.stderr.split())
+
+
 def test_the_server_listens_on_loopback_only(server: str) -> None:
     assert "http://127.0.0.1:8000" in Path(server).read_text()

@@ -70,17 +70,16 @@ class Server:
             sent = [self._one(client, load, n, one) for n, one in enumerate(arguments)]
             times = await asyncio.gather(*sent)
             whole = time.perf_counter() - start
-        gaps = [(one[-1] - one[0]) / max(1, len(one) - 1) for one in times]
         return Served(
-            sum(map(len, times)) / whole,
-            statistics.median(one[0] - start for one in times),
-            statistics.median(gaps),
+            load.tokens * len(times) / whole,
+            statistics.median(first - start for first, _ in times),
+            statistics.median((last - first) / (load.tokens - 1) for first, last in times),
         )
 
     async def _one(
         self, client: httpx.AsyncClient, load: Load, number: int, xargs: dict[str, Any] | None
-    ) -> list[float]:
-        """Give the moments at which a request's pieces arrived."""
+    ) -> tuple[float, float]:
+        """Give the moments at which a request's first and last token arrived."""
         seed = 1000 * self._turn + number
         body = {
             "model": self.model,
@@ -89,17 +88,27 @@ class Server:
             "ignore_eos": True,
             "temperature": 0,
             "stream": True,
+            "stream_options": {"include_usage": True},
             "vllm_xargs": xargs,
         }
-        moments = []
+        moments, received = [], 0
         async with client.stream("POST", f"{self.url}/v1/completions", json=body) as answer:
             if answer.status_code != 200:
                 said = (await answer.aread()).decode(errors="replace")
                 raise ValueError(f"the server refused {json.dumps(xargs)}: {said:.500}")
             async for line in answer.aiter_lines():
-                if line.startswith("data: {"):
+                if not line.startswith("data: {"):
+                    continue
+                if "error" in (piece := json.loads(line.removeprefix("data: "))):
+                    said = piece["error"]["message"]
+                    raise ValueError(f"the server refused {json.dumps(xargs)}: {said:.500}")
+                if piece["choices"]:
                     moments.append(time.perf_counter())
-        return moments
+                elif usage := piece.get("usage"):  # the last piece
+                    received = usage["completion_tokens"]
+        if received != load.tokens:  # several may come in one piece, so pieces are not counted
+            raise ValueError(f"the server sent {received} tokens where {load.tokens} were asked")
+        return moments[0], moments[-1]
 
 
 def compare(
