@@ -10,8 +10,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import httpx
-from http_server import URL
 from readme import ENVIRONMENT, ROOT, block
 
 PAGE = "docs/deploy.md"
@@ -50,15 +48,10 @@ def wait_for(what: Callable[[], Any], seconds: float) -> float:
             if what():
                 return time.monotonic() - start
             trouble = "not so"
-        except (AssertionError, httpx.TransportError) as error:
+        except AssertionError as error:
             trouble = str(error)
         assert time.monotonic() - start < seconds, trouble[-3000:]
         time.sleep(0.5)
-
-
-def is_up() -> bool:
-    """Tell whether the app has the model."""
-    return httpx.get(f"{URL}/v1/models").status_code == 200
 
 
 def body(prompt: str, plan: object = None, **more: Any) -> dict[str, Any]:

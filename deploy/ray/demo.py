@@ -101,7 +101,7 @@ def replicas_table(
 ) -> Table:
     """Show what each replica's worker counted meanwhile."""
     table = Table(
-        *("replica", "requests", "generated tokens", "tokens a second"),
+        *("replica", "requests", "decode tokens", "a second"),
         *("attention run", "MLPs run"),
         title="each replica",
         box=SIMPLE_HEAD,

@@ -16,7 +16,7 @@ import psutil
 import pytest
 import yaml
 from http_server import URL, serving
-from ray_app import PAGE, PLANS, body, is_up, reports, shell, wait_for
+from ray_app import PAGE, PLANS, body, reports, shell, wait_for
 from readme import ROOT, block
 
 from vllm_adaskip import engine_args
@@ -42,8 +42,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[psutil.Process
     shell(block("export RAY_AUTH_MODE", PAGE))
     with serving(f"env {start}", folder / "log", ready=None) as process:
         wait_for(lambda: shell(deploy), 60)
-        wait_for(is_up, 240)
-        wait_for(lambda: len(reports()) == 2, 60)
+        wait_for(lambda: len(reports()) == 2, 240)
         yield psutil.Process(process.pid)
     # Ray leaves a note of where it was, which others would follow; `ray stop` is for all of them.
     Path("/tmp/ray/ray_current_cluster").unlink(missing_ok=True)
@@ -211,7 +210,7 @@ def test_a_killed_worker_loses_no_request_silently_and_is_replaced(
         now = {one["replica"] for one in reports()}
         return len(now) == 2 and now != old
 
-    wait_for(is_whole, 180)
+    wait_for(is_whole, 240)
     replies = asyncio.run(send([body(prompt, [5, 6]) for prompt in questions(6)]))
     assert all(map(answered, replies))
     (new,) = [one for one in reports() if one["replica"] not in old]
