@@ -8,12 +8,14 @@ ROUNDS ?= 25
 # Length of `make soak`.
 MINUTES ?= 30
 
-.PHONY: help setup demo test test-0.29 lint bench bench-guard bench-parts gpu-check soak train clean
+.PHONY: help setup demo test test-0.29 test-ray ray-demo lint bench bench-guard bench-parts gpu-check soak train clean
 
 help:
 	@echo "make demo   set up .venv and run the bundled model, a skip plan per sequence"
 	@echo "make test   set up .venv and run the tests"
 	@echo "make test-0.29  set up .venv-0.29 and run what another vLLM release could break"
+	@echo "make test-ray  the same with Ray, and run what needs it: two replicas, an offline job"
+	@echo "make ray-demo  the bundled model on Ray Serve, two replicas under a mixed load"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  adaskip bench: stock vLLM, the plugin and deleted layers side by side"
 	@echo "make bench-guard  a fast subset of it, whose ratios must not fall"
@@ -43,7 +45,18 @@ test-0.29: .venv-0.29/.ready
 .venv-0.29/.ready: pyproject.toml deploy/setup_venv.py deploy/vllm-metadata/pyproject.toml
 	$(PYTHON) deploy/setup_venv.py cpu-0-29
 
-lint: setup
+# Beside what setup installs, none of which it replaces.
+.venv/.ray: .venv/.ready
+	$(BIN)/python -m pip install -e '.[ray]'
+	touch $@
+
+test-ray: .venv/.ray
+	$(BIN)/python -m pytest tests/ray
+
+ray-demo: .venv/.ray
+	$(BIN)/python -m deploy.ray.demo
+
+lint: .venv/.ray
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads the commands out of the README, so that tests run what users read."""
+"""Reads the commands out of the README and other pages, so that tests run what users read."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ ENVIRONMENT = {
 }
 
 
-def blocks(language: str) -> list[str]:
-    """Give the README's code blocks in one language, in order."""
-    text = (ROOT / "README.md").read_text()
+def blocks(language: str, page: str = "README.md") -> list[str]:
+    """Give a page's code blocks in one language, in order."""
+    text = (ROOT / page).read_text()
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
-def block(start: str) -> str:
+def block(start: str, page: str = "README.md") -> str:
     """Give the one block of shell commands that begins so."""
-    (found,) = [text for text in blocks("bash") if text.startswith(start)]
+    (found,) = [text for text in blocks("bash", page) if text.startswith(start)]
     return found

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two replicas on Ray Serve: mixed plans, bad requests, and a worker that is killed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+import yaml
+from http_server import URL, serving
+from ray_app import PAGE, PLANS, body, reports, shell, wait_for
+from readme import ROOT, block
+
+from vllm_adaskip import engine_args
+from vllm_adaskip.classifiers import SkipPlan
+from vllm_adaskip.testbed.bundled import bundled_model
+from vllm_adaskip.testbed.tasks import TASKS, samples
+
+LAYERS = 12
+COMPLETIONS = f"{URL}/v1/completions"
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[psutil.Process]:
+    """Start Ray and deploy the app, in float32 so that answers can be compared."""
+    folder = tmp_path_factory.mktemp("serve")
+    config = yaml.safe_load((ROOT / "deploy/ray/serve.yaml").read_text())
+    config["applications"][0]["args"]["max_replicas"] = 2
+    config["applications"][0]["args"]["engine_kwargs"]["dtype"] = "float32"
+    (folder / "serve.yaml").write_text(yaml.safe_dump(config))
+    start = block("PYTHONPATH=$PWD ray start", PAGE).strip()
+    deploy = block("serve deploy", PAGE).strip()
+    deploy = deploy.replace("deploy/ray/serve.yaml", str(folder / "serve.yaml"))
+    shell(block("export RAY_AUTH_MODE", PAGE))
+    with serving(f"env {start}", folder / "log", ready=None) as process:
+        wait_for(lambda: shell(deploy), 60)
+        wait_for(lambda: len(reports()) == 2, 240)
+        yield psutil.Process(process.pid)
+    # Ray leaves a note of where it was, which others would follow; `ray stop` is for all of them.
+    Path("/tmp/ray/ray_current_cluster").unlink(missing_ok=True)
+
+
+def questions(each: int) -> list[str]:
+    return [one.prompt for task in TASKS for one in samples(task, "test", 5, each)]
+
+
+async def send(bodies: list[dict[str, Any]]) -> list[Any]:
+    """Send all at once; an answer or an error for each."""
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(limits=limits, timeout=120) as client:
+        sent = [client.post(COMPLETIONS, json=one) for one in bodies]
+        return await asyncio.gather(*sent, return_exceptions=True)
+
+
+def counts(kind: str) -> list[int]:
+    """Generated tokens that ran each sub-layer of a kind, of all replicas together."""
+    workers = [worker for one in reports() for worker in one["workers"]]
+    return [sum(worker[kind][layer] for worker in workers) for layer in range(LAYERS)]
+
+
+def test_mixed_plans_are_answered_as_offline_and_counted(
+    cluster: psutil.Process, engine: Callable[..., Any]
+) -> None:
+    from vllm import SamplingParams
+
+    prompts = questions(8)
+    plans = [PLANS[index % len(PLANS)] for index in range(len(prompts))]
+    before = reports(), counts("attn_run"), counts("mlp_run")
+    replies = asyncio.run(send([body(*pair) for pair in zip(prompts, plans, strict=True)]))
+    answers = [reply.json() for reply in replies if isinstance(reply, httpx.Response)]
+    assert len(answers) == len(prompts)
+
+    llm = engine(
+        bundled_model(),
+        skip_tokenizer_init=False,
+        max_model_len=512,
+        **engine_args(kv_fill="copy"),
+    )
+    params = [
+        SamplingParams(temperature=0, max_tokens=12, extra_args={"adaskip_skip": plan})
+        for plan in plans
+    ]
+    offline = [one.outputs[0].text for one in llm.generate(prompts, params, use_tqdm=False)]
+    assert [one["choices"][0]["text"] for one in answers] == offline
+
+    attention, mlp = [0] * LAYERS, [0] * LAYERS
+    for plan, answer in zip(plans, answers, strict=True):
+        mask = SkipPlan.parse(plan, LAYERS).mask().reshape(-1, 2)
+        ran = answer["usage"]["completion_tokens"] - 1  # the first comes from the prompt
+        for layer, (no_attention, no_mlp) in enumerate(mask):
+            attention[layer] += 0 if no_attention else ran
+            mlp[layer] += 0 if no_mlp else ran
+    assert attention[5] < attention[0]
+    assert counts("attn_run") == [a + b for a, b in zip(before[1], attention, strict=True)]
+    assert counts("mlp_run") == [a + b for a, b in zip(before[2], mlp, strict=True)]
+
+    asked = {json.dumps({"adaskip_skip": plan}): 0 for plan in PLANS}
+    for old, new in zip(before[0], reports(), strict=True):
+        requests = [one["workers"][0]["requests"] for one in (old, new)]
+        assert requests[0] < requests[1]  # each replica had its share
+        for kind in asked:
+            asked[kind] += new["asked"].get(kind, 0) - old["asked"].get(kind, 0)
+    assert list(asked.values()) == [plans.count(plan) for plan in PLANS]
+
+
+def test_nobody_commands_ray_without_its_token(cluster: psutil.Process) -> None:
+    assert httpx.get("http://127.0.0.1:8265/api/serve/applications/").status_code == 401
+
+
+@pytest.mark.parametrize(
+    ("xargs", "words"),
+    [
+        ({"adaskip_profile": "first"}, ["adaskip_profile", "allowed: adaskip, adaskip_skip"]),
+        ({"adaskip_method": "first"}, ["adaskip_method", "unknown argument"]),
+        ({"adaskip_skip": [12]}, ["adaskip_skip", "12", "layers 0 to 11"]),
+        ({"adaskip": "maybe"}, ["'maybe'", "'on', 'off'"]),
+    ],
+)
+def test_a_profile_s_name_and_other_bad_arguments_are_http_400(
+    cluster: psutil.Process, xargs: dict[str, Any], words: list[str]
+) -> None:
+    refused = httpx.post(COMPLETIONS, json=body("sum", vllm_xargs=xargs))
+    assert refused.status_code == 400
+    for word in words:
+        assert word in refused.json()["error"]["message"]
+    assert httpx.post(COMPLETIONS, json=body("sum", [5])).status_code == 200
+
+
+async def stream(client: httpx.AsyncClient, prompt: str) -> str:
+    """Give how a streamed answer ended: ``done``, or an error that the client sees."""
+    request = body(prompt, [5], stream=True, max_tokens=300, ignore_eos=True)
+    last = ""
+    try:
+        async with client.stream("POST", COMPLETIONS, json=request) as reply:
+            async for line in reply.aiter_lines():
+                last = line or last
+    except httpx.TransportError as error:
+        return f"error: {error!r}"
+    return "done" if last == "data: [DONE]" else f"error: {last}"
+
+
+@dataclass
+class Incident:
+    """What clients saw of a kill in the middle of long answers.
+
+    Attributes:
+        answers: of requests that were under way.
+        streams: how each streamed answer that was under way ended.
+        seconds: from the kill until new requests were all answered.
+
+    """
+
+    answers: list[httpx.Response | Exception]
+    streams: list[str]
+    seconds: float
+
+
+async def see(kill: Callable[[], None]) -> Incident:
+    long = {"max_tokens": 300, "ignore_eos": True}
+    bodies = [body(prompt, PLANS[index % 5], **long) for index, prompt in enumerate(questions(4))]
+    answers = asyncio.create_task(send(bodies))
+    async with httpx.AsyncClient(timeout=120) as client:
+        streams = [asyncio.create_task(stream(client, prompt)) for prompt in questions(1)]
+        await asyncio.sleep(2)
+        assert not answers.done() and not any(one.done() for one in streams)
+        kill()
+        start = time.monotonic()
+        while not all(map(answered, await send([body(one, [5, 6]) for one in questions(1)]))):
+            await asyncio.sleep(0.5)
+        seconds = time.monotonic() - start
+        return Incident(await answers, list(await asyncio.gather(*streams)), seconds)
+
+
+def answered(reply: httpx.Response | Exception) -> bool:
+    return isinstance(reply, httpx.Response) and reply.status_code == 200
+
+
+def test_a_killed_worker_loses_no_request_silently_and_is_replaced(
+    cluster: psutil.Process,
+) -> None:
+    old = {one["replica"] for one in reports()}
+    workers = [
+        process
+        for process in cluster.children(recursive=True)
+        if "VLLM::Worker" in " ".join(process.cmdline())
+    ]
+    assert len(workers) == 2
+    seen = asyncio.run(asyncio.wait_for(see(workers[0].kill), 200))
+
+    assert seen.seconds < 60
+    kept = [one for one in seen.answers if answered(one)]
+    assert kept and all(one.json()["usage"]["completion_tokens"] == 300 for one in kept)
+    lost = [one for one in seen.answers if not answered(one)]
+    assert lost, "the killed worker had none of them"
+    for one in lost:
+        assert isinstance(one, httpx.Response) and one.status_code == 500
+        assert "EngineDead" in one.json()["error"]["message"]
+    assert "done" in seen.streams
+    assert all(one == "done" or "EngineDead" in one for one in seen.streams)
+
+    def is_whole() -> bool:
+        now = {one["replica"] for one in reports()}
+        return len(now) == 2 and now != old
+
+    wait_for(is_whole, 240)
+    replies = asyncio.run(send([body(prompt, [5, 6]) for prompt in questions(6)]))
+    assert all(map(answered, replies))
+    (new,) = [one for one in reports() if one["replica"] not in old]
+    assert new["workers"][0]["requests"] > 0
