@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ def alone(kv_space: int = 1) -> None:
         kv_space: GiB of KV cache for each of them.
 
     """
+    if "torch" in sys.modules:
+        raise RuntimeError("torch is loaded already, with as many threads as it found then")
     os.environ.update(
         VLLM_ENABLE_V1_MULTIPROCESSING="0",
         VLLM_CPU_KVCACHE_SPACE=str(kv_space),

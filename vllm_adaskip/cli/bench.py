@@ -63,12 +63,12 @@ def table(
         return
     console = Console()
     with plain_errors(stopped="stopped; of models that were not done nothing is kept"):
+        shapes = shapes_of(model)
         from vllm_adaskip.bench.machine import Machine
         from vllm_adaskip.bench.plot import draw
         from vllm_adaskip.bench.results import Results
         from vllm_adaskip.bench.suite import Suite
 
-        shapes = shapes_of(model)
         batches = sorted({*(batch or (1, 16, 64))})
         out.mkdir(parents=True, exist_ok=True)
         with saying(console) as say:
@@ -83,12 +83,15 @@ def table(
     console.print(f"Written: {out / 'results.json'}, {out / 'results.png'}")
 
 
-def shapes_of(names: list[str] | None) -> list[Shape]:
-    """Give the shapes that a user names, and set the environment for engines of this process."""
+def shapes_of(names: list[str] | None, *, kv_space: int = 1) -> list[Shape]:
+    """Give the shapes that a user names, and set the environment for engines of this process.
+
+    Call it before torch is loaded, which reads the number of threads then.
+    """
     from vllm_adaskip.bench.engines import alone
     from vllm_adaskip.bench.shapes import Shape
 
-    alone()
+    alone(kv_space)
     return [Shape.of(name) for name in names or ["bundled", "llama-3.2-1b"]]
 
 

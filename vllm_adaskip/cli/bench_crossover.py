@@ -29,10 +29,10 @@ def crossover(
     """Measure when running a sub-layer for everybody is cheaper than gathering rows for it."""
     console = Console()
     with plain_errors(stopped="stopped; nothing is kept"):
+        (shape,) = shapes_of([model])
         from vllm_adaskip.bench.crossover import SIZES
         from vllm_adaskip.bench.variants import measured_crossover
 
-        (shape,) = shapes_of([model])
         sizes = [size for size in SIZES if size <= largest]
         steps = 3 * effort_for(shape, 2).steps
         with saying(console) as say, TemporaryDirectory() as folder:

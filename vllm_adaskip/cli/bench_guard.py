@@ -12,7 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from vllm_adaskip.cli.bench import saying
+from vllm_adaskip.cli.bench import saying, shapes_of
 from vllm_adaskip.cli.run import plain_errors
 
 
@@ -24,10 +24,9 @@ def guard(
     """Exit with 1 when a ratio on the bundled model's shape stays below its floor."""
     console = Console()
     with plain_errors(stopped="stopped; nothing is kept"):
-        from vllm_adaskip.bench.engines import alone
+        shapes_of(["bundled"])
         from vllm_adaskip.bench.guard import guard as measure
 
-        alone()
         for _ in range(tries):
             with saying(console) as say, TemporaryDirectory() as folder:
                 found = measure(Path(folder), say)

@@ -31,13 +31,12 @@ def regimes(
     """Time plans without half of the layers, attention or MLPs, shared and mixed, over a grid."""
     console = Console()
     with plain_errors(stopped="stopped; nothing is kept"):
-        from vllm_adaskip.bench.engines import alone, engine
+        (shape,) = shapes_of([model], kv_space=3)
+        from vllm_adaskip.bench.engines import engine
         from vllm_adaskip.bench.machine import Machine
         from vllm_adaskip.bench.plot import draw_regimes
         from vllm_adaskip.bench.regimes import regimes as measure
 
-        (shape,) = shapes_of([model])
-        alone(kv_space=3)
         effort = effort_for(shape, rounds)
         tokens = _LARGE if effort.steps < 10 else _SMALL
         grid = [(batch, context) for batch, context in _GRID if batch * context <= tokens]
