@@ -17,6 +17,7 @@ from ray.serve.llm.deployment import LLMServer
 
 from deploy.ray.app_args import AppArgs
 from vllm_adaskip.plugin import register
+from vllm_adaskip.serving.metrics import start_metrics
 
 # A replica imports this module, and looks at the engine's config, before vLLM loads plugins there.
 register()
@@ -32,6 +33,11 @@ class AdaSkipServer(LLMServer):
         # Ray awaits it, as it does its own.
         self._asked: Counter[str] = Counter()
         await super().__init__(*args, **kwargs)
+
+    async def start(self) -> None:
+        """Start the engine, and the counters that Ray's metrics pages show (docs/monitoring.md)."""
+        await super().start()
+        self._counters = start_metrics(self.engine._engine_client)
 
     async def adaskip_report(self) -> dict[str, Any]:
         """Give ``replica``, its name, ``asked`` and ``workers``.

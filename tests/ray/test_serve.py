@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -109,6 +110,22 @@ def test_mixed_plans_are_answered_as_offline_and_counted(
         for kind in asked:
             asked[kind] += new["asked"].get(kind, 0) - old["asked"].get(kind, 0)
     assert list(asked.values()) == [plans.count(plan) for plan in PLANS]
+
+
+def test_rays_metrics_page_has_the_counters(cluster: psutil.Process) -> None:
+    """Where Ray tells Prometheus to look; they are asked for every few seconds."""
+    (where,) = json.loads(Path("/tmp/ray/prom_metrics_service_discovery.json").read_text())
+    want = sum(worker["decode_tokens"] for one in reports() for worker in one["workers"])
+    assert want > 0
+
+    def shown() -> bool:
+        pages = [httpx.get(f"http://{target}/metrics").text for target in where["targets"]]
+        found = re.findall(
+            r"^ray_vllm_adaskip_decode_tokens_total{.*} (.*)$", "\n".join(pages), re.MULTILINE
+        )
+        return sum(map(float, found)) == want
+
+    wait_for(shown, 60)
 
 
 def test_nobody_commands_ray_without_its_token(cluster: psutil.Process) -> None:
