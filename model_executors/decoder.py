@@ -119,7 +119,12 @@ class SkippingDecoder(nn.Module):
         return self._run_step(step, positions, self.embed(input_ids, positions, inputs_embeds))
 
     def _run_step(self, step: StepPlan, positions: Tensor, embedded: Tensor) -> Tensor:
-        stream: Stream = (embedded, None)
+        with self.adaskip.running(step):
+            stream = self._run_pieces(step, positions, (embedded, None))
+        self.adaskip.end_step()
+        return self.finish(stream)
+
+    def _run_pieces(self, step: StepPlan, positions: Tensor, stream: Stream) -> Stream:
         guarded = self.adaskip.gate.guarded
         pieces = deque(step.pieces)
         while pieces:
@@ -127,6 +132,7 @@ class SkippingDecoder(nn.Module):
             if isinstance(piece, Check):
                 rest = self.adaskip.exits.after(piece.layer, partial(_pair, stream))
                 if rest is not None:
+                    self.adaskip.go_on(rest)
                     pieces = deque(rest.pieces)
             elif isinstance(piece, Passing):
                 self._pass_by(piece, positions, stream)
@@ -136,8 +142,7 @@ class SkippingDecoder(nn.Module):
                 stream = self._run_guarded(piece, positions, stream)
             else:
                 stream = self._run_segment(piece, positions, stream)
-        self.adaskip.end_step()
-        return self.finish(stream)
+        return stream
 
     def _run_guarded(self, guarded: Segment, positions: Tensor, stream: Stream) -> Stream:
         """Run a sub-layer for the tokens that its gate lets through, and show the gate."""
@@ -160,8 +165,7 @@ class SkippingDecoder(nn.Module):
         part = _gather(stream, tokens)
         if segment.attention:  # nothing else looks at them
             positions = _rows(positions, tokens)
-        with self.adaskip.using(segment):
-            part = self._run_sub_layers(segment, positions, part)
+        part = self._run_sub_layers(segment, positions, part)
         return _scatter(stream, tokens, part)
 
     def _run_all(

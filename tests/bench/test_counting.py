@@ -120,21 +120,24 @@ def test_a_crossover_is_where_the_fitted_line_meets_zero() -> None:
         for rows in range(1, 64, 3)
     }
     never = {("mlp", rows): [(1.0 * rows, 200.0)] for rows in range(1, 64)}
+    flat = {("layer", rows): [(5.0, 4.0)] for rows in range(1, 64)}
     disturbed = {("attention", 10): [(9e6, 1.0)] * 3}
-    two = {("attention", 1): [(1.0, 2.0)], ("mlp", 1): [(2.0, 1.0)]}
-    table = crossover({2: two, 64: {**times, **never, **disturbed}})
-    assert table.mlp == ((2, 1), (64, 64))
+    two = {("attention", 1): [(1.0, 2.0)], ("mlp", 1): [(2.0, 1.0)], ("layer", 1): [(2.0, 1.0)]}
+    table = crossover({2: two, 64: {**times, **never, **flat, **disturbed}})
+    assert table.mlp == ((2, 1), (64, 64)) and table.layer == ((2, 1), (64, 1))
     assert table.attention[0] == (2, 2) and 28 <= table.attention[1][1] <= 31  # 88 / 3
 
 
 @given(st.integers(2, 40), st.sampled_from([2, 4, 8, 16, 64]), st.integers(0, 3))
 def test_graded_batches_need_every_number_of_rows(layers: int, size: int, turn: int) -> None:
-    plans = _graded(layers, size, turn)
+    plans = _graded(layers, size, turn, whole=False)
     runs = ~np.array([plan.mask() for plan in plans])
     assert len(plans) == size and runs[:, :2].all()
     needed = {*runs[:, 2::2].sum(axis=0).tolist()}
     assert len(needed) == min(layers - 1, size - 1) and needed <= {*range(1, size)}
     assert {*runs[:, 3::2].sum(axis=0).tolist()} == {size - one for one in needed}
+    together = np.array([plan.mask() for plan in _graded(layers, size, turn, whole=True)])
+    assert np.array_equal(together[:, 0::2], together[:, 1::2])
 
 
 def test_a_shape_that_is_not_there_is_named() -> None:

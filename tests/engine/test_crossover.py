@@ -26,25 +26,31 @@ from vllm_adaskip.engine.layout import Layout
 from vllm_adaskip.engine.step_plan import Segment, StepPlan
 
 LAYERS = 4
-ALWAYS = {"context": 1000, "attention": [[1000, 1]], "mlp": [[1000, 1]]}
+ALWAYS = {"context": 1000, "attention": [[1000, 1]], "mlp": [[1000, 1]], "layer": [[1000, 1]]}
 #: Attention from half of the rows on, MLPs never, as measured tables may have it.
-SOME = {"context": 20, "attention": [[4, 2], [64, 32]], "mlp": [[64, 64]]}
+SOME = {"context": 20, "attention": [[4, 2], [64, 32]], "mlp": [[64, 64]], "layer": [[64, 20]]}
 
 
 def test_a_table_is_read_by_the_size_of_the_step() -> None:
     table = Crossover(attention=((4, 1), (8, 6)), mlp=((8, 8),))
-    assert [table.runs_all(0, running, 4) for running in range(1, 4)] == [True, True, True]
-    assert [running for running in range(1, 6) if table.runs_all(2, running, 6)] == [5]  # 6 of 8
-    assert [running for running in range(1, 16) if table.runs_all(0, running, 16)] == [
+    assert [table.runs_all("attention", running, 4) for running in range(1, 4)] == [
+        True,
+        True,
+        True,
+    ]
+    assert [running for running in range(1, 6) if table.runs_all("attention", running, 6)] == [
+        5
+    ]  # 6 of 8
+    assert [running for running in range(1, 16) if table.runs_all("attention", running, 16)] == [
         *range(12, 16)
     ]
-    assert not any(table.runs_all(1, running, 8) for running in range(1, 8))
+    assert not any(table.runs_all("mlp", running, 8) for running in range(1, 8))
 
 
 def test_attentions_part_holds_up_to_a_context() -> None:
     table = Crossover.model_validate(SOME)
     assert table.within(20) is table
-    assert not table.within(20.5).runs_all(0, 3, 4)
+    assert not any(table.within(20.5).runs_all(kind, 3, 4) for kind in ("attention", "layer"))
     assert table.within(21) is table.within(22)  # so that a step plan is not made anew
 
 
@@ -125,18 +131,19 @@ def test_joined_subsets_hold_each_ones_indices(batch: list[tuple[int, int, list[
     subsets = StepPlan.build(skips, layout).attention_subsets
     if not subsets:
         return
-    joined = JoinedSubsets(subsets, torch.device("cpu"))
+    joined = JoinedSubsets(subsets)
+    all_rows, all_tokens, all_dropped = joined.on(torch.device("cpu"))
     everything = torch.arange(int(layout.query_lens.sum()))
     dropped = torch.cat([subset.dropped for subset in subsets])
     for subset, rows, tokens in zip(
         subsets,
-        joined.rows.split(joined.num_rows),
-        joined.tokens.split(joined.num_tokens),
+        all_rows.split(joined.num_rows),
+        all_tokens.split(joined.num_tokens),
         strict=True,
     ):
         assert torch.equal(rows, subset.rows)
         assert torch.equal(tokens, everything[subset.tokens])
-    assert (joined.dropped is None) == (not dropped.any())
+    assert (all_dropped is None) == (not dropped.any())
 
 
 @pytest.fixture(scope="module")

@@ -54,7 +54,7 @@ class Stopwatch:
             (V1Feeder, "update_state", "table update"),
             (runtime, "begin_step", "step plan"),
             (runtime, "end_step", "loop"),
-            (runtime._sub_batches, "_make_parts", "metadata"),
+            (runtime, "running", "metadata"),
             (decoder, "_gather", "gather and scatter"),
             (decoder, "_scatter", "gather and scatter"),
             (runtime.kv_fill, "begin", "fill"),

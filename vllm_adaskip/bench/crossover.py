@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import product
 from typing import Any
 from unittest.mock import patch
 
@@ -21,17 +22,18 @@ from scipy.stats import theilslopes
 
 from vllm_adaskip.bench.engines import Batch, following
 from vllm_adaskip.classifiers import SkipPlan
-from vllm_adaskip.engine.crossover import Crossover
+from vllm_adaskip.engine.crossover import Crossover, Kind
+from vllm_adaskip.engine.joined_subsets import JoinedSubsets
 from vllm_adaskip.engine.layout import Tokens
 from vllm_adaskip.engine.step_plan import Segment
 
 #: Tokens of a step that are measured.
 SIZES = (2, 4, 8, 16, 32, 64, 128)
-KINDS = ("attention", "mlp")
+KINDS: tuple[Kind, ...] = ("attention", "mlp", "layer")
 #: Tokens of each sequence's prompt.
 CONTEXT = 64
-#: Sub-layer kind, tokens that need it -> seconds gathered, seconds run for all; of each turn.
-Times = dict[tuple[str, int], list[tuple[float, float]]]
+#: Kind, tokens that need it -> seconds gathered, seconds run for all; of each turn.
+Times = dict[tuple[Kind, int], list[tuple[float, float]]]
 
 
 def measure(
@@ -41,33 +43,35 @@ def measure(
     (layers,) = llm.apply_model(lambda model: model.adaskip.report()["num_layers"])
     for size in sizes:
         times: Times = defaultdict(list)
-        for turn in range(max(1, -(-(size - 1) // layers))):
-            batch = Batch(
-                llm, following(_graded(layers, size, turn)), prompt=context, tokens=steps + 4
-            )
+        turns = range(max(1, -(-(size - 1) // layers)))
+        for turn, whole in product(turns, (False, True)):
+            plans = _graded(layers, size, turn, whole=whole)
+            batch = Batch(llm, following(plans), prompt=context, tokens=steps + 4)
             batch.prefill()
-            llm.apply_model(partial(_watch, batch=batch, steps=steps, times=times))
+            watch = partial(_watch, batch=batch, steps=steps, times=times, whole=whole)
+            llm.apply_model(watch)
             batch.end()
         yield size, times
 
 
-def _watch(model: Any, batch: Batch, steps: int, times: Times) -> None:
-    with _Both(model, times).watching():
+def _watch(model: Any, batch: Batch, steps: int, times: Times, *, whole: bool) -> None:
+    with _Both(model, times, whole=whole).watching():
         for _ in range(steps):
             batch.step()
 
 
 def crossover(measured: dict[int, Times], context: int = CONTEXT) -> Crossover:
     """Give the table: a line through the advantage of a gather over the rows, and its zero."""
-    rows: dict[str, list[tuple[int, int]]] = {kind: [] for kind in KINDS}
-    for size, times in measured.items():
-        for kind in KINDS:
-            rows[kind].append((size, _first(size, advantages(times, kind))))
-    attention, mlp = (tuple(rows[kind]) for kind in KINDS)
-    return Crossover(context=context, attention=attention, mlp=mlp)
+    rows = {
+        kind: tuple(
+            (size, _first(size, advantages(times, kind))) for size, times in measured.items()
+        )
+        for kind in KINDS
+    }
+    return Crossover.model_validate({"context": context, **rows})
 
 
-def advantages(times: Times, kind: str) -> dict[int, float]:
+def advantages(times: Times, kind: Kind) -> dict[int, float]:
     """Give for numbers of running rows the median of what running all saves, in seconds."""
     return {
         running: statistics.median(gathered - everybody for gathered, everybody in taken)
@@ -88,25 +92,26 @@ def _first(size: int, advantage: dict[int, float]) -> int:
     return int(np.clip(np.ceil(-start / slope), 1, size))
 
 
-def _graded(layers: int, size: int, turn: int) -> list[SkipPlan]:
+def _graded(layers: int, size: int, turn: int, *, whole: bool) -> list[SkipPlan]:
     """Give each of ``size`` rows a plan, so that layers are needed by 1 to ``size - 1`` rows.
 
-    The rows that take part lie anywhere, so that a gather is one. Everybody needs the first layer.
+    The same rows need attention and MLP if ``whole``. They lie anywhere, so that a gather is one.
+    Everybody needs the first layer.
     """
     wanted = {1 + one: 1 + (turn * layers + one) % (size - 1) for one in range(layers - 1)}
     plans = []
     for row in np.random.default_rng(turn).permutation(size).tolist():
         attention = sum(1 << layer for layer, need in wanted.items() if row >= need)
         mlp = sum(1 << layer for layer, need in wanted.items() if row >= size - need)
-        plans.append(SkipPlan(layers, attention, mlp))
+        plans.append(SkipPlan(layers, attention, attention if whole else mlp))
     return plans
 
 
 class _Both:
     """Runs what some rows of a step need both ways, and keeps the times."""
 
-    def __init__(self, model: Any, times: Times) -> None:
-        self._model, self._times = model, times
+    def __init__(self, model: Any, times: Times, *, whole: bool) -> None:
+        self._model, self._times, self._whole = model, times, whole
         self._run = model._run_segment
         self._batches = model.adaskip._sub_batches
         self._make = self._batches._make_parts
@@ -122,31 +127,34 @@ class _Both:
         ):
             yield
 
-    def _make_parts(self, subset: Any) -> None:
+    def _make_parts(self, joined: JoinedSubsets) -> None:
         start = time.perf_counter()
-        self._make(subset)
-        self._metadata = (time.perf_counter() - start) / len(self._batches._parts)
+        self._make(joined)
+        self._metadata = (time.perf_counter() - start) / len(joined.subsets)
 
     def _segment(self, segment: Segment, positions: Any, stream: Any) -> Any:
         if segment.subset is None:
             return self._run(segment, positions, stream)
-        with self._model.adaskip.using(segment):
-            pass  # parts of all segments are made by the first: not its time
-        for sub_layer in segment.sub_layers:
-            stream = self._sub_layer(sub_layer, segment.subset, positions, stream)
+        parts = [segment.sub_layers] if self._whole else [(one,) for one in segment.sub_layers]
+        for sub_layers in parts:
+            stream = self._both(sub_layers, segment.subset, positions, stream)
         return stream
 
-    def _sub_layer(self, sub_layer: int, subset: Tokens, positions: Any, stream: Any) -> Any:
+    def _both(
+        self, sub_layers: tuple[int, ...], subset: Tokens, positions: Any, stream: Any
+    ) -> Any:
         others = Tokens(np.delete(np.arange(len(positions)), subset.index))
-        ways = [Segment((sub_layer,), subset), Segment((sub_layer,), subset, others)]
+        ways = [Segment(sub_layers, subset), Segment(sub_layers, subset, others)]
         self._turn += 1
         taken, result = [0.0, 0.0], None
         for way in (0, 1) if self._turn % 2 else (1, 0):
             copied = tuple(None if half is None else half.clone() for half in stream)
+            self._batches.show(ways[way].attention, None if way else subset)
             start = time.perf_counter()
             result = self._run(ways[way], positions, copied)
             taken[way] = time.perf_counter() - start
-        if not sub_layer % 2:
+        if ways[0].attention:
             taken[0] += self._metadata
-        self._times[KINDS[sub_layer % 2], subset.num_tokens].append((taken[0], taken[1]))
+        kind: Kind = "layer" if self._whole else KINDS[sub_layers[0] % 2]
+        self._times[kind, subset.num_tokens].append((taken[0], taken[1]))
         return result

@@ -42,10 +42,16 @@ def crossover(
         draft = out.with_name(out.name + ".part")
         draft.write_text(found.model_dump_json(indent=1) + "\n")
         draft.replace(out)
-    table = Table("tokens of a step", "attention", "MLP", box=SIMPLE_HEAD, title="run for all from")
-    for (size, attention), (_, mlp) in zip(found.attention, found.mlp, strict=True):
-        table.add_row(
-            str(size), *(f"{one} rows" if one < size else "never" for one in (attention, mlp))
-        )
+    table = Table(
+        "tokens of a step",
+        "attention",
+        "MLP",
+        "both of a layer",
+        box=SIMPLE_HEAD,
+        title="run for all from",
+    )
+    for rows in zip(found.attention, found.mlp, found.layer, strict=True):
+        size = rows[0][0]
+        table.add_row(str(size), *(f"{one} rows" if one < size else "never" for _, one in rows))
     console.print(table)
     console.print(f"Written: {out}")

@@ -19,6 +19,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+Kind = Literal["attention", "mlp", "layer"]
 Tokens = Annotated[int, Field(ge=1, le=1 << 20)]
 #: Above this a file is none of ours.
 _LARGEST = 1 << 16
@@ -35,13 +36,14 @@ Rows = Annotated[tuple[tuple[Tokens, Tokens], ...], AfterValidator(_rising), Fie
 
 
 class Crossover(BaseModel):
-    """The table, one for attention and one for MLPs; where one is empty rows are always gathered.
+    """The table, by what the same tokens need; where a part is empty rows are always gathered.
 
     Attributes:
         format: of the file.
-        context: tokens, the mean over a step's sequences up to which ``attention`` holds.
-        attention: of attention sub-layers.
-        mlp: of MLPs.
+        context: tokens, the mean over a step's sequences up to which what has attention holds.
+        attention: of attention sub-layers alone.
+        mlp: of MLPs alone.
+        layer: of both of a layer, which one gather serves.
 
     """
 
@@ -51,6 +53,7 @@ class Crossover(BaseModel):
     context: Tokens = 1
     attention: Rows = ()
     mlp: Rows = ()
+    layer: Rows = ()
 
     def within(self, context: float) -> Crossover:
         """Give what of the table holds for sequences of so many tokens in the mean."""
@@ -58,18 +61,18 @@ class Crossover(BaseModel):
 
     @cached_property
     def _beyond(self) -> Crossover:
-        return self.model_copy(update={"attention": ()})
+        return self.model_copy(update={"attention": (), "layer": ()})
 
-    def runs_all(self, sub_layer: int, running: int, tokens: int) -> bool:
-        """Tell whether a sub-layer that some of a step's tokens need is run for all of them.
+    def runs_all(self, kind: Kind, running: int, tokens: int) -> bool:
+        """Tell whether what some of a step's tokens need is run for all of them.
 
         Args:
-            sub_layer: attention ``2 * l``, MLP ``2 * l + 1``.
+            kind: what it is.
             running: tokens that need it.
             tokens: of the step.
 
         """
-        rows = self.mlp if sub_layer % 2 else self.attention
+        rows: tuple[tuple[int, int], ...] = getattr(self, kind)
         if not rows:
             return False
         # Between two measured sizes the share of the larger holds; beyond the last, its own.

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from vllm_adaskip.engine.layout import Subset
 
+#: Rows, tokens, and what is dropped of each row, if anything; see `JoinedSubsets`.
+Indices = tuple[Tensor, Tensor, Tensor | None]
+
 
 class JoinedSubsets:
     """Indices of several subsets of one step.
@@ -18,21 +21,31 @@ class JoinedSubsets:
         subsets: in the order in which they lie.
         num_rows: of each, how many rows it keeps.
         num_tokens: of each, how many tokens.
-        rows: int64 tensor ``[all kept rows]``.
-        tokens: int64 tensor ``[all kept tokens]``, index in the step.
-        dropped: int32 tensor ``[all kept rows]`` as `Subset.dropped`; None where nothing is.
 
     """
 
-    def __init__(self, subsets: Sequence[Subset], device: torch.device) -> None:
-        """Join at least one; tensors are put on a device."""
+    def __init__(self, subsets: Sequence[Subset]) -> None:
+        """Join at least one."""
         self.subsets = tuple(subsets)
         self.num_rows = [len(subset.rows) for subset in subsets]
         self.num_tokens = [subset.num_tokens for subset in subsets]
-        self.rows = torch.cat([subset.rows for subset in subsets]).to(device)
-        self.tokens = torch.cat([_indices(subset.tokens) for subset in subsets]).to(device)
+        rows = torch.cat([subset.rows for subset in subsets])
+        tokens = torch.cat([_indices(subset.tokens) for subset in subsets])
         dropped = torch.cat([subset.dropped for subset in subsets])
-        self.dropped: Tensor | None = dropped.to(device) if dropped.any() else None
+        self._indices: Indices = rows, tokens, dropped if dropped.any() else None
+
+    def on(self, device: torch.device) -> Indices:
+        """Give the indices, copied to a device once.
+
+        Rows, int64 ``[all kept rows]``; tokens, int64 ``[all kept tokens]``, index in the step;
+        `Subset.dropped`, int32 ``[all kept rows]``, or None where nothing is.
+        """
+        rows, tokens, dropped = self._indices
+        if rows.device != device:
+            rows, tokens = rows.to(device), tokens.to(device)
+            dropped = None if dropped is None else dropped.to(device)
+            self._indices = rows, tokens, dropped
+        return self._indices
 
 
 def _indices(tokens: slice | Tensor) -> Tensor:

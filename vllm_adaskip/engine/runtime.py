@@ -14,10 +14,10 @@ from vllm_adaskip.engine import compat
 from vllm_adaskip.engine.compat.kv_cache import KvCache
 from vllm_adaskip.engine.crossover import Crossover
 from vllm_adaskip.engine.kv_fill import KV_FILLS
-from vllm_adaskip.engine.layout import IntArray, Layout, Subset
+from vllm_adaskip.engine.layout import IntArray, Layout
 from vllm_adaskip.engine.prompt_observer import PromptObserver
 from vllm_adaskip.engine.step_exits import StepExits
-from vllm_adaskip.engine.step_plan import Segment, StepPlan
+from vllm_adaskip.engine.step_plan import StepPlan
 from vllm_adaskip.engine.token_gate import StepGate
 
 if TYPE_CHECKING:
@@ -79,7 +79,6 @@ class SkipRuntime:
         if self._is_stale(starts, seq_lens):
             self._make_plan(starts, seq_lens)
         assert metadata is not None and self._plan is not None and self._layout is not None
-        self._sub_batches.begin(self._plan.attention_subsets)
         self._count()
         self.observer.begin(self._layout, seq_lens, metadata.block_table)
         self.gate.begin(seq_lens)
@@ -97,15 +96,15 @@ class SkipRuntime:
         self.gate.finish()
         self.exits.finish()
 
-    def using(self, segment: Segment) -> AbstractContextManager[Any]:
-        """Enter a forward context in which vLLM's attention sees only the segment's tokens.
-
-        A segment of MLPs needs none, as these do not look at it.
-        """
-        if segment.subset is None or not segment.attention:
+    def running(self, plan: StepPlan) -> AbstractContextManager[Any]:
+        """Enter, for this forward, a context in which vLLM's attention sees what is planned."""
+        if plan.joined is None and not self.exits.is_open:
             return nullcontext()
-        assert isinstance(segment.subset, Subset)
-        return self._sub_batches.enter(segment.subset, segment.attention)
+        return self._sub_batches.during(plan)
+
+    def go_on(self, rest: StepPlan) -> None:
+        """Have what is left of the forward follow another plan."""
+        self._sub_batches.arrange(rest)
 
     def report(self) -> dict[str, Any]:
         """Give cumulative counters, and how many sequences and plans are in the batch now.

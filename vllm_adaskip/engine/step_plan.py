@@ -13,7 +13,8 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from vllm_adaskip.engine.crossover import Crossover
+from vllm_adaskip.engine.crossover import Crossover, Kind
+from vllm_adaskip.engine.joined_subsets import JoinedSubsets
 from vllm_adaskip.engine.layout import (
     BoolArray,
     IntArray,
@@ -108,6 +109,11 @@ class StepPlan:
         return tuple(dict.fromkeys(one for one in found if isinstance(one, Subset)))
 
     @cached_property
+    def joined(self) -> JoinedSubsets | None:
+        """These together; None if there are none."""
+        return JoinedSubsets(self.attention_subsets) if self.attention_subsets else None
+
+    @cached_property
     def discarded(self) -> int:
         """Tokens that run a sub-layer for nothing, over all sub-layers."""
         segments = [piece for piece in self.pieces if isinstance(piece, Segment)]
@@ -148,16 +154,20 @@ class StepPlan:
         following = layout.generated if layout.following is None else layout.following
         skipping = skips & (following > 0)[:, None]
         generated_run = layout.generated @ ~skipping
+        columns = np.ascontiguousarray(skipping.T)
+        if not (alone or checks or columns.any()):  # a prompt, most often
+            everything = Segment(tuple(range(2 * (after + 1), len(columns))), None)
+            return cls((everything,), generated_run)
         parts = _Parts(layout, crossover)
         pieces: list[Piece] = []
         due = DueFactors(layout, factors)
-        columns = np.ascontiguousarray(skipping.T)
         for sub_layer in range(2 * (after + 1), len(columns)):
             if sub_layer % 2 == 0 and sub_layer // 2 - 1 in checks and sub_layer // 2 - 1 > after:
                 pieces.append(Check(sub_layer // 2 - 1))
             column = columns[sub_layer]
             chosen = parts.subset(column)
-            others = None if sub_layer in alone else parts.others(chosen, sub_layer)
+            kind = _kind(sub_layer, columns, alone)
+            others = None if sub_layer in alone else parts.others(chosen, kind)
             last = pieces[-1] if pieces else None
             goes_on = isinstance(last, Segment) and last.subset is chosen and last.others is others
             goes_on = goes_on and alone.isdisjoint((sub_layer, sub_layer - 1))
@@ -184,6 +194,14 @@ class StepPlan:
         return cls(tuple(pieces), generated_run)
 
 
+def _kind(sub_layer: int, columns: BoolArray, alone: Set[int]) -> Kind:
+    """Tell whether a sub-layer goes by itself, or the same tokens go through the whole layer."""
+    other = sub_layer ^ 1
+    if other not in alone and np.array_equal(columns[sub_layer], columns[other]):
+        return "layer"
+    return "mlp" if sub_layer % 2 else "attention"
+
+
 class _Parts:
     """Parts of one step's tokens; the same object where the same tokens are meant."""
 
@@ -203,11 +221,11 @@ class _Parts:
             self._subsets[key] = None if is_whole else subset
         return self._subsets[key]
 
-    def others(self, subset: Subset | None, sub_layer: int) -> Tokens | None:
-        """Give the other tokens if a sub-layer is rather run for all; None if not."""
+    def others(self, subset: Subset | None, kind: Kind) -> Tokens | None:
+        """Give the other tokens if this kind of thing is rather run for all; None if not."""
         if self._crossover is None or subset is None or not subset.num_tokens:
             return None
-        if not self._crossover.runs_all(sub_layer, subset.num_tokens, len(self._everybody)):
+        if not self._crossover.runs_all(kind, subset.num_tokens, len(self._everybody)):
             return None
         if subset not in self._others:
             self._others[subset] = Tokens(np.delete(self._everybody, subset.index))

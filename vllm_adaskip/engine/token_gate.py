@@ -72,6 +72,7 @@ class StepGate:
         """Give a guarded segment with those of its tokens that go through; None for none."""
         assert self._gate is not None
         (sub_layer,) = segment.sub_layers
+        assert sub_layer % 2, "attention would need metadata for those who go through"
         self._is_shown = True
         closed = self._gate.closed(sub_layer)
         if closed is None:

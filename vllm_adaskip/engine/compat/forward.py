@@ -4,17 +4,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
 
+from vllm_adaskip.engine.compat.kv_cache import WHOLE_STEP
 from vllm_adaskip.engine.joined_subsets import JoinedSubsets
-from vllm_adaskip.engine.layout import IntArray, Subset
+from vllm_adaskip.engine.layout import IntArray, Subset, Tokens
 from vllm_adaskip.engine.naming import planner_of
 from vllm_adaskip.engine.state import SkipState
+from vllm_adaskip.engine.step_plan import Segment, StepPlan
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -73,7 +75,7 @@ def step_lengths(metadata: Any) -> tuple[IntArray, IntArray]:
 
 
 class SubBatches:
-    """Forward contexts in which vLLM's layers see a part of the step's tokens.
+    """A forward context in which each layer's attention sees its part of the step's tokens.
 
     Attention metadata of the parts come from the backend's own builder, made once per subset and
     step. A layer's attention looks up metadata and slots under its own name, and runs once a step,
@@ -87,9 +89,7 @@ class SubBatches:
         self._layers = list(layers)
         self._names = [layer.layer_name for layer in self._layers]
         self._builder: Any = None
-        self._joined: JoinedSubsets | None = None
-        self._planned: Sequence[Subset] = ()
-        self._parts: dict[Subset, tuple[Any, Tensor]] = {}
+        self._parts: dict[Subset | None, tuple[Any, Tensor]] = {}
         self._context: ForwardContext | None = None
 
     def step_metadata(self) -> Any | None:
@@ -99,57 +99,59 @@ class SubBatches:
         metadata = get_forward_context().attn_metadata
         return metadata[self._names[0]] if isinstance(metadata, dict) else None
 
-    def begin(self, subsets: Sequence[Subset]) -> None:
-        """Start a step that is planned with these subsets, the same object while it is."""
-        self._parts, self._context = {}, None
-        if subsets is not self._planned:
-            self._planned, self._joined = subsets, None
-
-    def enter(self, subset: Subset, layers: Iterable[int]) -> AbstractContextManager[Any]:
-        """Make a context the current one in which the attention of these layers sees a subset."""
+    def during(self, plan: StepPlan) -> AbstractContextManager[Any]:
+        """Make a context the current one, for this forward, that is arranged as planned."""
         from vllm.forward_context import get_forward_context, override_forward_context
 
-        if self._context is None:
-            self._context = dataclasses.replace(
-                get_forward_context(), attn_metadata={}, slot_mapping={}
-            )
-        if subset not in self._parts:
-            self._make_parts(subset)
+        step = get_forward_context()
+        first = self._names[0]
+        self._parts = {None: (step.attn_metadata[first], step.slot_mapping[first])}
+        if self._builder is None:
+            self._builder = self._make_builder(step)
+        self._context = dataclasses.replace(
+            step,
+            attn_metadata=dict(step.attn_metadata),
+            slot_mapping={**step.slot_mapping, WHOLE_STEP: step.slot_mapping[first]},
+        )
+        self.arrange(plan)
+        entered: AbstractContextManager[Any] = override_forward_context(self._context)
+        return entered
+
+    def arrange(self, plan: StepPlan) -> None:
+        """Have the attention of every layer that is still to run see what a plan says."""
+        if plan.joined is not None:
+            self._make_parts(plan.joined)
+        for piece in plan.pieces:
+            if isinstance(piece, Segment) and piece.attention:
+                self.show(piece.attention, None if piece.others else piece.subset)
+
+    def show(self, layers: Iterable[int], subset: Tokens | None) -> None:
+        """Have the attention of layers see a subset, of which there are metadata; None: all."""
+        assert self._context is not None and (subset is None or isinstance(subset, Subset))
         metadata, slots = self._parts[subset]
         for layer in layers:
             self._context.attn_metadata[self._names[layer]] = metadata
             self._context.slot_mapping[self._names[layer]] = slots
-        entered: AbstractContextManager[Any] = override_forward_context(self._context)
-        return entered
 
-    def _make_parts(self, subset: Subset) -> None:
-        """Make metadata for a subset; for all that were planned if it is one of them."""
-        from vllm.forward_context import get_forward_context
+    def _make_parts(self, joined: JoinedSubsets) -> None:
         from vllm.v1.attention.backend import CommonAttentionMetadata
 
-        step = get_forward_context()
-        whole = step.attn_metadata[self._names[0]]
+        whole, whole_slots = self._parts[None]
         device = whole.seq_lens.device
-        if self._builder is None:
-            self._builder = self._make_builder(step)
-        if subset not in self._planned:  # planned anew in the middle of a step
-            joined = JoinedSubsets([subset], device)
-        else:
-            joined = self._joined = self._joined or JoinedSubsets(self._planned, device)
-        seq_lens = whole.seq_lens.index_select(0, joined.rows)
-        if joined.dropped is not None:
-            seq_lens -= joined.dropped
-        tables = whole.block_table.index_select(0, joined.rows)
-        slots = step.slot_mapping[self._names[0]].index_select(0, joined.tokens)
+        rows, tokens, dropped = joined.on(device)
+        seq_lens: Tensor = whole.seq_lens.index_select(0, rows)
+        if dropped is not None:
+            seq_lens -= dropped
+        tables: Tensor = whole.block_table.index_select(0, rows)
         parts = zip(
             joined.subsets,
             joined.num_rows,
             seq_lens.split(joined.num_rows),
             tables.split(joined.num_rows),
-            slots.split(joined.num_tokens),
+            whole_slots.index_select(0, tokens).split(joined.num_tokens),
             strict=True,
         )
-        for one, num_rows, lengths, table, slot_mapping in parts:
+        for one, num_rows, lengths, table, slots in parts:
             metadata = self._builder.build(
                 0,
                 CommonAttentionMetadata(
@@ -161,11 +163,11 @@ class SubBatches:
                     max_query_len=one.max_query_len,
                     max_seq_len=whole.max_seq_len,
                     block_table_tensor=table,
-                    slot_mapping=slot_mapping,
+                    slot_mapping=slots,
                     causal=True,
                 ),
             )
-            self._parts[one] = metadata, slot_mapping
+            self._parts[one] = metadata, slots
 
     def _make_builder(self, step: ForwardContext) -> Any:
         """Make the backend's builder, once the KV cache is laid out."""

@@ -12,6 +12,9 @@ from torch import Tensor
 if TYPE_CHECKING:
     from vllm.model_executor.layers.attention import Attention
 
+#: In a forward context of ours, beside layers' names: the slots of all tokens of the step.
+WHOLE_STEP = "adaskip.step"
+
 
 class KvCache:
     """Writes K/V of tokens into chosen layers, by the backend's own cache-update op.
@@ -41,7 +44,9 @@ class KvCache:
         from vllm.forward_context import get_forward_context
 
         mapping: Any = get_forward_context().slot_mapping
-        slots: Tensor = mapping[self._layers[0].layer_name]
+        slots: Tensor | None = mapping.get(WHOLE_STEP)
+        if slots is None:
+            slots = mapping[self._layers[0].layer_name]
         return slots
 
     def write(self, layer: int, key: Tensor, value: Tensor, slots: Tensor) -> None:
