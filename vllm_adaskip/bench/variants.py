@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -94,6 +95,7 @@ class Engines:
             "coalesce": 1.0,
         }
         wanted = ((model, None), (model, ours), (half, None), (model, {**ours, **first}))
+        gc.collect()  # what earlier engines hold goes only with them
         started = say(f"{shape.name}: starting engines", len(wanted))
         with ExitStack() as stack:
             engines = []

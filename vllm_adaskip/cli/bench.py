@@ -47,7 +47,7 @@ def table(
         list[int] | None,
         typer.Option(min=1, max=128, help="Sequences in a batch; repeatable. 1, 16 and 64."),
     ] = None,
-    rounds: Rounds = 7,
+    rounds: Rounds = 5,
     breakdown: Annotated[
         bool, typer.Option("--breakdown", help="Only where the time of a step goes.")
     ] = False,

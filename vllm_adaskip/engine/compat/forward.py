@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from vllm_adaskip.engine.compat.kv_cache import WHOLE_STEP
@@ -146,9 +147,9 @@ class SubBatches:
         parts = zip(
             joined.subsets,
             joined.num_rows,
-            seq_lens.split(joined.num_rows),
-            tables.split(joined.num_rows),
-            whole_slots.index_select(0, tokens).split(joined.num_tokens),
+            torch.split(seq_lens, joined.num_rows),
+            torch.split(tables, joined.num_rows),
+            torch.split(whole_slots.index_select(0, tokens), joined.num_tokens),
             strict=True,
         )
         for one, num_rows, lengths, table, slots in parts:
