@@ -149,7 +149,8 @@ class _Both:
         taken, result = [0.0, 0.0], None
         for way in (0, 1) if self._turn % 2 else (1, 0):
             copied = tuple(None if half is None else half.clone() for half in stream)
-            self._batches.show(ways[way].attention, None if way else subset)
+            if attention := ways[way].attention:
+                self._batches.show(attention, None if way else subset)
             start = time.perf_counter()
             result = self._run(ways[way], positions, copied)
             taken[way] = time.perf_counter() - start
