@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How fast a step with mixed plans could be: each layer at the rows that need it, summed.
 
-A layer's time at so many rows is measured in real steps of such a batch, from plans that leave out
-one layer and plans that leave out half of them.
+A layer's time at so many rows is that of its attention and MLP inside real steps of such a batch,
+whose plans leave out one layer, so that they run as planned steps do.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from vllm_adaskip.bench.plans import shared
 from vllm_adaskip.classifiers import SkipPlan
 
 
@@ -30,19 +29,13 @@ def rows_to_time(plans: Sequence[SkipPlan]) -> list[int]:
     return sorted({*grid, most})
 
 
-def layer_seconds(nearly: float, half: float, num_layers: int) -> float:
-    """Give a layer's seconds from steps without one layer, and without every second."""
-    skipped = shared(num_layers).attention.bit_count()
-    return max(0.0, (nearly - half) / (skipped - 1))
-
-
 def bound(plans: Sequence[SkipPlan], nearly: float, layer: Mapping[int, float]) -> float:
     """Give the least seconds of a step in which each row follows its plan.
 
     Args:
         plans: of whole layers, one a row.
         nearly: seconds of a step of as many rows without one layer.
-        layer: rows -> `layer_seconds` at so many, all rows of the batch among them.
+        layer: rows -> a layer's seconds at so many, all rows of the batch among them.
 
     """
     rows = sorted(layer)

@@ -14,7 +14,7 @@ from vllm_adaskip.bench.breakdown import breakdown, host_share
 from vllm_adaskip.bench.crossover import SIZES
 from vllm_adaskip.bench.engines import Batch, following
 from vllm_adaskip.bench.memory import resident
-from vllm_adaskip.bench.plans import deal, distinct, shared
+from vllm_adaskip.bench.plans import deal, distinct
 from vllm_adaskip.bench.results import Results, Target, Timing
 from vllm_adaskip.bench.rounds import Spread, Taken, ratio, take_turns
 from vllm_adaskip.bench.shapes import Shape
@@ -32,7 +32,6 @@ from vllm_adaskip.bench.variants import (
     Say,
     measured_crossover,
     mixed,
-    stepping,
 )
 from vllm_adaskip.bench.work import Work
 from vllm_adaskip.classifiers import SkipPlan
@@ -94,23 +93,20 @@ class Suite:
         }
         if not mixtures:
             return
-        rows = [one for one in bound.all_rows(mixtures.values()) if one != batch]
-        plans = {NEARLY: bound.nearly_dense(layers), ONE: shared(layers)}
-        variants = {
-            f"{name}, {one}": stepping(engines.plugin, following([plan] * one), self.effort)
-            for one in rows
-            for name, plan in plans.items()
-        }
-        rounds = max(2, self.effort.rounds // 2)
-        parts = self._turns(f"layers at other rows than {batch}", variants, rounds)
-        parts |= {f"{name}, {batch}": taken[name] for name in plans}
-        middle = {name: statistics.median(seconds) for name, seconds in parts.items()}
-        layer = {
-            one: bound.layer_seconds(middle[f"{NEARLY}, {one}"], middle[f"{ONE}, {one}"], layers)
-            for one in (*rows, batch)
-        }
+        rows = bound.all_rows(mixtures.values())
+        done = self._say(f"{self.shape.name}: a layer at 1 to {batch} rows", _TURNS * len(rows))
+        layer = {}
+        for one in rows:
+            turns = []
+            for _ in range(_TURNS):
+                nearly = following([bound.nearly_dense(layers)] * one)
+                spent = breakdown(engines.plugin, nearly, self.effort.steps)
+                turns.append((spent["attention"] + spent["MLP"]) / (layers - 1))
+                done()
+            layer[one] = statistics.median(turns)
+        whole = statistics.median(taken[NEARLY])
         for name, rows_of in mixtures.items():
-            least = bound.bound(rows_of, middle[f"{NEARLY}, {batch}"], layer)
+            least = bound.bound(rows_of, whole, layer)
             reached = Spread.of([least / seconds for seconds in taken[name]])
             self._promise(f"decode, batch {batch}: {name}, of the bound", 0.90, reached)
 
@@ -133,18 +129,22 @@ class Suite:
         self._promise(f"{case}: first token with FiRST", 0.99, ratio(taken, STOCK, DECIDED))
 
     def _break_down(self, engines: Engines, batch: int) -> None:
-        counts = [count for count in (1, *MIXTURES) if count <= batch]
-        done = self._say(f"{self.shape.name}: where a step's time goes", _TURNS * len(counts))
+        plans = {OFF: [SkipPlan(self.shape.num_layers)]}
+        for count in (1, *MIXTURES):
+            if count <= batch:
+                plans[mixed(count)] = distinct(self.shape.num_layers, count)
+        done = self._say(f"{self.shape.name}: where a step's time goes", _TURNS * len(plans))
         found = self.results.breakdowns.setdefault(self.shape.name, {})
-        for count in counts:
-            arguments = following(deal(distinct(self.shape.num_layers, count), batch))
+        for case, several in plans.items():
+            arguments = following(deal(several, batch))
             turns = []
             for _ in range(_TURNS):
-                turns.append(breakdown(engines.plugin, arguments, 5 * self.effort.steps))
+                turns.append(breakdown(engines.plugin, arguments, 3 * self.effort.steps))
                 done()
-            case = f"batch {batch}, {mixed(count)}"
-            found[case] = {part: statistics.median(one[part] for one in turns) for part in turns[0]}
-            if count == 64:
+            found[f"batch {batch}, {case}"] = {
+                part: statistics.median(one[part] for one in turns) for part in turns[0]
+            }
+            if len(several) == 64:
                 shares = Spread.of([host_share(one) for one in turns])
                 name = f"decode, batch {batch}: 64 plans, host time of a step"
                 self._promise(name, 0.05, shares, is_most=True)

@@ -169,7 +169,7 @@ class SkipRuntime:
 
     def _applying(self, seq_lens: IntArray) -> Crossover | None:
         """Give what of the measured table holds for sequences as long as these."""
-        return self._crossover and self._crossover.within(float(seq_lens.mean()))
+        return self._crossover and self._crossover.within(int(seq_lens.sum()) / len(seq_lens))
 
     def _make_plan(self, starts: IntArray, seq_lens: IntArray) -> None:
         rows = len(seq_lens)
