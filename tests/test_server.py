@@ -259,6 +259,16 @@ def test_bench_times_a_running_server(server: str) -> None:
     assert ran == [192 - 72 if layer in (3, 5, 6) else 192 for layer in range(LAYERS)]
 
 
+@pytest.mark.parametrize("command", ["adaskip bench server --url", "vllm bench serve"])
+def test_the_pages_benchmarks_of_a_server_run(server: str, command: str) -> None:
+    before = report()
+    shell(block(command, "docs/performance.md"))
+    after = report()
+    assert (
+        after["attn_run"][5] - before["attn_run"][5] < after["attn_run"][0] - before["attn_run"][0]
+    )
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -55,8 +55,11 @@ class Suite:
     def run(self, folder: Path, *, only_breakdown: bool = False) -> None:
         """Time everything; what engines load is written into a folder."""
         sizes = [size for size in SIZES if size <= max(self.batches)]
-        steps = 3 * self.effort.steps
-        table = measured_crossover(self.shape, folder, sizes, self._say, steps=steps)
+        steps = self.effort.steps
+        context = self.effort.context + 2 * steps  # more than what is timed comes to
+        table = measured_crossover(
+            self.shape, folder, sizes, self._say, steps=steps, context=context
+        )
         self.results.crossovers[self.shape.name] = table.model_dump()
         with Engines.started(self.shape, folder, table, self._say) as engines:
             if not only_breakdown:

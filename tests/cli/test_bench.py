@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``adaskip bench`` as users start it; its tables are made in continuous integration."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from readme import ENVIRONMENT
+
+from vllm_adaskip.engine.crossover import Crossover
+
+
+def run(command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", "-c", f"adaskip bench {command}"], env=ENVIRONMENT, capture_output=True, text=True
+    )
+
+
+def test_a_crossover_is_measured_and_can_be_used(tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    done = run(f"crossover --largest 4 --context 16 --out {path}")
+    assert done.returncode == 0, done.stderr
+    table = Crossover.load(str(path))
+    assert table.context == 16
+    for rows in (table.attention, table.mlp, table.layer):
+        assert [size for size, _ in rows] == [2, 4]
+        assert all(1 <= first <= size for size, first in rows)
+    assert [*tmp_path.iterdir()] == [path]
+
+
+def test_planning_a_step_grows_no_faster_than_what_it_is_for() -> None:
+    """Each power is below that of the square, far enough for a busy machine."""
+    done = run("curves")
+    rows = [line.split() for line in done.stdout.splitlines() if " ms" in line]
+    assert {row[0] for row in rows} == {"layers", "sequences", "distinct"}
+    assert all(float(row[-1]) < 1.5 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("--model gpt-9", "'gpt-9' is no model to time; allowed: bundled, llama-3.2-1b"),
+        ("crossover --model /nowhere --out table.json", "'/nowhere' is no model to time"),
+        ("--batch 1000", "1000 is not in the range"),
+        ("--rounds 1", "1 is not in the range"),
+    ],
+)
+def test_what_cannot_be_timed_is_named(command: str, words: str) -> None:
+    done = run(command)
+    assert done.returncode == 2
+    assert words in " ".join(done.stderr.replace("│", " ").split())
