@@ -33,7 +33,7 @@ FLOORS = {
     ("first token, stock vLLM", "first token, FiRST"): 0.85,
 }
 _BATCH = 64
-_EFFORT = Effort(steps=12, rounds=5, prompts=16)
+_EFFORT = Effort(steps=12, rounds=5, turns=1, prompts=16)
 
 
 def guard(folder: Path, say: Say) -> list[tuple[str, float, Spread]]:

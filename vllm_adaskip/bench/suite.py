@@ -36,9 +36,6 @@ from vllm_adaskip.bench.variants import (
 from vllm_adaskip.bench.work import Work
 from vllm_adaskip.classifiers import SkipPlan
 
-#: Turns of each breakdown, and of each engine's memory.
-_TURNS = 3
-
 
 class Suite:
     """Times one shape and adds to results."""
@@ -97,11 +94,13 @@ class Suite:
         if not mixtures:
             return
         rows = bound.all_rows(mixtures.values())
-        done = self._say(f"{self.shape.name}: a layer at 1 to {batch} rows", _TURNS * len(rows))
+        done = self._say(
+            f"{self.shape.name}: a layer at 1 to {batch} rows", self.effort.turns * len(rows)
+        )
         layer = {}
         for one in rows:
             turns = []
-            for _ in range(_TURNS):
+            for _ in range(self.effort.turns):
                 nearly = following([bound.nearly_dense(layers)] * one)
                 spent = breakdown(engines.plugin, nearly, self.effort.steps)
                 turns.append((spent["attention"] + spent["MLP"]) / (layers - 1))
@@ -136,12 +135,14 @@ class Suite:
         for count in (1, *MIXTURES):
             if count <= batch:
                 plans[mixed(count)] = distinct(self.shape.num_layers, count)
-        done = self._say(f"{self.shape.name}: where a step's time goes", _TURNS * len(plans))
+        done = self._say(
+            f"{self.shape.name}: where a step's time goes", self.effort.turns * len(plans)
+        )
         found = self.results.breakdowns.setdefault(self.shape.name, {})
         for case, several in plans.items():
             arguments = following(deal(several, batch))
             turns = []
-            for _ in range(_TURNS):
+            for _ in range(self.effort.turns):
                 turns.append(breakdown(engines.plugin, arguments, 3 * self.effort.steps))
                 done()
             found[f"batch {batch}, {case}"] = {
@@ -153,9 +154,9 @@ class Suite:
                 self._promise(name, 0.05, shares, is_most=True)
 
     def _compare_memory(self, model: str) -> None:
-        done = self._say(f"{self.shape.name}: resident memory", 2 * _TURNS)
+        done = self._say(f"{self.shape.name}: resident memory", 2 * self.effort.turns)
         more = []
-        for _ in range(_TURNS):
+        for _ in range(self.effort.turns):
             sizes = []
             for plugin in (False, True):
                 sizes.append(resident(model, plugin=plugin))

@@ -43,6 +43,7 @@ class Effort:
     Attributes:
         steps: decode steps of each batch, of which the median counts.
         rounds: turns of each variant.
+        turns: of each breakdown, and of each engine's memory.
         prompts: sequences that are prefilled together.
         context: tokens before a decode step.
         prompt_tokens: of each prompt that is timed.
@@ -51,6 +52,7 @@ class Effort:
 
     steps: int
     rounds: int
+    turns: int
     prompts: int
     context: int = 8
     prompt_tokens: int = 240

@@ -102,8 +102,8 @@ def effort_for(shape: Shape, rounds: int) -> Effort:
 
     weighed = decoder_shape(shape)
     if weighed.num_layers * weighed.layer_parameters > _LARGE:
-        return Effort(steps=3, rounds=rounds, prompts=4)
-    return Effort(steps=16, rounds=2 * rounds + 1, prompts=16)
+        return Effort(steps=3, rounds=rounds, turns=2, prompts=4)
+    return Effort(steps=16, rounds=2 * rounds + 1, turns=3, prompts=16)
 
 
 @contextmanager
