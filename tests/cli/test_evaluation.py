@@ -123,7 +123,7 @@ def test_documented_commands_exist_with_their_options(line: str) -> None:
     words = shlex.split(line)[1:]
     command = typer.main.get_command(app)
     context = typer.Context(command)
-    while hasattr(command, "commands"):  # a group: `fit first`
+    while words and words[0] in getattr(command, "commands", ()):  # a group: `fit first`
         command = command.commands[words.pop(0)]
     command.make_context(command.name, words, parent=context)
 

@@ -17,7 +17,9 @@ from vllm_adaskip.cli.run import plain_errors
 
 
 def crossover(
-    out: Annotated[Path, typer.Option(help="File for the table, for option adaskip.crossover.")],
+    out: Annotated[
+        Path, typer.Option(help="File for the table, for option adaskip.crossover.")
+    ] = Path("build/crossover.json"),
     model: Annotated[
         str, typer.Option(help="As for adaskip bench: the model that will be served.")
     ] = "bundled",
@@ -39,6 +41,7 @@ def crossover(
             found = measured_crossover(
                 shape, Path(folder), sizes, say, steps=steps, context=context
             )
+        out.parent.mkdir(parents=True, exist_ok=True)
         draft = out.with_name(out.name + ".part")
         draft.write_text(found.model_dump_json(indent=1) + "\n")
         draft.replace(out)

@@ -18,7 +18,7 @@ from vllm_adaskip.cli.run import plain_errors
 
 #: Batch and context of each cell; a large model's stay below so many tokens in all.
 _GRID = [(batch, context) for batch in (1, 4, 16, 64, 256) for context in (32, 256, 1024, 4096)]
-_SMALL, _LARGE = 1 << 16, 1 << 14
+_SMALL, _LARGE = 1 << 16, 1 << 13
 
 
 def regimes(
