@@ -12,6 +12,7 @@ from vllm_adaskip.bench.results import Results
 
 def draw(results: Results, path: Path) -> None:
     """Draw a panel for each model: decode throughput against stock vLLM, by batch size."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     decodes = [one for one in results.timings if one.case.startswith("decode")]
@@ -33,7 +34,15 @@ def draw(results: Results, path: Path) -> None:
             middle = [spread.middle for spread in found.values()]
             low = [spread.middle - spread.low for spread in found.values()]
             high = [spread.high - spread.middle for spread in found.values()]
-            axes.bar(at, middle, width, yerr=[low, high], label=variant, error_kw={"lw": 0.8})
+            axes.bar(
+                at,
+                middle,
+                width,
+                yerr=[low, high],
+                label=variant,
+                color=colormaps["tab20"](index),
+                error_kw={"lw": 0.8},
+            )
         axes.axhline(1.0, color="black", linewidth=0.8)
         axes.set_xticks(range(len(cases)), [case.removeprefix("decode, ") for case in cases])
         axes.set(title=model, ylabel="" if place else "decode throughput against stock vLLM")
@@ -50,7 +59,7 @@ def draw_regimes(found: Sequence[Regime], path: Path) -> None:
 
     kinds = list(dict.fromkeys(kind for one in found for kind in one.gains))
     figure = Figure(figsize=(9.6, 6.4), layout="constrained")
-    panels = figure.subplots(2, -(-len(kinds) // 2), sharex=True, sharey=True).ravel(order="F")
+    panels = figure.subplots(2, -(-len(kinds) // 2), sharex=True, sharey=True).ravel()
     for kind, axes in zip(kinds, panels, strict=False):
         for batch in dict.fromkeys(one.batch for one in found):
             cells = [one for one in found if one.batch == batch and kind in one.gains]
@@ -58,6 +67,9 @@ def draw_regimes(found: Sequence[Regime], path: Path) -> None:
             axes.plot([one.context for one in cells], gains, "o-", label=f"batch {batch}")
         axes.axhline(1.0, color="black", linewidth=0.8)
         axes.set(title=kind, xscale="log", xlabel="context, tokens", ylabel="dense / planned")
+        contexts = sorted({one.context for one in found})
+        axes.set_xticks(contexts, [str(context) for context in contexts], minor=False)
+        axes.minorticks_off()
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     figure.savefig(path, dpi=130)
