@@ -28,12 +28,10 @@ from vllm_adaskip.engine.layout import Tokens
 from vllm_adaskip.engine.runtime import SkipRuntime
 from vllm_adaskip.engine.scaling import Scaling
 from vllm_adaskip.engine.step_plan import Check, Passing, Segment, StepPlan
+from vllm_adaskip.model_executors.stream import Stream, gather, pair, rows, scale, scatter
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-
-#: ``(update, before)``, each ``[tokens, hidden]``; before the first sub-layer ``(stream, None)``.
-Stream = tuple[Tensor, Tensor | None]
 
 
 class SkippingDecoder(nn.Module):
@@ -130,14 +128,14 @@ class SkippingDecoder(nn.Module):
         while pieces:
             piece = pieces.popleft()
             if isinstance(piece, Check):
-                rest = self.adaskip.exits.after(piece.layer, partial(_pair, stream))
+                rest = self.adaskip.exits.after(piece.layer, partial(pair, stream))
                 if rest is not None:
                     self.adaskip.go_on(rest)
                     pieces = deque(rest.pieces)
             elif isinstance(piece, Passing):
                 self._pass_by(piece, positions, stream)
             elif isinstance(piece, Scaling):
-                _scale(stream, piece)
+                scale(stream, piece)
             elif piece.sub_layers[0] in guarded:
                 stream = self._run_guarded(piece, positions, stream)
             else:
@@ -162,28 +160,28 @@ class SkippingDecoder(nn.Module):
         if segment.others is not None:
             return self._run_all(segment, segment.others, positions, stream)
         tokens = subset.on(positions.device)
-        part = _gather(stream, tokens)
+        part = gather(stream, tokens)
         if segment.attention:  # nothing else looks at them
-            positions = _rows(positions, tokens)
+            positions = rows(positions, tokens)
         part = self._run_sub_layers(segment, positions, part)
-        return _scatter(stream, tokens, part)
+        return scatter(stream, tokens, part)
 
     def _run_all(
         self, segment: Segment, others: Tokens, positions: Tensor, stream: Stream
     ) -> Stream:
         """Run them for all tokens, and put back what the others had, as if they had not."""
         tokens = others.on(positions.device)
-        update, before = _gather(stream, tokens)
+        update, before = gather(stream, tokens)
         if before is None:
             update, before = torch.zeros_like(update), update
         if isinstance(tokens, slice):  # a view, of what vLLM's norms change in place
             update, before = update.clone(), before.clone()
         stream = self._run_sub_layers(segment, positions, stream)
-        return _scatter(stream, tokens, (update, before))
+        return scatter(stream, tokens, (update, before))
 
     def _pass_by(self, passing: Passing, positions: Tensor, stream: Stream) -> None:
         layer, tokens = self._layers[passing.layer], passing.tokens
-        update, before = _gather(stream, tokens)
+        update, before = gather(stream, tokens)
         if before is not None and isinstance(tokens, slice):
             update, before = update.clone(), before.clone()  # vLLM's norms work in place
         key, value = self.project_kv(layer, positions[tokens], (update, before))
@@ -206,44 +204,3 @@ class SkippingDecoder(nn.Module):
                 assert before is not None
                 self.adaskip.observer.observe(sub_layer, before, update, tokens)
         return stream
-
-
-def _scale(stream: Stream, scaling: Scaling) -> None:
-    """Multiply some rows of both halves of the stream, in place as vLLM's norms are."""
-    for half in stream:
-        if half is not None:
-            half[scaling.tokens] *= scaling.factors.to(half.device)
-
-
-def _pair(stream: Stream, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Give ``(before, update)`` of some tokens, copied, once a sub-layer has run."""
-    update, before = _gather(stream, tokens)
-    assert before is not None
-    return before, update
-
-
-def _gather(stream: Stream, tokens: slice | Tensor) -> Stream:
-    update, before = stream
-    return _rows(update, tokens), None if before is None else _rows(before, tokens)
-
-
-def _rows(values: Tensor, tokens: slice | Tensor) -> Tensor:
-    # Plain indexing does the same, but takes twice as long to find out what is asked for.
-    if isinstance(tokens, slice):
-        return values[tokens]
-    return values.index_select(0, tokens.to(values.device))
-
-
-def _scatter(stream: Stream, tokens: slice | Tensor, part: Stream) -> Stream:
-    """Put the part's rows back; before any sub-layer has run the others' pair is (0, stream)."""
-    update, before = stream
-    if before is None:
-        update, before = torch.zeros_like(update), update.clone()
-    part_update, part_before = part
-    assert part_before is not None  # a sub-layer has run
-    for whole, rows in ((update, part_update), (before, part_before)):
-        if isinstance(tokens, slice):
-            whole[tokens] = rows
-        else:
-            whole.index_copy_(0, tokens, rows)
-    return update, before

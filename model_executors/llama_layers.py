@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vllm_adaskip.model_executors.decoder import SkippingDecoder, Stream
+from vllm_adaskip.model_executors.decoder import SkippingDecoder
+from vllm_adaskip.model_executors.stream import Stream
 
 
 class LlamaLayers(SkippingDecoder):

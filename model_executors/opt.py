@@ -14,7 +14,8 @@ from typing import Any
 from torch import Tensor, nn
 from vllm.model_executor.models.opt import OPTForCausalLM
 
-from vllm_adaskip.model_executors.decoder import SkippingDecoder, Stream
+from vllm_adaskip.model_executors.decoder import SkippingDecoder
+from vllm_adaskip.model_executors.stream import Stream
 
 
 class AdaSkipOPTForCausalLM(SkippingDecoder, OPTForCausalLM):

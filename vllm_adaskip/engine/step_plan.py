@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from vllm_adaskip.engine.crossover import Crossover, Kind
+from vllm_adaskip.engine.crossover import Crossover
 from vllm_adaskip.engine.joined_subsets import JoinedSubsets
 from vllm_adaskip.engine.layout import (
     BoolArray,
@@ -24,6 +24,7 @@ from vllm_adaskip.engine.layout import (
     generated_tokens,
 )
 from vllm_adaskip.engine.scaling import DueFactors, Scaling
+from vllm_adaskip.engine.step_parts import StepParts, kind_of
 from vllm_adaskip.engine.table import Factors
 
 
@@ -158,7 +159,7 @@ class StepPlan:
         if not (alone or checks or columns.any()):  # a prompt, most often
             everything = Segment(tuple(range(2 * (after + 1), len(columns))), None)
             return cls((everything,), generated_run)
-        parts = _Parts(layout, crossover)
+        parts = StepParts(layout, crossover)
         pieces: list[Piece] = []
         due = DueFactors(layout, factors)
         for sub_layer in range(2 * (after + 1), len(columns)):
@@ -166,7 +167,7 @@ class StepPlan:
                 pieces.append(Check(sub_layer // 2 - 1))
             column = columns[sub_layer]
             chosen = parts.subset(column)
-            kind = _kind(sub_layer, columns, alone)
+            kind = kind_of(sub_layer, columns, alone)
             others = None if sub_layer in alone else parts.others(chosen, kind)
             last = pieces[-1] if pieces else None
             goes_on = isinstance(last, Segment) and last.subset is chosen and last.others is others
@@ -192,41 +193,3 @@ class StepPlan:
         if scaling := due.settle(layout.generated > 0):
             pieces.append(scaling)
         return cls(tuple(pieces), generated_run)
-
-
-def _kind(sub_layer: int, columns: BoolArray, alone: Set[int]) -> Kind:
-    """Tell whether a sub-layer goes by itself, or the same tokens go through the whole layer."""
-    other = sub_layer ^ 1
-    if other not in alone and np.array_equal(columns[sub_layer], columns[other]):
-        return "layer"
-    return "mlp" if sub_layer % 2 else "attention"
-
-
-class _Parts:
-    """Parts of one step's tokens; the same object where the same tokens are meant."""
-
-    def __init__(self, layout: Layout, crossover: Crossover | None) -> None:
-        self._layout = layout
-        self._crossover = crossover
-        self._everybody = np.arange(int(layout.query_lens.sum()))
-        self._subsets: dict[bytes, Subset | None] = {}
-        self._others: dict[Subset, Tokens] = {}
-
-    def subset(self, skipping: BoolArray) -> Subset | None:
-        """Give those that go through where these rows skip; None for everybody."""
-        key = skipping.tobytes()
-        if key not in self._subsets:
-            subset = Subset(self._layout, skipping)
-            is_whole = subset.num_tokens == len(self._everybody)
-            self._subsets[key] = None if is_whole else subset
-        return self._subsets[key]
-
-    def others(self, subset: Subset | None, kind: Kind) -> Tokens | None:
-        """Give the other tokens if this kind of thing is rather run for all; None if not."""
-        if self._crossover is None or subset is None or not subset.num_tokens:
-            return None
-        if not self._crossover.runs_all(kind, subset.num_tokens, len(self._everybody)):
-            return None
-        if subset not in self._others:
-            self._others[subset] = Tokens(np.delete(self._everybody, subset.index))
-        return self._others[subset]
