@@ -31,7 +31,7 @@ from vllm_adaskip.engine.facts import EngineFacts
 from vllm_adaskip.engine.planner import Planner
 from vllm_adaskip.engine.scaling import Scaling
 from vllm_adaskip.engine.state import SkipState
-from vllm_adaskip.model_executors.decoder import _scale
+from vllm_adaskip.model_executors.stream import scale
 
 BUDGET = 0.6
 KV_FILLS = ["none", "copy", "project"]
@@ -195,7 +195,7 @@ def test_a_stream_of_low_precision_is_multiplied_in_float32(tokens: slice | torc
         want = [half.clone() for half in stream[: 1 + has_residual]]
         for half in want:
             half[tokens] = (half[tokens].float() * factors).bfloat16()
-        _scale((stream[0], stream[1] if has_residual else None), Scaling(tokens, factors))
+        scale((stream[0], stream[1] if has_residual else None), Scaling(tokens, factors))
         assert all(torch.equal(*pair) for pair in zip(stream, want, strict=False))
 
 
