@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
@@ -16,8 +17,8 @@ from rich.table import Table
 from vllm_adaskip.cli.bench import Rounds, effort_for, saying, shapes_of
 from vllm_adaskip.cli.run import plain_errors
 
-#: Batch and context of each cell; a large model's stay below so many tokens in all.
-_GRID = [(batch, context) for batch in (1, 4, 16, 64, 256) for context in (32, 256, 1024, 4096)]
+_BATCHES, _CONTEXTS = (1, 4, 16, 64, 256), (32, 256, 1024, 4096)
+#: Tokens of a cell in all, of a small model and a large one.
 _SMALL, _LARGE = 1 << 16, 1 << 13
 
 
@@ -26,6 +27,12 @@ def regimes(
         "build/bench"
     ),
     model: Annotated[str, typer.Option(help="As for adaskip bench.")] = "bundled",
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, max=256, help="Repeatable; 1 to 256 if left out.")
+    ] = None,
+    context: Annotated[
+        list[int] | None, typer.Option(min=8, max=8000, help="Repeatable; 32 to 4096.")
+    ] = None,
     rounds: Rounds = 3,
 ) -> None:
     """Time plans without half of the layers, attention or MLPs, shared and mixed, over a grid."""
@@ -39,7 +46,10 @@ def regimes(
 
         effort = effort_for(shape, rounds)
         tokens = _LARGE if effort.steps < 10 else _SMALL
-        grid = [(batch, context) for batch, context in _GRID if batch * context <= tokens]
+        cells = product(sorted(batch or _BATCHES), sorted(context or _CONTEXTS))
+        grid = [(rows, length) for rows, length in cells if rows * length <= tokens]
+        if not grid:
+            raise ValueError(f"--batch and --context: more than {tokens} tokens in every cell")
         out.mkdir(parents=True, exist_ok=True)
         with saying(console) as say, TemporaryDirectory() as folder:
             machine = Machine.measure()
