@@ -21,7 +21,7 @@ def state_of(facts: EngineFacts) -> SkipState:
 
 def decide(state: SkipState, row: int) -> None:
     values = np.linspace(0.1, 1, state.planner.classifier.width)
-    state.decide(row, PromptStatistics(3, values, values))
+    state.decide({row: PromptStatistics(3, values, values)})
 
 
 def test_plans_are_counted_as_sequences_enter() -> None:
