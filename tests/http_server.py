@@ -37,7 +37,16 @@ def serving(
             _wait_until_up(process, log, ready)
         yield process
     finally:
-        os.killpg(process.pid, signal.SIGINT)
+        _stop(process)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Interrupt it; what is still there after minutes, on a busy machine, is killed."""
+    os.killpg(process.pid, signal.SIGINT)
+    try:
+        process.wait(180)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
         process.wait(60)
 
 

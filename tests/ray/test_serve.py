@@ -8,6 +8,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,10 +42,15 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[psutil.Process
     deploy = block("serve deploy", PAGE).strip()
     deploy = deploy.replace("deploy/ray/serve.yaml", str(folder / "serve.yaml"))
     shell(block("export RAY_AUTH_MODE", PAGE))
+    started: list[psutil.Process] = []
     with serving(f"env {start}", folder / "log", ready=None) as process:
         wait_for(lambda: shell(deploy), 60)
         wait_for(lambda: len(reports()) == 2, 240)
         yield psutil.Process(process.pid)
+        started = psutil.Process(process.pid).children(recursive=True)
+    for one in started:  # whatever of Ray outlives it would be joined by the next test
+        with suppress(psutil.NoSuchProcess):
+            one.kill()
     # Ray leaves a note of where it was, which others would follow; `ray stop` is for all of them.
     Path("/tmp/ray/ray_current_cluster").unlink(missing_ok=True)
 
