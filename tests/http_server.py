@@ -31,6 +31,8 @@ def serving(
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            # Who was started in the background ignores interrupts, and hands that on.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     try:
         if ready is not None:
@@ -41,10 +43,10 @@ def serving(
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Interrupt it; what is still there after minutes, on a busy machine, is killed."""
+    """Interrupt it; what is still there after a minute is killed."""
     os.killpg(process.pid, signal.SIGINT)
     try:
-        process.wait(180)
+        process.wait(60)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait(60)
