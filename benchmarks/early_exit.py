@@ -11,7 +11,6 @@ as of the layers. On the bundled model, and at the shape of Llama-3.2-1B with ra
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,12 +22,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-os.environ.update(
-    VLLM_ENABLE_V1_MULTIPROCESSING="0",
-    VLLM_CPU_KVCACHE_SPACE="1",
-    VLLM_LOGGING_LEVEL="ERROR",
-    OMP_NUM_THREADS="1",
-)
+from vllm_adaskip.bench.engines import alone
+
+alone()  # before torch is loaded, which reads the number of threads then
 
 
 def main(rounds: Annotated[int, typer.Option(min=3)] = 15) -> None:

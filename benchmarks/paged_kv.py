@@ -10,7 +10,6 @@ it fills, is set against the time of a layer that runs.
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from typing import Annotated, Any
@@ -20,12 +19,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-os.environ.update(
-    VLLM_ENABLE_V1_MULTIPROCESSING="0",
-    VLLM_CPU_KVCACHE_SPACE="1",
-    VLLM_LOGGING_LEVEL="ERROR",
-    OMP_NUM_THREADS="1",
-)
+from vllm_adaskip.bench.engines import alone
+
+alone()  # before torch is loaded, which reads the number of threads then
 
 #: Layers that everybody leaves out, of the bundled model's 12.
 SKIP = [3, 4, 5, 6, 7, 8]

@@ -10,7 +10,6 @@ random weights.
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -23,12 +22,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-os.environ.update(
-    VLLM_ENABLE_V1_MULTIPROCESSING="0",
-    VLLM_CPU_KVCACHE_SPACE="1",
-    VLLM_LOGGING_LEVEL="ERROR",
-    OMP_NUM_THREADS="1",
-)
+from vllm_adaskip.bench.engines import alone
+
+alone()  # before torch is loaded, which reads the number of threads then
 
 TOKENS = 240
 

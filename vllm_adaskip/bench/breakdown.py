@@ -72,9 +72,9 @@ class Stopwatch:
             yield
 
 
-def breakdown(llm: Any, arguments: Arguments, steps: int, *, prompt: int = 8) -> dict[str, float]:
+def breakdown(llm: Any, arguments: Arguments, steps: int) -> dict[str, float]:
     """Give the seconds of each part of a decode step, mean over so many."""
-    batch = Batch(llm, arguments, prompt=prompt, tokens=steps + 3)
+    batch = Batch(llm, arguments, tokens=steps + 3)
     batch.prefill()
     batch.step()
     watch = Stopwatch()

@@ -65,7 +65,6 @@ class Engines:
     Attributes:
         shape: of the model.
         model: its folder.
-        table: of when to run a sub-layer for all, which the engines with the plugin use.
         stock: stock vLLM.
         plugin: with the plugin; plans come with the requests.
         smaller: stock vLLM with half of the layers physically gone.
@@ -75,7 +74,6 @@ class Engines:
 
     shape: Shape
     model: str
-    table: Crossover
     stock: Any
     plugin: Any
     smaller: Any
@@ -84,7 +82,10 @@ class Engines:
     @classmethod
     @contextmanager
     def started(cls, shape: Shape, folder: Path, table: Crossover, say: Say) -> Iterator[Engines]:
-        """Start them; what they load is written into a folder."""
+        """Start them; what they load is written into a folder.
+
+        Those with the plugin use a table of when to run a sub-layer for all.
+        """
         model = shape.write(folder / "whole")
         kept = shape.num_layers - shared(shape.num_layers).attention.bit_count()
         half = shape.of_depth(kept).write(folder / "half")
@@ -104,7 +105,7 @@ class Engines:
             for path_, plugin in wanted:
                 engines.append(stack.enter_context(engine(path_, plugin=plugin)))
                 started()
-            yield cls(shape, model, table, *engines)
+            yield cls(shape, model, *engines)
 
     def plans(self, batch: int) -> dict[str, list[SkipPlan]]:
         """Give the rows' plans of each variant that brings its own; all but ``OFF`` skip."""
