@@ -2,12 +2,18 @@
 """Methods that decide skip plans. Never imports vLLM."""
 
 from vllm_adaskip.classifiers.adainfer import AdaInfer
-from vllm_adaskip.classifiers.base import Classifier, MethodOptions, Observe, PromptStatistics
+from vllm_adaskip.classifiers.base import (
+    Classifier,
+    MethodOptions,
+    Observe,
+    PromptStatistics,
+    Scope,
+)
 from vllm_adaskip.classifiers.dense import Dense
 from vllm_adaskip.classifiers.early_exit import EarlyExit
 from vllm_adaskip.classifiers.ffn_skip import FfnSkip
 from vllm_adaskip.classifiers.first import First
-from vllm_adaskip.classifiers.gates import ExitGate, Lens, TokenGate
+from vllm_adaskip.classifiers.gates import Gate, Lens, Look, Stream
 from vllm_adaskip.classifiers.plan import DecoderShape, PlanError, SkipPlan
 from vllm_adaskip.classifiers.similarity import Similarity
 from vllm_adaskip.classifiers.static import Static
@@ -27,12 +33,14 @@ __all__ = [
     "METHODS",
     "Classifier",
     "DecoderShape",
-    "ExitGate",
+    "Gate",
     "Lens",
+    "Look",
     "MethodOptions",
     "Observe",
     "PlanError",
     "PromptStatistics",
+    "Scope",
     "SkipPlan",
-    "TokenGate",
+    "Stream",
 ]

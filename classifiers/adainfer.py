@@ -13,7 +13,7 @@ from vllm_adaskip.classifiers.base import Classifier, MethodOptions, Observe, Pr
 from vllm_adaskip.classifiers.early_exit import deepest_exit, exit_plan
 from vllm_adaskip.classifiers.exit_rule_file import load_rule
 from vllm_adaskip.classifiers.exit_rules import Crf, ExitRule, Threshold
-from vllm_adaskip.classifiers.gates import ExitGate, Lens
+from vllm_adaskip.classifiers.gates import Gate, Lens, Stream
 from vllm_adaskip.classifiers.plan import DecoderShape, PlanError, SkipPlan
 
 if TYPE_CHECKING:
@@ -76,7 +76,8 @@ class AdaInfer(Classifier):
         self._checks = _check_layers(options, self._rule, shape)
         self.last_only = options.scope == "prompt"
         self.width = 2 * len(self._checks) if self.last_only else 0
-        self.exits = None if options.scope == "prompt" else options.scope
+        self.gate_scope = None if options.scope == "prompt" else options.scope
+        self.gates_attention = self.gate_scope is not None
 
     def check(self, budget: float) -> None:
         """Refuse a budget below what one layer takes."""
@@ -93,7 +94,9 @@ class AdaInfer(Classifier):
         def observe(sub_layer: int, before: Tensor, update: Tensor, values: Tensor) -> None:
             layer, is_mlp = divmod(sub_layer, 2)
             if is_mlp and (place := places.get(layer)) is not None:
-                values[:, place : place + 2] = features(lens(before, update, self._vocabulary))
+                values[:, place : place + 2] = features(
+                    lens(Stream(update, before), self._vocabulary)
+                )
 
         return observe
 
@@ -104,8 +107,8 @@ class AdaInfer(Classifier):
             depth = min(depth, self._settled_depth(prompt))
         return exit_plan(depth, self._shape)
 
-    def exit_gate(self, lens: Lens) -> ExitGate | None:
-        """Give the gate of scopes ``answer`` and ``token``."""
+    def gate(self, hidden_size: int, device: torch.device, lens: Lens) -> Gate:
+        """Return the gate of scopes ``answer`` and ``token``."""
         from vllm_adaskip.classifiers.lens_gate import LensGate  # here: it loads torch
 
         return LensGate(
@@ -114,7 +117,7 @@ class AdaInfer(Classifier):
             check_layers=self._checks,
             vocabulary=self._vocabulary,
             by_request=self._options.vocabulary == "request",
-            warm_up=self._options.warm_up if self.exits == "token" else 0,
+            warm_up=self._options.warm_up if self.gate_scope == "token" else 0,
         )
 
     @property

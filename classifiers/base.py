@@ -13,12 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from vllm_adaskip.classifiers.gates import ExitGate, Lens, TokenGate
+from vllm_adaskip.classifiers.gates import Gate, Lens
 from vllm_adaskip.classifiers.plan import DecoderShape, SkipPlan
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+#: About which tokens a method's gate is asked: each generated ``token``, or, where a request asks
+#: for one token only, the last of its prompt (``answer``), which all its prompt tokens then obey.
+Scope = Literal["token", "answer"]
 
 #: Writes what is kept of each token at one sub-layer, see `Classifier.observer`.
 Observe = Callable[[int, "Tensor", "Tensor", "Tensor"], None]
@@ -50,15 +54,12 @@ class PromptStatistics:
 class Classifier(ABC):
     """Decides, at prefill, the plan that a sequence follows while it decodes.
 
-    A method is one file with a subclass: its ``Options`` (what the server may set), a
-    constructor that refuses options which do not fit the model (`ValueError`), `check`
-    and `decide`. Both are pure functions, so that every tensor-parallel rank and every
-    repetition of a request gets the same plan. A method that reads the prompt sets
-    ``width`` and brings an `observer`; one that decides token by token sets
-    ``gates_tokens`` and brings a `gate`, which adds to the plan; one that stops tokens on their
-    way up sets ``exits`` and brings an `exit_gate`; one that makes up for what is left out sets
-    ``scales`` and brings `factors`; one that can say how much worse another plan is sets
-    ``coalesces`` and brings `regrets`.
+    A method is a subclass: its ``Options`` (what the server may set), a constructor that
+    refuses options which do not fit the model (`ValueError`), `check` and `decide`. Both are
+    pure functions, so that every tensor-parallel rank and every repetition of a request gets
+    the same plan. A method that reads the prompt sets ``width`` and brings an `observer`; one that
+    decides in the middle of a forward sets ``gate_scope`` and brings a `gate`, which adds to the
+    plan; one that can say how much worse another plan is sets ``coalesces`` and brings `regrets`.
     """
 
     Options: ClassVar[type[MethodOptions]] = MethodOptions
@@ -66,11 +67,6 @@ class Classifier(ABC):
     #: float32 values kept of each prompt token; 0: the method does not read the prompt.
     width: int = 0
 
-    #: Whether generated tokens may leave out more than their sequence's plan, see `gate`.
-    gates_tokens: bool = False
-
-    #: Whether `factors` gives any.
-    scales: bool = False
     #: Whether `observer` is shown the last token of each prompt alone.
     last_only: bool = False
 
@@ -79,10 +75,11 @@ class Classifier(ABC):
     #: Plans that the method has ready, whatever the prompt.
     codebook: Sequence[SkipPlan] = ()
 
-    #: Who may stop before the last layer, see `exit_gate`: each generated ``token``, or, where a
-    #: request asks for one token only, its whole prompt (``answer``). Plans then leave out nothing
-    #: but the last layers, and such a prompt too stops where its plan does.
-    exits: Literal["token", "answer"] | None = None
+    #: About which tokens the `gate` is asked; None: the method has none. With ``answer`` plans
+    #: leave out nothing but the last layers, and such a prompt too stops where its plan does.
+    gate_scope: Scope | None = None
+    #: Whether the gate may also leave out attention, as tokens that exit do.
+    gates_attention: bool = False
 
     @abstractmethod
     def __init__(
@@ -111,14 +108,6 @@ class Classifier(ABC):
             prompt: what was observed of the prompt; None where ``width`` is 0.
 
         """
-
-    def factors(self, plan: SkipPlan, prompt: PromptStatistics) -> NDArray[np.float32] | None:
-        """Give what left-out sub-layers multiply the residual stream by, where ``scales``.
-
-        ``[2 * num_layers]`` in running order, of the plan that was decided from this prompt;
-        1 where the sub-layer runs. They hold for generated tokens, as the plan does.
-        """
-        return None
 
     def regrets(
         self, own: SkipPlan, left_out: NDArray[np.bool_], prompt: PromptStatistics
@@ -155,15 +144,13 @@ class Classifier(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} has width {self.width} but no observer")
 
-    def gate(self, hidden_size: int, device: torch.device) -> TokenGate:
-        """Give what decides inside the forward, for one engine of this process."""
-        raise NotImplementedError(f"{type(self).__name__} gates tokens but has no gate")
+    def gate(self, hidden_size: int, device: torch.device, lens: Lens) -> Gate | None:
+        """Return what decides inside the forward, for one engine of this process.
 
-    def exit_gate(self, lens: Lens) -> ExitGate | None:
-        """Give what lets tokens exit, for one engine of this process; None: only plans do.
+        None where nobody is asked: with scope ``answer`` prompts still stop where their plan does.
 
         Raises:
             ValueError: the method does not fit the model.
 
         """
-        raise NotImplementedError(f"{type(self).__name__} lets tokens exit but has no exit gate")
+        raise NotImplementedError(f"{type(self).__name__} has a gate scope but no gate")

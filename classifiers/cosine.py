@@ -28,13 +28,6 @@ def cosine(before: Tensor, update: Tensor) -> Tensor:
     return similarity
 
 
-def squared_norm(stream: Tensor) -> Tensor:
-    """Give ``[tokens]`` float32 squared norms of ``[tokens, hidden_size]``."""
-    wide = stream.float()
-    square: Tensor = vecdot(wide, wide)
-    return square
-
-
 class Cosines:
     """The same for a few tokens, again and again, where launching is what operations cost.
 

@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from vllm_adaskip.classifiers.base import Classifier, MethodOptions, PromptStatistics
-from vllm_adaskip.classifiers.gates import ExitGate, Lens
+from vllm_adaskip.classifiers.gates import Lens
 from vllm_adaskip.classifiers.plan import DecoderShape, PlanError, SkipPlan
+
+if TYPE_CHECKING:
+    import torch
 
 
 class EarlyExitOptions(MethodOptions):
@@ -38,7 +41,8 @@ class EarlyExit(Classifier):
         assert isinstance(options, EarlyExitOptions)
         if options.layers > shape.num_layers:
             raise PlanError(f"layers {options.layers}; allowed: 1 to {shape.num_layers}")
-        self.exits = "answer" if options.scope == "answer" else None
+        self.gate_scope = "answer" if options.scope == "answer" else None
+        self.gates_attention = options.scope == "answer"
         self._plan = exit_plan(options.layers, shape)
         self._share = self._plan.share(shape)
 
@@ -54,9 +58,8 @@ class EarlyExit(Classifier):
         """Give the fixed plan."""
         return self._plan
 
-    def exit_gate(self, lens: Lens) -> ExitGate | None:
+    def gate(self, hidden_size: int, device: torch.device, lens: Lens) -> None:
         """Nobody is asked."""
-        return None
 
 
 def exit_plan(depth: int, shape: DecoderShape) -> SkipPlan:

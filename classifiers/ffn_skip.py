@@ -7,12 +7,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field
 
 from vllm_adaskip.classifiers.base import Classifier, MethodOptions, Observe, PromptStatistics
-from vllm_adaskip.classifiers.batch_rule import BATCH_RULES
 from vllm_adaskip.classifiers.calibration import CalibratedOptions
-from vllm_adaskip.classifiers.gates import Lens, TokenGate
+from vllm_adaskip.classifiers.gates import Gate, Lens
 from vllm_adaskip.classifiers.plan import DecoderShape, PlanError, SkipPlan
 
 if TYPE_CHECKING:
@@ -33,11 +32,6 @@ class FfnSkipOptions(CalibratedOptions):
             none: all in the middle.
         warm_up: generated tokens of each sequence before any decides for itself; scope
             ``token`` only. The paper's ablation saturates at 25 to 30.
-        batch_rule: whether the tokens of a step must agree; scope ``token`` only. ``exact``: no,
-            each by itself. ``majority``: those past their warm-up all leave an MLP out, if more
-            than half of them would. ``all``: only if every token of the step does, also those
-            that the gate may not decide about. All but ``exact`` break isolation and purity:
-            what a sequence leaves out depends on its neighbours.
 
     """
 
@@ -48,14 +42,6 @@ class FfnSkipOptions(CalibratedOptions):
     threshold: float = Field(default=0.99, ge=-1, allow_inf_nan=False)
     max_skip: int | None = Field(default=None, ge=1)
     warm_up: int = Field(default=25, ge=0)
-    batch_rule: Literal["exact", "majority", "all"] = "exact"
-
-    @field_validator("batch_rule")
-    @classmethod
-    def _goes_with_scope(cls, rule: str, others: ValidationInfo) -> str:
-        if rule != "exact" and others.data.get("scope") == "sequence":
-            raise ValueError("a sequence decides by itself; allowed with scope 'sequence': 'exact'")
-        return rule
 
 
 class FfnSkip(Classifier):
@@ -78,8 +64,8 @@ class FfnSkip(Classifier):
         self._shape = shape
         self._options = options
         self._threshold = options.resolved_threshold()
-        self.gates_tokens = options.scope == "token"
-        self.width = 0 if self.gates_tokens else len(self._middle)
+        self.gate_scope = "token" if options.scope == "token" else None
+        self.width = 0 if self.gate_scope else len(self._middle)
 
     def check(self, budget: float) -> None:
         """Refuse a budget below what is left without as many MLPs as may be left out."""
@@ -96,11 +82,11 @@ class FfnSkip(Classifier):
 
         return observe
 
-    def gate(self, hidden_size: int, device: torch.device) -> TokenGate:
-        """Give the gate of scope ``token``."""
+    def gate(self, hidden_size: int, device: torch.device, lens: Lens) -> Gate:
+        """Return the gate of scope ``token``."""
         from vllm_adaskip.classifiers.mlp_gate import MlpGate  # here: it loads torch
 
-        gate = MlpGate(
+        return MlpGate(
             self._middle,
             threshold=self._threshold,
             warm_up=self._options.warm_up,
@@ -108,8 +94,6 @@ class FfnSkip(Classifier):
             hidden_size=hidden_size,
             device=device,
         )
-        gate.batch_rule = BATCH_RULES[self._options.batch_rule]
-        return gate
 
     def decide(self, budget: float, prompt: PromptStatistics | None) -> SkipPlan:
         """Leave out the most similar MLPs, as far as the threshold or the budget says."""

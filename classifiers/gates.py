@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What decides inside a forward: gates that close sub-layers to tokens, and exits."""
+"""What decides inside a forward: a gate, and the lens through which it may look."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,58 +13,24 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vllm_adaskip.classifiers.batch_rule import BatchRule
 
-
-class TokenGate(ABC):
-    """Decides inside a forward which generated tokens leave out more than their plan does.
-
-    For methods that go by what becomes of a token on its way through the layers. One object
-    serves one engine. At each forward `begin` is called; then, in running order, for each of
-    ``sub_layers`` that anybody's plan runs, `closed`, and, if anybody went through it,
-    `observe`. What is decided about a token must depend on its own stream and age alone,
-    not on who else is in the batch (isolation): then a sequence that was preempted gets the same
-    decisions again when its tokens are replayed in one query (purity).
+class Stream(NamedTuple):
+    """The residual stream of some tokens, ``update + before``.
 
     Attributes:
-        sub_layers: those that the gate may close, MLP ``2 * l + 1``. Attention would also
-            need the backend's metadata for whoever is left, and K/V written for the others.
-        batch_rule: how the tokens of a step are made to agree; None: each goes by itself.
-        deciding: ``[tokens]`` of the forward that `begin` started, those that the gate may
-            close anything to; of interest to a batch rule alone.
+        update: ``[tokens, hidden_size]`` what the sub-layer that ran last adds; before the first
+            one the stream itself.
+        before: ``[tokens, hidden_size]`` the stream before that; None before the first sub-layer.
 
     """
 
-    sub_layers: frozenset[int]
-    batch_rule: BatchRule | None = None
-    deciding: NDArray[np.bool_]
+    update: Tensor
+    before: Tensor | None
 
-    @abstractmethod
-    def begin(self, ages: NDArray[np.int64], planned: NDArray[np.int64]) -> bool:
-        """Start a forward; False if it will close nothing.
 
-        Args:
-            ages: ``[tokens]`` how many generated tokens of its sequence came before each;
-                negative: the token is not the gate's business.
-            planned: ``[tokens]`` how many of ``sub_layers`` its plan leaves out anyhow.
-
-        """
-
-    @abstractmethod
-    def closed(self, sub_layer: int) -> NDArray[np.bool_] | None:
-        """Give ``[tokens]``, True where a token leaves the sub-layer out; None for nobody."""
-
-    @abstractmethod
-    def observe(self, sub_layer: int, before: Tensor, update: Tensor) -> None:
-        """See what a sub-layer just did.
-
-        Args:
-            sub_layer: one of ``sub_layers``.
-            before: ``[tokens, hidden_size]`` the residual stream before it, in the model's dtype.
-            update: ``[tokens, hidden_size]`` what it adds; both are meaningless for tokens that
-                left it out.
-
-        """
+#: Returns the stream of those asked tokens that a bool array ``[asked]`` marks; None: of all.
+#: It is not a copy: change nothing in it.
+Look = Callable[[NDArray[np.bool_] | None], Stream]
 
 
 class Lens(ABC):
@@ -80,50 +46,62 @@ class Lens(ABC):
         """
 
     @abstractmethod
-    def __call__(
-        self, before: Tensor, update: Tensor, vocabulary: Sequence[int] | None = None
-    ) -> Tensor:
-        """Give logits ``[tokens, vocabulary]`` for a residual stream.
+    def __call__(self, stream: Stream, vocabulary: Sequence[int] | None = None) -> Tensor:
+        """Return logits ``[tokens, vocabulary]`` for a stream, which stays as it is.
 
         Args:
-            before: ``[tokens, hidden_size]`` the stream before a sub-layer; may be overwritten.
-            update: ``[tokens, hidden_size]`` what that adds to it; may be overwritten.
-            vocabulary: token ids to give logits of; None: all.
+            stream: of some tokens, after any sub-layer.
+            vocabulary: token ids to return logits of; None: all.
 
         """
 
 
-class ExitGate(ABC):
-    """Decides inside a forward which tokens need no deeper layer.
+class Gate(ABC):
+    """Decides inside a forward what tokens leave out from there on, beside their plan.
 
-    One object serves one engine. At each forward in which somebody may exit, `begin` is called;
-    then, in running order, `exits` after each of ``check_layers`` as long as somebody is left.
-    What is decided about a token must depend on its own stream alone, as with a `TokenGate`.
+    For methods that go by what becomes of a token on its way through the layers. One object
+    serves one engine. At each forward in which somebody may be asked, `begin` is called; then, in
+    running order, `after` behind each of ``sub_layers``, with the tokens that ran it and have
+    something left to run. What is decided about a token must depend on its own stream alone, not
+    on the other tokens of the batch (isolation): then a sequence that was preempted gets the same
+    decisions again when its tokens are replayed in one query (purity).
 
     Attributes:
-        check_layers: decoder layers after which a token may exit, ascending.
-        warm_up: generated tokens of each sequence before any may exit.
+        sub_layers: those behind which tokens are asked about, MLP ``2 * l + 1``.
+        warm_up: generated tokens of each sequence before any is asked about.
 
     """
 
-    check_layers: tuple[int, ...]
+    sub_layers: frozenset[int]
     warm_up: int = 0
 
     @abstractmethod
-    def begin(self, vocabularies: Sequence[Sequence[int] | None]) -> None:
-        """Start a forward; of each token that may exit, the ids its request allows, if it says."""
-
-    @abstractmethod
-    def exits(
-        self, layer: int, tokens: NDArray[np.int64], before: Tensor, update: Tensor
-    ) -> NDArray[np.bool_]:
-        """Give ``[asked]``, True where a token stops after a layer.
+    def begin(
+        self, planned: NDArray[np.bool_], allowed: Sequence[Sequence[int] | None] | None
+    ) -> None:
+        """Start a forward.
 
         Args:
-            layer: one of ``check_layers``.
-            tokens: ``[asked]`` who is left and would run deeper layers, as index into what
-                `begin` was told of.
-            before: ``[asked, hidden_size]`` and ``update``, as in `Lens`.
-            update: see ``before``.
+            planned: ``[tokens, 2 * num_layers]`` what the plan of each token that may be asked
+                about leaves out anyhow.
+            allowed: of each of these tokens the ids that its request may draw, None where it
+                does not say; None: no request says.
+
+        """
+
+    @abstractmethod
+    def after(
+        self, sub_layer: int, tokens: NDArray[np.int64], look: Look
+    ) -> NDArray[np.bool_] | None:
+        """Decide behind a sub-layer.
+
+        Args:
+            sub_layer: one of ``sub_layers``.
+            tokens: ``[asked]`` as index into what `begin` was told of.
+            look: shows the stream of the asked tokens.
+
+        Returns:
+            ``[asked, 2 * num_layers]``, True where a token leaves out a sub-layer above; None:
+            nothing changes.
 
         """

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vllm_adaskip.model_executors.decoder import SkippingDecoder
-from vllm_adaskip.model_executors.stream import Stream
+from vllm_adaskip.classifiers import Stream
+from vllm_adaskip.engine.loop import SkippingDecoder
 
 
 class LlamaLayers(SkippingDecoder):
@@ -21,12 +21,12 @@ class LlamaLayers(SkippingDecoder):
     def run_attention(self, layer: Any, positions: Tensor, stream: Stream) -> Stream:
         """Run input norm and self-attention."""
         normed, before = add_and_norm(layer.input_layernorm, stream)
-        return layer.self_attn(positions=positions, hidden_states=normed), before
+        return Stream(layer.self_attn(positions=positions, hidden_states=normed), before)
 
     def run_mlp(self, layer: Any, stream: Stream) -> Stream:
         """Run post-attention norm and MLP."""
         normed, before = add_and_norm(layer.post_attention_layernorm, stream)
-        return layer.mlp(normed), before
+        return Stream(layer.mlp(normed), before)
 
     def project_kv(self, layer: Any, positions: Tensor, stream: Stream) -> tuple[Tensor, Tensor]:
         """Run input norm, q/k/v projection and rotary embedding; the query is left over."""
@@ -47,7 +47,7 @@ class LlamaLayers(SkippingDecoder):
 
 
 def add_and_norm(norm: nn.Module, stream: Stream) -> tuple[Tensor, Tensor]:
-    """Give ``(normed, stream)``, as a vLLM layer makes them; the first has nothing to add."""
+    """Return ``(normed, stream)``, as a vLLM layer makes them; the first has nothing to add."""
     update, before = stream
     if before is None:
         return norm(update), update

@@ -14,15 +14,15 @@ from typing import Any
 from torch import Tensor, nn
 from vllm.model_executor.models.opt import OPTForCausalLM
 
-from vllm_adaskip.model_executors.decoder import SkippingDecoder
-from vllm_adaskip.model_executors.stream import Stream
+from vllm_adaskip.classifiers import Stream
+from vllm_adaskip.engine.loop import SkippingDecoder
 
 
 class AdaSkipOPTForCausalLM(SkippingDecoder, OPTForCausalLM):
     """vLLM's OPT with a skip plan per sequence."""
 
     def stack_of(self, model: Any) -> Any:
-        """Give the decoder; the model around it holds nothing else."""
+        """Return the decoder; the model around it holds nothing else."""
         return model.decoder
 
     def embed(
@@ -71,8 +71,8 @@ def _run(
 ) -> Stream:
     before = _whole(stream)
     if layer.do_layer_norm_before:
-        return sub_layer(norm(before)), before
-    return norm(before + sub_layer(before)) - before, before
+        return Stream(sub_layer(norm(before)), before)
+    return Stream(norm(before + sub_layer(before)) - before, before)
 
 
 def _whole(stream: Stream) -> Tensor:

@@ -77,7 +77,7 @@ def run_with_changes(
 
     Prompts must differ in length, by which rows are told apart.
     """
-    state = llm.apply_model(lambda model: model.adaskip._state)[0]
+    state = llm.apply_model(lambda model: model.adaskip.state)[0]
     core = llm.llm_engine
     for index, (prompt, plan) in enumerate(zip(prompts, plans, strict=True)):
         core.add_request(str(index), {"prompt_token_ids": prompt}, sampling(plan, max_tokens))
@@ -98,7 +98,6 @@ def run_with_changes(
     return [got[index] for index in range(len(prompts))]
 
 
-def decisions(model: Any) -> list[tuple[str, str]]:
-    """Give every decided plan with the bytes of its factors; for `LLM.apply_model`."""
-    memo = model.adaskip._state._memo.values()
-    return [(str(plan), "" if by is None else by.tobytes().hex()) for plan, by in memo]
+def decisions(model: Any) -> list[str]:
+    """Return every decided plan; for `LLM.apply_model`."""
+    return [str(plan) for plan in model.adaskip.state.memo.values()]

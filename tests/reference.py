@@ -128,7 +128,6 @@ class Reference:
         kv_fill: str = "none",
         then: tuple[int, Sequence[int | str]] | None = None,
         rule: MlpRule | None = None,
-        factors: Sequence[float] | None = None,
         exit: Exit | None = None,
     ) -> tuple[list[int], float]:
         """Give greedy tokens, and the smallest gap between the two best logits on the way.
@@ -136,11 +135,9 @@ class Reference:
         A gap near float32 rounding means that another order of summation may rightly
         choose another token; callers check it. ``then=(n, other)`` follows another plan
         once ``n`` tokens are there. A fresh ``rule`` leaves out more than the plan, and so does an
-        ``exit``. ``factors`` (one each) are what sub-layers that the first plan leaves out multiply
-        the stream by.
+        ``exit``.
         """
         plan = SkipPlan.parse(skip, self.num_layers)
-        ones = [1.0] * 2 * self.num_layers
         cache = DynamicCache(config=self.model.config)
         logits = self.model(torch.tensor([prompt]), past_key_values=cache).logits[0, -1]
         tokens, gap = [], float("inf")
@@ -151,11 +148,10 @@ class Reference:
             if len(tokens) == max_tokens:
                 return tokens, gap
             if then and len(tokens) == then[0]:
-                plan, factors = SkipPlan.parse(then[1], self.num_layers), None
+                plan = SkipPlan.parse(then[1], self.num_layers)
             position = len(prompt) + len(tokens) - 1
-            scale = ones if factors is None else factors
             watched = exit if exit and len(tokens) > exit.warm_up else None
-            logits = self._step(tokens[-1], position, plan, cache, kv_fill, rule, scale, watched)
+            logits = self._step(tokens[-1], position, plan, cache, kv_fill, rule, watched)
 
     @torch.inference_mode()
     def observe(self, prompt: Sequence[int], classifier: Classifier) -> PromptStatistics:
@@ -219,11 +215,10 @@ class Reference:
         cache: DynamicCache,
         kv_fill: str,
         rule: MlpRule | None,
-        factors: Sequence[float],
         exit: Exit | None,
     ) -> torch.Tensor:
         rule = rule or MlpRule(range(0), 0)
-        walk = self.walk(token, position, plan, cache, kv_fill, rule, factors, exit)
+        walk = self.walk(token, position, plan, cache, kv_fill, rule, exit)
         try:
             layer = next(walk)
             while True:
@@ -240,7 +235,6 @@ class Reference:
         cache: DynamicCache,
         kv_fill: str,
         rule: MlpRule,
-        factors: Sequence[float],
         exit: Exit | None = None,
     ) -> Generator[int, bool, torch.Tensor]:
         """Run a token; asks at each layer whose MLP its plan runs whether to leave it out."""
@@ -253,13 +247,9 @@ class Reference:
             if not plan.attention >> index & 1:
                 # No mask: one query token sees all that its layer has cached.
                 hidden = hidden + decoder.attention(index, hidden, where, cache)
-            else:
-                if kv_fill == "project":
-                    cache.update(*decoder.key_value(index, hidden, where), index)
-                hidden = hidden * float(factors[2 * index])
-            if plan.mlp >> index & 1:
-                hidden = hidden * float(factors[2 * index + 1])
-            elif not (yield index):
+            elif kv_fill == "project":
+                cache.update(*decoder.key_value(index, hidden, where), index)
+            if not plan.mlp >> index & 1 and not (yield index):
                 before = hidden
                 hidden = before + decoder.mlp(index, before)
                 rule.saw(index, before[0, 0], hidden[0, 0])

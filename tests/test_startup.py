@@ -21,7 +21,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_adaskip import DecoderShape, engine_args
 from vllm_adaskip.config import AdaSkipConfig, ConfigError
-from vllm_adaskip.engine.planner import Planner
+from vllm_adaskip.engine.request import Planner
 from vllm_adaskip.startup import unsupported_accelerator
 
 

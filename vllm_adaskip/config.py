@@ -12,9 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from vllm_adaskip.classifiers import METHODS, DecoderShape
 from vllm_adaskip.classifiers.hub import located
 from vllm_adaskip.classifiers.profile import Profile, ProfileError
-from vllm_adaskip.engine.crossover import Crossover
-from vllm_adaskip.engine.facts import EngineFacts
-from vllm_adaskip.engine.planner import Planner
+from vllm_adaskip.engine.request import EngineFacts, Planner
 
 
 class ConfigError(ValueError):
@@ -31,7 +29,6 @@ class AdaSkipConfig(BaseModel):
             attention sub-layer.
         profile: folder or hub id of a `Profile`, which brings method, its options and budget;
             what is set beside it goes before it.
-        crossover: file with a `Crossover`, measured on this machine for this model.
         coalesce: how far a decided plan may leave what the prompt asks for, so that the sequences
             of a batch share plans; in [0, 1], 0: not at all. See docs/coalesce.md.
         untested_accelerator: serve on an accelerator, where nobody has run this yet.
@@ -44,7 +41,6 @@ class AdaSkipConfig(BaseModel):
     budget: float = Field(default=1.0, gt=0, le=1)
     kv_fill: Literal["copy", "project", "none"] = "none"
     profile: str | None = None
-    crossover: str | None = None
     coalesce: float = Field(default=0.0, ge=0, le=1)
     untested_accelerator: bool = False
 
@@ -94,19 +90,14 @@ class AdaSkipConfig(BaseModel):
                 the method cannot meet).
 
         """
-        try:
-            table = Crossover.load(self.crossover).model_dump() if self.crossover else None
-        except ValueError as error:
-            raise ConfigError(f"adaskip.crossover: {error}") from None
         facts = EngineFacts(
             shape,
-            self.method,
-            self.method_options,
-            self.budget,
-            self.kv_fill,
-            self.profile,
-            table,
-            self.coalesce,
+            method=self.method,
+            method_options=self.method_options,
+            budget=self.budget,
+            kv_fill=self.kv_fill,
+            profile=self.profile,
+            coalesce=self.coalesce,
         )
         try:
             Planner(facts)

@@ -2,8 +2,7 @@
 """What happens when an engine starts with one of our architectures.
 
 vLLM calls `prepare` once per engine, for our architectures only. Set-ups in which plans
-would be wrong or silently ignored are refused here, each with the option to change
-(invariant 10).
+would be wrong or silently ignored are refused here, each with the option to change.
 """
 
 from __future__ import annotations
@@ -16,8 +15,9 @@ from vllm.platforms import current_platform
 
 from vllm_adaskip.classifiers import Classifier
 from vllm_adaskip.config import AdaSkipConfig
+from vllm_adaskip.engine import naming
 from vllm_adaskip.engine.compat import name_feeder
-from vllm_adaskip.engine.planner import Planner
+from vllm_adaskip.engine.request import Planner
 from vllm_adaskip.model_executors.registry import family_of
 
 if TYPE_CHECKING:
@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.adaskip")
 
-_SCHEDULER = "vllm_adaskip.engine.compat.scheduler.MarkingScheduler"
-_WORKER_EXTENSION = "vllm_adaskip.engine.worker_extension.AdaSkipWorkerExtension"
+_ENGINE = "vllm_adaskip.engine"
+_SCHEDULER = f"{_ENGINE}.blocks.MarkingScheduler"
+_WORKER_EXTENSION = f"{_ENGINE}.counts.AdaSkipWorkerExtension"
 #: Of a model's config: what changes the attention of layers that else look like a family's.
 _UNTRIED: dict[str, tuple[object, str]] = {
     "dual_chunk_attention_config": (None, "dual chunk attention"),
@@ -53,7 +54,11 @@ def prepare(vllm_config: VllmConfig) -> None:
     if problems:
         raise ValueError("\n- ".join(["vllm-adaskip cannot run with this set-up:", *problems]))
     config.check_model(model.hf_config.to_dict())
-    name_feeder(vllm_config, facts)
+    name_feeder(
+        vllm_config,
+        feeder=naming.class_path(f"{_ENGINE}.v1", "V1Feeder", facts),
+        check=naming.class_path(f"{_ENGINE}.v2", "RequestCheck", facts),
+    )
     vllm_config.parallel_config.worker_extension_cls = _WORKER_EXTENSION
     if vllm_config.cache_config.enable_prefix_caching:
         vllm_config.scheduler_config.scheduler_cls = _SCHEDULER
@@ -142,7 +147,7 @@ def unsupported_accelerator(
         )
     if not vllm_config.use_v2_model_runner:
         yield "accelerators need Model Runner V2; set VLLM_USE_V2_MODEL_RUNNER to 1"
-    if classifier.gates_tokens or classifier.exits:
+    if classifier.gate_scope:
         yield (
             f"method {config.method!r} with these options decides on the host, in the middle of a "
             "forward, who goes on; use the CPU backend, or options that decide once a sequence"

@@ -13,8 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vllm_adaskip.config import AdaSkipConfig
-from vllm_adaskip.engine.planner import Planner
-from vllm_adaskip.engine.request import RequestArgs
+from vllm_adaskip.engine.request import Planner, RequestArgs
 from vllm_adaskip.model_executors.registry import FAMILIES
 
 if TYPE_CHECKING:

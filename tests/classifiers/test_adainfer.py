@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from profiles import write_adainfer
 from safetensors.numpy import load_file, save_file
 
@@ -21,6 +22,7 @@ from vllm_adaskip.classifiers import PlanError, PromptStatistics
 from vllm_adaskip.classifiers.adainfer import AdaInfer, AdaInferOptions
 from vllm_adaskip.classifiers.exit_rule_file import load_rule
 from vllm_adaskip.classifiers.exit_rules import FILE, Crf, ExitRule, Svm, Threshold
+from vllm_adaskip.classifiers.gates import Stream
 from vllm_adaskip.classifiers.lens_gate import LensGate, features
 from vllm_adaskip.classifiers.profile import ProfileError
 
@@ -199,9 +201,23 @@ class TwoTokens:
     def check(self, vocabulary: Any) -> None:
         self.checked = vocabulary
 
-    def __call__(self, before: torch.Tensor, update: torch.Tensor, vocabulary: Any) -> torch.Tensor:
-        logits = before + update
+    def __call__(self, stream: Stream, vocabulary: Any) -> torch.Tensor:
+        assert stream.before is not None
+        logits = stream.before + stream.update
         return logits if vocabulary is None else logits[:, list(vocabulary)]
+
+
+def exits_of(
+    gate: LensGate, layer: int, tokens: NDArray[np.int64], logits: torch.Tensor
+) -> NDArray[np.bool_]:
+    """Whose all above is left out after a layer; nothing else ever is."""
+    stream = Stream(torch.zeros_like(logits), logits)
+    left_out = gate.after(2 * layer + 1, tokens, lambda chosen: stream)
+    if left_out is None:
+        return np.zeros(len(tokens), dtype=np.bool_)
+    exits = left_out.any(axis=1)
+    assert (left_out == exits[:, None] & (np.arange(12) > 2 * layer + 1)).all()
+    return exits
 
 
 def test_the_gate_remembers_each_token_s_own_layers() -> None:
@@ -216,10 +232,10 @@ def test_the_gate_remembers_each_token_s_own_layers() -> None:
     want = chain(rule, found)
     assert 5 < sum(want[1]) < 35
     for _ in range(2):  # another step knows nothing of the one before
-        gate.begin([None] * 40)
+        gate.begin(np.zeros((40, 12), bool), None)
         left = np.arange(40)
         for at, layer in enumerate(LAYERS):
-            exits = gate.exits(layer, left, logits[at][left], torch.zeros(len(left), 2))
+            exits = exits_of(gate, layer, left, logits[at][left])
             assert exits.tolist() == [want[at][token] for token in left]
             left = left[~exits][::-1].copy()  # in any order
     assert lens.checked is None
@@ -232,9 +248,9 @@ def test_each_request_s_own_vocabulary() -> None:
         check_layers=(0,),
         by_request=True,
     )
-    gate.begin([[0], None, [1, 2, 1, 1], [0, 1], [1, 2]])
+    gate.begin(np.zeros((5, 12), bool), [[0], None, [1, 2, 1, 1], [0, 1], [1, 2]])
     logits = torch.tensor([[0.0, 9, 0], [0, 0, 0], [9, 1, 1], [0, 1, 9], [0, 3, 0]])
-    exits = gate.exits(0, np.arange(5), logits, torch.zeros(5, 3))
+    exits = exits_of(gate, 0, np.arange(5), logits)
     assert exits.tolist() == [True, False, False, True, True]
 
 
@@ -247,9 +263,9 @@ OWN: dict[str, Any] = {"check_layers": [1, 3], "top_prob": 0.5}
 
 def test_scopes_say_what_the_engine_must_do() -> None:
     answer, prompt, token = (made(scope=scope, **OWN) for scope in ("answer", "prompt", "token"))
-    assert (answer.exits, answer.width) == ("answer", 0)
-    assert (token.exits, token.width) == ("token", 0)
-    assert (prompt.exits, prompt.width, prompt.last_only) == (None, 4, True)
+    assert (answer.gate_scope, answer.width) == ("answer", 0)
+    assert (token.gate_scope, token.width) == ("token", 0)
+    assert (prompt.gate_scope, prompt.width, prompt.last_only) == (None, 4, True)
 
 
 def test_a_prompt_decides_for_the_first_layer_where_it_is_settled() -> None:

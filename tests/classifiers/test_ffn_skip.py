@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 from vllm_adaskip.classifiers import DecoderShape, PlanError, PromptStatistics
 from vllm_adaskip.classifiers.cosine import Cosines, cosine
 from vllm_adaskip.classifiers.ffn_skip import FfnSkip, FfnSkipOptions
+from vllm_adaskip.classifiers.gates import Stream
 from vllm_adaskip.classifiers.mlp_gate import MlpGate
 
 SHAPE = DecoderShape(6, attention_parameters=1, mlp_parameters=3)
@@ -60,7 +63,7 @@ def test_a_budget_below_what_is_always_kept_is_refused(scope: str) -> None:
 
 def test_token_by_token_a_budget_is_a_plan_of_the_last_mlps_of_the_middle() -> None:
     one = made(scope="token")
-    assert one.width == 0 and one.gates_tokens
+    assert one.width == 0 and one.gate_scope == "token"
     assert one.decide(1.0, None).is_dense
     assert one.decide(0.8, None).entries() == ["mlp:3", "mlp:4"]
 
@@ -148,22 +151,32 @@ def test_the_gate_closes_what_the_rule_says_step_after_step(
         hidden_size=2,
         device=torch.device("cpu"),
     )
-    assert gate.sub_layers == {3, 5, 7, 9}
+    assert gate.sub_layers == {3, 5, 7} and gate.warm_up == warm_up
     for step in steps:
         ages = np.array([age for age, _ in step])
-        left_out: list[list[int]] = [[] for _ in step]
-        active = gate.begin(ages, np.full(len(step), planned))
-        assert active == (ages >= warm_up).any()
-        assert gate.deciding.tolist() == (ages >= warm_up).tolist()
-        for layer in middle[: len(middle) - planned] if active else ():
-            closed = gate.closed(2 * layer + 1)
-            closed = np.zeros(len(step), bool) if closed is None else closed
-            for token in np.flatnonzero(closed):
-                left_out[token].append(layer)
-            cosines = torch.tensor([each[layer] for _, each in step])
+        watched = np.flatnonzero(ages >= warm_up)  # the engine asks about no others
+        plan = np.zeros((len(watched), 12), dtype=np.bool_)
+        plan[:, [2 * layer + 1 for layer in middle[len(middle) - planned :]]] = True
+        gone = np.zeros((len(step), 12), dtype=np.bool_)
+        gate.begin(plan, None)
+        for layer in middle[: len(middle) - planned]:
+            asked = np.flatnonzero(~gone[watched, 2 * layer + 1])
+            if not len(asked) or 2 * layer + 1 not in gate.sub_layers:
+                continue
+            cosines = torch.tensor([step[token][1][layer] for token in watched[asked]])
             before, update = changes(cosines)
-            update[torch.from_numpy(closed)] = 0  # who left it out is shown nothing of meaning
-            gate.observe(2 * layer + 1, before, update)
+
+            def look(chosen: Any, stream: Stream = Stream(update, before)) -> Stream:  # noqa: B008
+                return stream if chosen is None else Stream(*(half[chosen] for half in stream))
+
+            found = gate.after(2 * layer + 1, asked, look)
+            if found is not None:
+                assert not found[:, : 2 * layer + 2].any() and not found[:, 0::2].any()
+                gone[watched[asked]] |= found
+        left_out = [
+            [layer for layer in middle[: len(middle) - planned] if gone[token, 2 * layer + 1]]
+            for token in range(len(step))
+        ]
         for (age, each), got in zip(step, left_out, strict=True):
             want = plain_rule(each, 1, 5 - planned, threshold, max_skip - planned)
             assert got == (want if age >= warm_up else [])

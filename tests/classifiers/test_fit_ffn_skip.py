@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from reference import Reference
 
 from vllm_adaskip.classifiers import DecoderShape, PromptStatistics
+from vllm_adaskip.classifiers.ends import EndsOptions
 from vllm_adaskip.classifiers.ffn_skip import FfnSkip, FfnSkipOptions
 from vllm_adaskip.classifiers.fit.ffn_skip import (
     FfnSkipSettings,
@@ -21,7 +22,7 @@ from vllm_adaskip.classifiers.fit.ffn_skip import (
     mlps_left_out,
 )
 from vllm_adaskip.classifiers.fit.similarity import Similarities, similarities
-from vllm_adaskip.classifiers.similarity import Similarity, SimilarityOptions
+from vllm_adaskip.classifiers.similarity import Similarity
 from vllm_adaskip.evaluation.sweep import Sample
 
 LAYERS = 6
@@ -131,7 +132,7 @@ def test_prompts_are_measured_as_a_server_reads_them(tiny_llama: str) -> None:
     samples = [Sample("", [5, 300, 17, 42, 99, 7, 8], 2), Sample("", [9, 8, 300, 4], 1)]
     done: list[int] = []
     found = similarities(reference.model, samples, 2, done.append)
-    method = Similarity(DecoderShape(8, 1, 1), SimilarityOptions())
+    method = Similarity(DecoderShape(8, 1, 1), EndsOptions())
     for one, got in zip(samples, found.prompts, strict=True):
         want = reference.observe(one.ids[: -one.answer], method).mean
         assert np.allclose(got, want, atol=1e-5)

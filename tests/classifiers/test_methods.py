@@ -16,9 +16,10 @@ from vllm_adaskip.classifiers import (
     SkipPlan,
 )
 from vllm_adaskip.classifiers.early_exit import EarlyExit, EarlyExitOptions
+from vllm_adaskip.classifiers.ends import EndsOptions
 from vllm_adaskip.classifiers.regret import regrets
 from vllm_adaskip.classifiers.routers import Routers
-from vllm_adaskip.classifiers.similarity import Similarity, SimilarityOptions
+from vllm_adaskip.classifiers.similarity import Similarity
 from vllm_adaskip.classifiers.static import Static, StaticOptions
 
 SHAPE = DecoderShape(4, attention_parameters=1, mlp_parameters=3)
@@ -32,7 +33,6 @@ EXAMPLES: dict[str, dict[str, object]] = {
     "first": {"codebook": [[1], [1, 2]]},
     "none": {},
     "similarity": {},
-    "similarity, scaled": {"scale": True},
     "static": {"skip": [1, "attn:2"]},
 }
 
@@ -105,7 +105,7 @@ def test_every_method_that_compares_plans_regrets_those_that_cost_its_prompt_mor
     made: Made,
 ) -> None:
     compared = [one for one in map(made, EXAMPLES) if one.coalesces]
-    assert len(compared) == 3
+    assert len(compared) == 2
     masks = np.array([SkipPlan.parse(one, 4).mask() for one in ([1], [2], [1, 2], [], [0], [3])])
     for classifier in compared:
         for seed in range(5):
@@ -158,58 +158,10 @@ def test_similarity_leaves_out_what_changed_the_prompt_least(made: Made) -> None
     assert similarity.decide(0.5, prompt).entries() == [1, 2]
 
 
-def test_factors_are_the_ratios_of_the_stream_s_norms_over_the_prompt() -> None:
-    """Frobenius norms, so that tokens with a large norm weigh more; the last sub-layer included."""
-    scaled = Similarity(SHAPE, SimilarityOptions(scale=True, keep_last=0))
-    assert scaled.scales
-    torch.manual_seed(0)
-    updates = torch.randn(8, 6, HIDDEN) * torch.tensor([1, 9, 2, 1, 0.1, 3]).view(1, 6, 1)
-    streams = torch.cat((torch.randn(1, 6, HIDDEN), updates)).cumsum(0)
-    values = torch.zeros(6, scaled.width)
-    observe = scaled.observer(HIDDEN, values.device)
-    for sub_layer, update in enumerate(updates):
-        observe(sub_layer, streams[sub_layer], update, values)
-    prompt = PromptStatistics(6, values.double().mean(0).numpy(), values[-1].double().numpy())
-    norms = torch.linalg.matrix_norm(streams)
-    want = (norms[1:] / norms[:-1]).numpy()
-    for plan in (SkipPlan.parse([1, "mlp:3"], 4), SkipPlan.parse(["attn:2"], 4)):
-        factors = scaled.factors(plan, prompt)
-        assert factors is not None and factors.dtype == np.float32
-        np.testing.assert_allclose(factors, np.where(plan.mask(), want, 1), rtol=1e-5)
-    assert scaled.decide(0.7, prompt) == Similarity(SHAPE, SimilarityOptions(keep_last=0)).decide(
-        0.7, PromptStatistics(6, prompt.mean[:8], prompt.last[:8])
-    )
-
-
-def test_a_stream_of_zeros_is_not_scaled() -> None:
-    scaled = Similarity(SHAPE, SimilarityOptions(scale=True, keep_first=0))
-    nothing = PromptStatistics(1, np.zeros(scaled.width), np.zeros(scaled.width))
-    factors = scaled.factors(SkipPlan.parse([0, 1], 4), nothing)
-    assert factors is not None and (factors == 1).all()
-
-
-def test_norms_of_bfloat16_streams_do_not_overflow_or_vanish() -> None:
-    scaled = Similarity(SHAPE, SimilarityOptions(scale=True))
-    for size in (1e-4, 1.0, 1e4):
-        before = torch.full((2, 4096), size, dtype=torch.bfloat16)
-        values = torch.zeros(2, scaled.width)
-        scaled.observer(4096, values.device)(3, before, before, values)
-        assert torch.allclose(values[:, 8 + 3], torch.tensor(4096 * size**2), rtol=0.01)
-
-
-def test_nothing_is_scaled_unless_asked_for(made: Made) -> None:
-    for classifier in map(made, METHODS):
-        prompt = prompt_for(classifier)
-        assert not classifier.scales
-        if prompt is not None:
-            assert classifier.factors(classifier.decide(1.0, prompt), prompt) is None
-    assert made("similarity").width == 8
-
-
 @pytest.mark.parametrize("ends", [{"keep_first": 0, "keep_last": 0}, {"keep_first": 4}])
 def test_similarity_refuses_to_keep_nothing_or_all(ends: dict[str, int]) -> None:
     with pytest.raises(PlanError, match="allowed: 1 to 3 in all, of 4"):
-        Similarity(SHAPE, SimilarityOptions(**ends))
+        Similarity(SHAPE, EndsOptions(**ends))
 
 
 def test_static_meets_exactly_the_budget_its_plan_keeps() -> None:
@@ -223,13 +175,13 @@ def test_static_meets_exactly_the_budget_its_plan_keeps() -> None:
 
 def test_early_exit_runs_the_first_layers() -> None:
     exit = EarlyExit(SHAPE, EarlyExitOptions(layers=3))
-    assert exit.decide(1.0, None).entries() == [3] and exit.exits is None
+    assert exit.decide(1.0, None).entries() == [3] and exit.gate_scope is None
     exit.check(0.75)
     with pytest.raises(PlanError, match=r"keeps 0\.750"):
         exit.check(0.74)
     with pytest.raises(PlanError, match="layers 5; allowed: 1 to 4"):
         EarlyExit(SHAPE, EarlyExitOptions(layers=5))
-    assert EarlyExit(SHAPE, EarlyExitOptions(layers=4, scope="answer")).exits == "answer"
+    assert EarlyExit(SHAPE, EarlyExitOptions(layers=4, scope="answer")).gate_scope == "answer"
 
 
 def test_classifiers_never_import_vllm() -> None:

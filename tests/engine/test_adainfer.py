@@ -86,10 +86,10 @@ class Early:
             statistics = self.reference.observe(prompt, self.method)
         plan = self.method.decide(arguments.get("adaskip_budget", 1.0), statistics)
         exit = self.exit()
-        if self.method.exits == "answer" and tokens == 1:
+        if self.method.gate_scope == "answer" and tokens == 1:
             depth = TINY_LAYERS - plan.attention.bit_count()
             return self.reference.answer(prompt, exit, depth)[0], plan, exit
-        watched = exit if self.method.exits == "token" else None
+        watched = exit if self.method.gate_scope == "token" else None
         return self._generated(prompt, plan, tokens, watched), plan, watched
 
     def _generated(
@@ -138,7 +138,7 @@ class Early:
             depths = exit.depths if exit else []
             if exit and count > 1:  # warm-up tokens are not watched
                 depths = [ends] * (count - 1 - len(depths)) + depths
-            answers = self.method.exits == "answer" and exit is not None
+            answers = self.method.gate_scope == "answer" and exit is not None
             for depth in depths if exit else [TINY_LAYERS] * (count - 1):
                 stops = depth < (TINY_LAYERS if answers else ends)
                 exits.update([depth - 1] * (exit is not None and stops))
@@ -147,7 +147,7 @@ class Early:
             watched += [exit] if exit else []
         if not replayed:
             for name, counted in (("attn_run", ran), ("exits", exits)):
-                assert (name in after) or self.method.exits is None
+                assert (name in after) or self.method.gate_scope is None
                 if name not in after:
                     continue
                 difference = [a - b for a, b in zip(after[name], before[name], strict=True)]

@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 
 from vllm_adaskip import DecoderShape
-from vllm_adaskip.engine.block_mark import block_mark, unfindable
-from vllm_adaskip.engine.facts import EngineFacts
-from vllm_adaskip.engine.planner import Planner
+from vllm_adaskip.engine.blocks import block_mark, unfindable
+from vllm_adaskip.engine.request import EngineFacts, Planner
 
 SHAPE = DecoderShape(4, attention_parameters=1, mlp_parameters=3)
 ALL_ATTENTION = [f"attn:{layer}" for layer in range(4)]
@@ -66,11 +65,10 @@ def test_budgets_tell_decided_plans_apart() -> None:
 
 
 def test_a_decided_plan_is_told_apart_from_the_same_plan_of_a_request() -> None:
-    """Of which only the first may come with factors."""
-    scales = planner(method="similarity", budget=0.7, method_options={"scale": True})
-    decided = block_mark(scales, None, 9)
+    reads = planner(method="similarity", budget=0.7)
+    decided = block_mark(reads, None, 9)
     assert decided is not None
-    assert decided() not in {mark(scales, skip) for skip in ([], [1], [2], [1, 2], ["mlp:1"])}
+    assert decided() not in {mark(reads, skip) for skip in ([], [1], [2], [1, 2], ["mlp:1"])}
 
 
 def test_blocks_of_a_plan_that_depends_on_the_batch_are_found_by_nobody() -> None:

@@ -19,12 +19,11 @@ from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 
 from vllm_adaskip import DecoderShape, SkipPlan
 from vllm_adaskip.engine import compat
-from vllm_adaskip.engine.facts import EngineFacts
-from vllm_adaskip.engine.layout import Layout
-from vllm_adaskip.engine.planner import Planner
-from vllm_adaskip.engine.state import SkipState
-from vllm_adaskip.engine.v1_feeder import V1Feeder
-from vllm_adaskip.engine.v2_feeder import AdaSkipModelState
+from vllm_adaskip.engine.decide import SkipState
+from vllm_adaskip.engine.request import EngineFacts, Planner
+from vllm_adaskip.engine.step import Step
+from vllm_adaskip.engine.v1 import V1Feeder
+from vllm_adaskip.engine.v2 import AdaSkipModelState
 
 LAYERS = 4
 FACTS = EngineFacts(DecoderShape(LAYERS, 1, 3), "static", {"skip": [1, "attn:2"]})
@@ -90,7 +89,7 @@ class FedByV2:
     def __init__(self, vllm_config: Any) -> None:
         vllm_config.compilation_config.static_forward_context.clear()
         self.state = SkipState(Planner(FACTS), ROWS, is_told_lengths=True)
-        compat.share_state(vllm_config, self.state)
+        compat.share(vllm_config, self.state)
         self._feeder = AdaSkipModelState(vllm_config, torch.nn.Module(), None, torch.device("cpu"))
         self._inside: set[str] = set()
 
@@ -122,10 +121,11 @@ def what_runs(
     else:
         starts = np.cumsum([0] + [scheduled[name] for name in order])
         lengths = np.array([sequences[name].computed + scheduled[name] for name in order])
-    layout = Layout.of(starts, lengths, state.table.prompt_lens[: len(order)])
-    skips = state.table.skips
+    rows, skips = len(order), state.table.skips
+    step = Step.of(starts, lengths, state.table.prompt_lens[:rows], skips[:rows])
+    generated = np.bincount(step.row, step.length * step.generated, minlength=rows)
     return {
-        name: (int(layout.query_lens[row]), int(layout.generated[row]), tuple(skips[row]))
+        name: (int(starts[row + 1] - starts[row]), int(generated[row]), tuple(skips[row]))
         for row, name in enumerate(order)
     }
 

@@ -16,9 +16,8 @@ from hypothesis import strategies as st
 from vllm_adaskip import DecoderShape, SkipPlan
 from vllm_adaskip.classifiers import PromptStatistics
 from vllm_adaskip.engine.coalesce import PART, ROW, BoolArray, drawn, within_reach
-from vllm_adaskip.engine.facts import EngineFacts
-from vllm_adaskip.engine.planner import Planner
-from vllm_adaskip.engine.state import SkipState
+from vllm_adaskip.engine.decide import SkipState
+from vllm_adaskip.engine.request import EngineFacts, Planner
 
 SHAPE = DecoderShape(6, attention_parameters=1, mlp_parameters=2)
 SUB_LAYERS = 12
@@ -231,17 +230,6 @@ def test_regret_stays_within_what_is_allowed() -> None:
         assert SkipPlan.of_mask(followed).share(SHAPE) <= BUDGET
         regrets.append(method.regrets(own, followed[None], prompt)[0])
     assert 0 < max(regrets) <= 0.15 and state.coalesced > 0
-
-
-def test_factors_are_the_sequence_s_own_for_the_plan_it_was_given() -> None:
-    state = state_of(1.0, scale=True)
-    read = enter_and_decide(state, range(6))
-    assert state.table.live_plans == 1 and state.table.factors is not None
-    plan = SkipPlan.of_mask(state.table.skips[0])
-    for row, prompt in read.items():
-        want = state.planner.classifier.factors(plan, prompt)
-        assert (state.table.factors[row] == want).all()
-    assert len(np.unique(state.table.factors[:6], axis=0)) == 6
 
 
 def test_a_plan_of_the_codebook_is_shared_that_is_nobody_s_own() -> None:

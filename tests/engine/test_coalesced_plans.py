@@ -20,7 +20,7 @@ from reference import Reference
 from vllm_adaskip import DecoderShape, SkipPlan, engine_args
 from vllm_adaskip.classifiers import Classifier
 from vllm_adaskip.engine.coalesce import Undrawn, coalesced
-from vllm_adaskip.engine.state import Decision, _digest
+from vllm_adaskip.engine.decide import _digest
 
 Arguments = dict[str, Any] | None
 Options = dict[str, Any]
@@ -37,7 +37,7 @@ def options(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     profile = write_first(tmp_path_factory.mktemp("profile"), tiny_llama, threshold=0.0)
     return {
         "first": {"profile": profile, "budget": 0.7},
-        "similarity": {"method": "similarity", "scale": True, "budget": 0.8},
+        "similarity": {"method": "similarity", "budget": 0.8},
     }
 
 
@@ -58,16 +58,16 @@ class Coalescing:
         self.options = options
         self.reference = reference
 
-    def decided(self) -> dict[bytes, Decision]:
-        memo = self.llm.apply_model(lambda model: model.adaskip._state._memo)[0]
+    def decided(self) -> dict[bytes, SkipPlan]:
+        memo = self.llm.apply_model(lambda model: model.adaskip.state.memo)[0]
         return {undecided.prompt_hash: decision for undecided, decision in memo.items()}
 
     def forget(self) -> None:
-        self.llm.apply_model(lambda model: model.adaskip._state._memo.clear())
+        self.llm.apply_model(lambda model: model.adaskip.state.memo.clear())
 
     @property
     def method(self) -> Classifier:
-        return self.llm.apply_model(lambda model: model.adaskip._state.planner.classifier)[0]
+        return self.llm.apply_model(lambda model: model.adaskip.state.planner.classifier)[0]
 
     def undrawn(self, prompt: list[int]) -> Undrawn:
         method, budget = self.method, self.options["budget"]
@@ -95,13 +95,13 @@ class Coalescing:
         )
         decided, plans = self.decided(), []
         for prompt, own, output in zip(prompts, arguments, outputs, strict=True):
-            plan, by = None, None
+            plan = None
             entries = (own or {}).get("adaskip_skip", [])
             if not own:
-                plan, factors = decided[_digest(prompt)]
-                entries, by = plan.entries(), None if factors is None else factors.tolist()
+                plan = decided[_digest(prompt)]
+                entries = plan.entries()
             want, _ = self.reference.generate(
-                prompt, entries, tokens, factors=by, kv_fill=self.options.get("kv_fill", "none")
+                prompt, entries, tokens, kv_fill=self.options.get("kv_fill", "none")
             )
             assert list(output.outputs[0].token_ids) == want
             plans.append(plan)
@@ -197,7 +197,7 @@ def test_blocks_of_another_s_plan_for_the_same_prompt_are_not_found(
         core.add_request(f"same, {beside}", {"prompt_token_ids": prompt}, same)
         for _ in range(70):
             core.step()
-        ((plan, _),) = one.decided().values()
+        (plan,) = one.decided().values()
         plans.append(plan)
         if not beside:
             while core.has_unfinished_requests():

@@ -19,10 +19,11 @@ from reference import Reference
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vllm_adaskip import DecoderShape, engine_args
-from vllm_adaskip.classifiers.similarity import Similarity, SimilarityOptions
+from vllm_adaskip.classifiers.ends import EndsOptions
+from vllm_adaskip.classifiers.similarity import Similarity
 
 BUDGET = 0.6
-METHOD = Similarity(DecoderShape(*TINY_SHAPE), SimilarityOptions())
+METHOD = Similarity(DecoderShape(*TINY_SHAPE), EndsOptions())
 
 
 @pytest.mark.parametrize(

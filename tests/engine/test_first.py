@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from vllm_adaskip import DecoderShape, SkipPlan, engine_args
 from vllm_adaskip.config import AdaSkipConfig
-from vllm_adaskip.engine.planner import Planner
+from vllm_adaskip.engine.request import Planner
 
 
 def test_lora_is_merged_and_the_routers_read_the_merged_model(
@@ -50,21 +50,21 @@ def test_lora_is_merged_and_the_routers_read_the_merged_model(
 def test_a_decoding_step_under_a_decided_plan_is_that_of_an_explicit_one(
     engine: Callable[..., Any], tiny_llama: str, tmp_path: Path
 ) -> None:
-    """It pays nothing for having been routed: the same step plan, and nothing observed."""
+    """It pays nothing for having been routed: the same step, and nothing observed."""
     llm = engine(tiny_llama, **engine_args(profile=write_first(tmp_path, tiny_llama), budget=0.6))
     (prompt,) = random_prompts(52, 1)
     greedy(llm, [prompt], [None], max_tokens=3)
-    ((plan, _),) = llm.apply_model(lambda model: list(model.adaskip._state._memo.values()))[0]
+    (plan,) = llm.apply_model(lambda model: list(model.adaskip.state.memo.values()))[0]
     assert isinstance(plan, SkipPlan) and not plan.is_dense
-    pieces = []
+    steps = []
     for plans in ([None], [plan.entries()]):
         greedy(llm, [prompt], plans, max_tokens=3)
-        observed, step = llm.apply_model(
-            lambda model: (model.adaskip.observer.values is not None, model.adaskip._plan)
+        is_read, step = llm.apply_model(
+            lambda model: (model.adaskip.reader.is_open, model.adaskip.step)
         )[0]
-        assert not observed
-        pieces.append([(one.sub_layers, one.subset is None) for one in step.pieces])
-    assert pieces[0] == pieces[1]
+        assert not is_read
+        steps.append(step.runs.tolist())
+    assert steps[0] == steps[1]
 
 
 def changed_json(folder: Path, **change: Any) -> None:

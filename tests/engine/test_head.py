@@ -12,6 +12,7 @@ import torch
 from vllm.model_executor.models.utils import PPMissingLayer
 
 from vllm_adaskip import engine_args
+from vllm_adaskip.classifiers import Stream
 from vllm_adaskip.engine.compat.head import Head
 
 LOOKS = {"method": "adainfer", "check_layers": [2], "top_prob": 0.5, "vocabulary": "candidates"}
@@ -30,8 +31,8 @@ def test_after_the_last_layer_it_predicts_what_the_model_does(model: Any) -> Non
         hidden, _ = model.model.norm(update.clone(), before.clone())
         want = model.compute_logits(hidden)
         lens = Head(model, model.finish)
-        assert torch.equal(lens(before.clone(), update.clone()), want)
-        few = lens(before.clone(), update.clone(), [7, 0, 511])
+        assert torch.equal(lens(Stream(update, before)), want)
+        few = lens(Stream(update, before), [7, 0, 511])
     assert torch.allclose(few, want[:, [7, 0, 511]], atol=1e-5)
 
 

@@ -81,7 +81,7 @@ def test_one_write_to_many_layers_is_many_writes_to_one(
     greedy(llm, [[1, 2, 3]], [[2]], max_tokens=3)
 
     def compare(model: Any) -> tuple[bool, bool, bool]:
-        cache = model.adaskip.kv_fill.cache
+        cache = model.adaskip.cache
         caches = [layer.kv_cache for layer in cache._layers]
         blocks, slots = cache.geometry
         layers = torch.arange(40) % TINY_LAYERS

@@ -24,7 +24,7 @@ from reference import Exit, Reference
 
 from vllm_adaskip import DecoderShape
 from vllm_adaskip.config import AdaSkipConfig
-from vllm_adaskip.engine.planner import Planner
+from vllm_adaskip.engine.request import Planner
 
 CHUNKED = {"max_num_seqs": 6, "max_num_batched_tokens": 48}
 #: Hardly more blocks than two sequences need.

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_adaskip.engine.paged_statistics import PagedStatistics
+from vllm_adaskip.engine.prompts import PagedStatistics
 
 SLOTS, BLOCKS, WIDTH = 4, 24, 3
 

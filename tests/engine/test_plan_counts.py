@@ -7,9 +7,8 @@ import numpy as np
 
 from vllm_adaskip import DecoderShape
 from vllm_adaskip.classifiers import PromptStatistics
-from vllm_adaskip.engine.facts import EngineFacts
-from vllm_adaskip.engine.planner import Planner
-from vllm_adaskip.engine.state import SkipState
+from vllm_adaskip.engine.decide import SkipState
+from vllm_adaskip.engine.request import EngineFacts, Planner
 
 SHAPE = DecoderShape(8, 1, 3)
 PROMPT = [1, 2, 3]

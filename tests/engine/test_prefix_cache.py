@@ -18,7 +18,7 @@ from conftest import TINY_LAYERS
 from reference import Reference
 
 from vllm_adaskip import engine_args
-from vllm_adaskip.engine.block_mark import unfindable
+from vllm_adaskip.engine.blocks import unfindable
 
 BLOCK = 32
 KV_FILLS = ["none", "copy", "project"]

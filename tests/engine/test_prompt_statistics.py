@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Invariant 5: a plan that is decided from the prompt depends on nothing but the prompt.
+"""Purity: a plan that is decided from the prompt depends on nothing but the prompt.
 
 The same prompts arrive whole, in chunks, half from the prefix cache, several times at once
 and again after preemption; their plans must be those that the same method decides from the
@@ -15,7 +15,6 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 from batches import greedy, random_prompts, sampling
 from conftest import TINY_SHAPE
@@ -24,18 +23,16 @@ from reference import Reference
 
 from vllm_adaskip import DecoderShape, SkipPlan, engine_args
 from vllm_adaskip.config import AdaSkipConfig
-from vllm_adaskip.engine.planner import Planner
-from vllm_adaskip.engine.state import Decision, _digest
-from vllm_adaskip.engine.table import Factors
+from vllm_adaskip.engine.decide import _digest
+from vllm_adaskip.engine.request import Planner
 
 BUDGET = 0.6
 #: A smaller one, that all methods can meet.
 LESS = 0.45
-#: What is read of a prompt: means of all sub-layers, these with norms, from which factors follow,
+#: What is read of a prompt: means of all sub-layers,
 #: means of MLPs against a threshold, votes of all tokens, the last token alone.
 METHODS: dict[str, dict[str, Any]] = {
     "similarity": {},
-    "similarity, scaled": {"scale": True},
     "ffn-skip": {"threshold": 0.94, "keep_last": 0, "budget": 0.8},
     "first, fraction": {"reduce": "fraction"},
     "first, last": {"reduce": "last", "width": 8, "codebook": [[2, 3, 5], [4, 5], [1, 4, 6], [3]]},
@@ -57,24 +54,19 @@ class Method:
 
     def want(
         self, prompt: list[int], tokens: int, budget: float | None = None
-    ) -> tuple[list[int], SkipPlan, Factors | None]:
-        """Give a sequence's tokens, plan and factors."""
+    ) -> tuple[list[int], SkipPlan]:
+        """Return a sequence's tokens and plan."""
         read = self.reference.observe(prompt, self._classifier)
         plan = self._classifier.decide(budget or self.options["budget"], read)
-        factors = self._classifier.factors(plan, read)
-        by = None if factors is None else factors.tolist()
-        return self.reference.generate(prompt, plan.entries(), tokens, factors=by)[0], plan, factors
+        return self.reference.generate(prompt, plan.entries(), tokens)[0], plan
 
     def check(self, llm: Any, prompts: list[list[int]], tokens: int = 12) -> None:
-        """Run a batch; compare plans, factors and tokens with the reference's."""
+        """Run a batch; compare plans and tokens with the reference's."""
         got = greedy(llm, prompts, [None] * len(prompts), max_tokens=tokens)
         decisions = decided(llm)
         for prompt, output in zip(prompts, got, strict=True):
-            want, plan, factors = self.want(prompt, tokens)
-            assert decisions[_digest(prompt)][0] == plan
-            assert (factors is None) is ("scale" not in self.options)
-            if factors is not None:
-                np.testing.assert_allclose(decisions[_digest(prompt)][1], factors, rtol=1e-4)
+            want, plan = self.want(prompt, tokens)
+            assert decisions[_digest(prompt)] == plan
             assert output == want
 
 
@@ -98,14 +90,14 @@ def make(engine: Callable[..., Any], tiny_llama: str, method: Method) -> Callabl
     return make
 
 
-def decided(llm: Any) -> dict[bytes, Decision]:
+def decided(llm: Any) -> dict[bytes, SkipPlan]:
     """Every decision of the engine's worker so far, by digest of the prompt."""
-    memo = llm.apply_model(lambda model: model.adaskip._state._memo)[0]
+    memo = llm.apply_model(lambda model: model.adaskip.state.memo)[0]
     return {undecided.prompt_hash: decision for undecided, decision in memo.items()}
 
 
 def forget(llm: Any) -> None:
-    llm.apply_model(lambda model: model.adaskip._state._memo.clear())
+    llm.apply_model(lambda model: model.adaskip.state.memo.clear())
 
 
 def test_in_one_piece_and_in_chunks(make: Callable[..., Any], method: Method) -> None:
@@ -121,7 +113,7 @@ def test_generated_tokens_are_not_observed(make: Callable[..., Any]) -> None:
     llm = make(max_num_batched_tokens=24)
     prompts = random_prompts(39, 8, longest=60)
     greedy(llm, prompts, [None] * len(prompts), max_tokens=10)
-    sums = llm.apply_model(lambda model: model.adaskip.observer._statistics.sums)[0]
+    sums = llm.apply_model(lambda model: model.adaskip.reader.statistics.sums)[0]
     assert sums[:, -1].sum() == sum(map(len, prompts))
 
 

@@ -4,9 +4,7 @@ from typing import Any
 import pytest
 
 from vllm_adaskip import DecoderShape
-from vllm_adaskip.engine.facts import EngineFacts
-from vllm_adaskip.engine.planner import Planner
-from vllm_adaskip.engine.request import RequestError
+from vllm_adaskip.engine.request import EngineFacts, Planner, RequestError
 
 SHAPE = DecoderShape(8, attention_parameters=1, mlp_parameters=3)
 NONE = Planner(EngineFacts(SHAPE))

@@ -10,44 +10,24 @@ from vllm_adaskip import SkipPlan
 from vllm_adaskip.engine.table import SequenceTable, Undecided
 
 LAYERS, ROWS = 3, 6
-ONES = [1.0] * 2 * LAYERS
 rows = st.integers(0, ROWS - 1)
 masks = st.integers(0, (1 << LAYERS) - 1)
 prompts = st.integers(1, 99)
 flags = st.booleans()
-factors = st.none() | st.lists(st.sampled_from([0.5, 1.0, 2.0]), min_size=6, max_size=6)
 
 
 class TableFollowsBatch(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.table = SequenceTable(LAYERS, ROWS, scales=True)
+        self.table = SequenceTable(LAYERS, ROWS)
         self.model: dict[int, tuple[SkipPlan | Undecided, int, bool]] = {}
-        self.factors: dict[int, list[float]] = {}
         self.entered = 0
 
-    @rule(
-        row=rows,
-        masks=st.tuples(masks, masks),
-        prompt=prompts,
-        is_new=flags,
-        gated=flags,
-        scale=factors,
-    )
-    def add(
-        self,
-        row: int,
-        masks: tuple[int, int],
-        prompt: int,
-        is_new: bool,
-        gated: bool,
-        scale: list[float] | None,
-    ) -> None:
+    @rule(row=rows, masks=st.tuples(masks, masks), prompt=prompts, is_new=flags, gated=flags)
+    def add(self, row: int, masks: tuple[int, int], prompt: int, is_new: bool, gated: bool) -> None:
         plan = SkipPlan(LAYERS, *masks)
-        by = None if scale is None else np.array(scale, np.float32)
-        self.table.add(row, plan, prompt, factors=by, is_new=is_new, gated=gated)
+        self.table.add(row, plan, prompt, is_new=is_new, gated=gated)
         self.model[row] = plan, prompt, gated
-        self.factors[row] = scale or ONES
         self.entered += is_new
 
     @rule(row=rows, prompt=prompts)
@@ -55,15 +35,13 @@ class TableFollowsBatch(RuleBasedStateMachine):
         undecided = Undecided(bytes([row, prompt]), 0.5)
         self.table.add(row, undecided, prompt)
         self.model[row] = undecided, prompt, False
-        self.factors[row] = ONES
         self.entered += 1
 
-    @rule(row=rows, attention=masks, scale=factors)
-    def follow(self, row: int, attention: int, scale: list[float] | None) -> None:
+    @rule(row=rows, attention=masks)
+    def follow(self, row: int, attention: int) -> None:
         if row in self.model:
             plan = SkipPlan(LAYERS, attention)
-            self.table.follow(row, plan, None if scale is None else np.array(scale, np.float32))
-            self.factors[row] = scale or ONES
+            self.table.follow(row, plan)
             self.model[row] = plan, *self.model[row][1:]
 
     @rule(row=rows)
@@ -77,7 +55,6 @@ class TableFollowsBatch(RuleBasedStateMachine):
             return
         self.table.move(old, new)
         self.model[new] = self.model.pop(old)
-        self.factors[new] = self.factors.pop(old)
 
     @rule(one=rows, other=rows)
     def swap(self, one: int, other: int) -> None:
@@ -87,8 +64,6 @@ class TableFollowsBatch(RuleBasedStateMachine):
             self.model[one] = theirs
         if ours:
             self.model[other] = ours
-        by = self.factors.get(one, ONES), self.factors.get(other, ONES)
-        self.factors[other], self.factors[one] = by
 
     @rule(row=rows)
     def every_change_raises_the_version(self, row: int) -> None:
@@ -112,17 +87,6 @@ class TableFollowsBatch(RuleBasedStateMachine):
             assert (self.table.skips[row] == mask).all()
             assert self.table.prompt_lens[row] == prompt
             assert self.table.gated[row] == gated
-            assert self.table.factors is not None
-            want = self.factors[row] if row in self.model else ONES
-            assert self.table.factors[row].tolist() == want
-
-
-def test_there_are_factors_only_where_a_method_scales() -> None:
-    table = SequenceTable(LAYERS, ROWS)
-    table.add(0, SkipPlan(LAYERS, 1), 5)
-    table.swap(0, 1)
-    table.remove(1)
-    assert table.factors is None
 
 
 TestTableFollowsBatch = TableFollowsBatch.TestCase

@@ -13,9 +13,9 @@ from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 from vllm.v1.sample.logits_processor import _load_logitsprocs_by_fqcns as load
 
 from vllm_adaskip import DecoderShape
-from vllm_adaskip.engine import v1_feeder
-from vllm_adaskip.engine.compat import shared_state
-from vllm_adaskip.engine.facts import EngineFacts
+from vllm_adaskip.engine import naming, v1
+from vllm_adaskip.engine.decide import shared_state
+from vllm_adaskip.engine.request import EngineFacts
 from vllm_adaskip.engine.table import SequenceTable
 
 SHAPE = DecoderShape(4, attention_parameters=1, mlp_parameters=3)
@@ -24,7 +24,7 @@ CONFIG = EngineFacts(SHAPE, "static", {"skip": [1, "attn:2"]})
 
 def fed_table(config: EngineFacts = CONFIG) -> tuple[Any, SequenceTable]:
     """Make a feeder by name, as vLLM does, and give it with the table the model would find."""
-    (feeder_class,) = load([v1_feeder.class_path(config)])
+    (feeder_class,) = load([naming.class_path(v1.__name__, "V1Feeder", config)])
     vllm_config: Any = SimpleNamespace(
         compilation_config=SimpleNamespace(static_forward_context={}),
         scheduler_config=SimpleNamespace(max_num_seqs=8),
@@ -93,4 +93,4 @@ def test_the_front_end_refuses_with_the_server_s_own_options() -> None:
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'nobody'"):
-        v1_feeder.nobody  # noqa: B018
+        v1.nobody  # noqa: B018

@@ -25,7 +25,7 @@ from vllm.v1.worker.gpu.model_states.interface import ModelState
 
 from vllm_adaskip.engine import compat
 from vllm_adaskip.engine.compat.model_state import batch_lengths
-from vllm_adaskip.engine.v2_feeder import AdaSkipModelState
+from vllm_adaskip.engine.v2 import AdaSkipModelState
 
 #: What the runner calls a model state's hooks with, by position, in each release.
 HOOKS: dict[str, tuple[str, ...]] = {

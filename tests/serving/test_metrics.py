@@ -14,10 +14,9 @@ from vllm.v1.metrics.loggers import PrometheusStatLogger
 from vllm.v1.metrics.prometheus import unregister_vllm_metrics
 
 from vllm_adaskip import DecoderShape
-from vllm_adaskip.engine.facts import EngineFacts
+from vllm_adaskip.engine import naming
 from vllm_adaskip.engine.naming import planner_of
-from vllm_adaskip.engine.request import RequestError
-from vllm_adaskip.engine.v1_feeder import class_path
+from vllm_adaskip.engine.request import EngineFacts, RequestError
 from vllm_adaskip.serving import metrics
 
 REPORT = {
@@ -36,7 +35,11 @@ class Client:
     """As vLLM's of a server: two data-parallel engines, each of two tensor-parallel workers."""
 
     def __init__(self, *, rank: int = 0, log_stats: bool = True) -> None:
-        named = [class_path(EngineFacts(DecoderShape(2, 1, 3)))]
+        named = [
+            naming.class_path(
+                "vllm_adaskip.engine.v1", "V1Feeder", EngineFacts(DecoderShape(2, 1, 3))
+            )
+        ]
         self.vllm_config = self.engine_core = self.model_config = self.parallel_config = self
         self.served_model_name, self.logits_processors = "m", named
         self._api_process_rank = rank

@@ -15,8 +15,8 @@ from typing import Any
 from unittest.mock import patch
 
 from vllm_adaskip.bench.engines import Arguments, Batch
-from vllm_adaskip.engine.v1_feeder import V1Feeder
-from vllm_adaskip.model_executors import decoder
+from vllm_adaskip.engine.loop import Window
+from vllm_adaskip.engine.v1 import V1Feeder
 
 #: What a plan adds to a step, beside the sub-layers that it runs.
 ADDED = ("table update", "step plan", "metadata", "gather and scatter", "fill", "loop")
@@ -52,18 +52,17 @@ class Stopwatch:
         runtime = model.adaskip
         parts = (
             (V1Feeder, "update_state", "table update"),
-            (runtime, "begin_step", "step plan"),
-            (runtime, "end_step", "loop"),
+            (runtime, "begin", "step plan"),
+            (runtime, "end", "loop"),
             (runtime, "running", "metadata"),
-            (decoder, "gather", "gather and scatter"),
-            (decoder, "scatter", "gather and scatter"),
-            (runtime.kv_fill, "begin", "fill"),
-            (runtime.kv_fill, "write", "fill"),
-            (runtime.kv_fill, "finish", "fill"),
+            (Window, "show", "gather and scatter"),
+            (runtime.fill, "begin", "fill"),
+            (runtime.fill, "pass_by", "fill"),
+            (runtime.fill, "finish", "fill"),
             (model, "run_attention", "attention"),
             (model, "run_mlp", "MLP"),
             (model, "project_kv", "fill"),
-            (model, "_run_step", "loop"),
+            (model, "_run_sub_layers", "loop"),
         )
         with ExitStack() as stack:
             for owner, name, part in parts:

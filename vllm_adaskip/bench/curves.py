@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vllm_adaskip.bench.plans import deal, distinct
-from vllm_adaskip.engine.layout import Layout
-from vllm_adaskip.engine.step_plan import StepPlan
+from vllm_adaskip.engine.step import Step
 
 #: What grows -> its sizes; the others stay at `_BASE`.
 SIZES = {
@@ -49,15 +48,17 @@ def curves() -> list[Curve]:
 
 
 def _planned(size: dict[str, int]) -> float:
-    """Give the least seconds of making a step plan and joining its subsets."""
+    """Return the least seconds of making a step and its parts."""
     rows = size["sequences"]
     plans = deal(distinct(size["layers"], size["distinct plans"]), rows)
     skips = np.array([plan.mask() for plan in plans])
     ones = np.ones(rows, dtype=np.int64)
-    layout = Layout(ones, ones)
+    starts, lengths = np.arange(rows + 1), 2 * ones
     taken = []
     for _ in range(_TURNS):
         start = time.perf_counter()
-        _ = StepPlan.build(skips, layout).joined  # made when it is asked for
+        step = Step.of(starts, lengths, ones, skips)
+        for sub_layer in range(skips.shape[1]):
+            step.part(sub_layer)
         taken.append(time.perf_counter() - start)
     return min(taken)

@@ -20,7 +20,6 @@ from vllm_adaskip.bench.variants import (
     Say,
     mixed,
 )
-from vllm_adaskip.engine.crossover import Crossover
 
 #: Whose time, over whose, at least. Far enough below what is measured that noise does not ring it.
 FLOORS = {
@@ -38,7 +37,7 @@ _EFFORT = Effort(steps=12, rounds=5, turns=1, prompts=16)
 
 def guard(folder: Path, say: Say) -> list[tuple[str, float, Spread]]:
     """Give each ratio on the bundled model's shape: what, its floor, what was found."""
-    with Engines.started(Shape.of("bundled"), folder, Crossover(), say) as engines:
+    with Engines.started(Shape.of("bundled"), folder, say) as engines:
         wanted = {name for pair in FLOORS for name in pair}
         variants: dict[str, Run] = {
             name: run for name, run in engines.decoding(_BATCH, _EFFORT).items() if name in wanted

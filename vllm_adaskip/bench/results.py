@@ -8,7 +8,6 @@ import platform
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from vllm_adaskip.bench.machine import Machine
 from vllm_adaskip.bench.rounds import Spread
@@ -70,7 +69,6 @@ class Results:
         timings: of every variant.
         targets: what is promised, see docs/performance.md.
         breakdowns: model -> case -> seconds of each part of a step.
-        crossovers: model -> the table that was measured first and then used.
         versions: of what was timed.
 
     """
@@ -79,7 +77,6 @@ class Results:
     timings: list[Timing] = field(default_factory=list)
     targets: list[Target] = field(default_factory=list)
     breakdowns: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
-    crossovers: dict[str, dict[str, Any]] = field(default_factory=dict)
     versions: dict[str, str] = field(
         default_factory=lambda: {
             "python": platform.python_version(),

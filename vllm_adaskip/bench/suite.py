@@ -11,7 +11,6 @@ from typing import Any
 
 from vllm_adaskip.bench import bound
 from vllm_adaskip.bench.breakdown import breakdown, host_share
-from vllm_adaskip.bench.crossover import SIZES
 from vllm_adaskip.bench.engines import Batch, following
 from vllm_adaskip.bench.memory import resident
 from vllm_adaskip.bench.plans import deal, distinct
@@ -30,7 +29,6 @@ from vllm_adaskip.bench.variants import (
     Effort,
     Engines,
     Say,
-    measured_crossover,
     mixed,
 )
 from vllm_adaskip.bench.work import Work
@@ -51,14 +49,7 @@ class Suite:
 
     def run(self, folder: Path, *, only_breakdown: bool = False) -> None:
         """Time everything; what engines load is written into a folder."""
-        sizes = [size for size in SIZES if size <= max(self.batches)]
-        steps = self.effort.steps
-        context = self.effort.context + 2 * steps  # more than what is timed comes to
-        table = measured_crossover(
-            self.shape, folder, sizes, self._say, steps=steps, context=context
-        )
-        self.results.crossovers[self.shape.name] = table.model_dump()
-        with Engines.started(self.shape, folder, table, self._say) as engines:
+        with Engines.started(self.shape, folder, self._say) as engines:
             if not only_breakdown:
                 for batch in self.batches:
                     taken = self._decode(engines, batch)

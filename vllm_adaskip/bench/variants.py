@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import gc
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_adaskip.bench import crossover
 from vllm_adaskip.bench.bound import nearly_dense
 from vllm_adaskip.bench.engines import Arguments, decode, engine, following
 from vllm_adaskip.bench.plans import deal, distinct, shared
@@ -19,7 +18,6 @@ from vllm_adaskip.bench.profiles import untrained_first
 from vllm_adaskip.bench.rounds import Run
 from vllm_adaskip.bench.shapes import Shape
 from vllm_adaskip.classifiers import SkipPlan
-from vllm_adaskip.engine.crossover import Crossover
 
 #: Distinct plans in one batch.
 MIXTURES = (2, 4, 8, 64)
@@ -81,23 +79,18 @@ class Engines:
 
     @classmethod
     @contextmanager
-    def started(cls, shape: Shape, folder: Path, table: Crossover, say: Say) -> Iterator[Engines]:
-        """Start them; what they load is written into a folder.
-
-        Those with the plugin use a table of when to run a sub-layer for all.
-        """
+    def started(cls, shape: Shape, folder: Path, say: Say) -> Iterator[Engines]:
+        """Start them; what they load is written into a folder."""
         model = shape.write(folder / "whole")
         kept = shape.num_layers - shared(shape.num_layers).attention.bit_count()
         half = shape.of_depth(kept).write(folder / "half")
-        path = folder / "crossover.json"
-        path.write_text(table.model_dump_json())
-        ours = {"crossover": str(path)}
         first = {
             "profile": untrained_first(folder / "first", model),
             "budget": 0.5,
             "coalesce": 1.0,
         }
-        wanted = ((model, None), (model, ours), (half, None), (model, {**ours, **first}))
+        wanted: tuple[tuple[str, dict[str, Any] | None], ...]
+        wanted = ((model, None), (model, {}), (half, None), (model, first))
         gc.collect()  # what earlier engines hold goes only with them
         started = say(f"{shape.name}: starting engines", len(wanted))
         with ExitStack() as stack:
@@ -138,22 +131,3 @@ class Engines:
 def stepping(llm: Any, arguments: Arguments, effort: Effort) -> Run:
     """Give what times a decode step of a batch."""
     return lambda: statistics.median(decode(llm, arguments, effort.steps, prompt=effort.context))
-
-
-def measured_crossover(
-    shape: Shape,
-    folder: Path,
-    sizes: Sequence[int],
-    say: Say,
-    *,
-    steps: int,
-    context: int = crossover.CONTEXT,
-) -> Crossover:
-    """Measure the table in an engine of its own."""
-    measured = {}
-    done = say(f"{shape.name}: when to run a sub-layer for all", len(sizes))
-    with engine(shape.write(folder / "measured"), plugin={}) as llm:
-        for size, times in crossover.measure(llm, tuple(sizes), steps=steps, context=context):
-            measured[size] = times
-            done()
-    return crossover.crossover(measured, context)

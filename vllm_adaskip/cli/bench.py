@@ -30,8 +30,8 @@ Models = Annotated[
     list[str] | None,
     typer.Option(
         "--model",
-        help="bundled, llama-3.2-1b, tinyllama-1.1b, opt-1.3b, or a folder with a config; "
-        "repeatable. If left out: bundled and llama-3.2-1b.",
+        help="bundled, smollm2-135m, llama-3.2-1b, tinyllama-1.1b, opt-1.3b, or a folder with a "
+        "config; repeatable. If left out: bundled and llama-3.2-1b.",
     ),
 ]
 Rounds = Annotated[int, typer.Option(min=2, help="Turns that each variant takes.")]

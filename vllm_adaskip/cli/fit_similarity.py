@@ -16,9 +16,9 @@ from vllm_adaskip.cli import fit
 from vllm_adaskip.cli.run import Model, console, plain_errors
 
 if TYPE_CHECKING:
+    from vllm_adaskip.classifiers.ends import EndsOptions
     from vllm_adaskip.classifiers.fit.similarity import Floats, Similarities
     from vllm_adaskip.classifiers.plan import DecoderShape
-    from vllm_adaskip.classifiers.similarity import SimilarityOptions
 
 
 def similarity(
@@ -31,7 +31,6 @@ def similarity(
     target_skip: Annotated[
         float, typer.Option(help="Share of decoder compute that each sequence leaves out.")
     ] = 0.25,
-    scale: Annotated[bool, typer.Option("--scale", help="AdaSkip's scale compensation.")] = False,
     keep_first: Annotated[int, typer.Option(help="First layers never left out.")] = 1,
     keep_last: Annotated[int, typer.Option(help="Last layers never left out.")] = 1,
     batch: fit.Batch = 16,
@@ -43,10 +42,10 @@ def similarity(
     Nothing is trained or searched. Prints how similar each is, and how often it would go.
     """
     with plain_errors():
-        from vllm_adaskip.classifiers.similarity import SimilarityOptions
+        from vllm_adaskip.classifiers.ends import EndsOptions
 
         try:
-            options = SimilarityOptions(keep_first=keep_first, keep_last=keep_last, scale=scale)
+            options = EndsOptions(keep_first=keep_first, keep_last=keep_last)
         except ValidationError as error:
             raise fit.refused(error) from None
         if not 0 < target_skip < 1:
@@ -75,9 +74,7 @@ def similarity(
         fit.how_to_go_on(one, out)
 
 
-def often(
-    found: Similarities, options: SimilarityOptions, budget: float, shape: DecoderShape
-) -> Floats:
+def often(found: Similarities, options: EndsOptions, budget: float, shape: DecoderShape) -> Floats:
     """Give ``[2 * num_layers]`` shares of the prompts that leave out each sub-layer."""
     from vllm_adaskip.classifiers.base import PromptStatistics
     from vllm_adaskip.classifiers.similarity import Similarity

@@ -8,7 +8,6 @@ import typer
 from vllm_adaskip.cli import ablate_adainfer, ablate_ffn_skip, ablate_first
 from vllm_adaskip.cli.ablate import ablate
 from vllm_adaskip.cli.bench import bench
-from vllm_adaskip.cli.bench_crossover import crossover
 from vllm_adaskip.cli.bench_curves import curves
 from vllm_adaskip.cli.bench_guard import guard
 from vllm_adaskip.cli.bench_regimes import regimes
@@ -49,7 +48,6 @@ ablate.command("adainfer")(ablate_adainfer.adainfer)
 ablate.command("ffn-skip")(ablate_ffn_skip.ffn_skip)
 ablate.command("first")(ablate_first.first)
 app.add_typer(ablate, name="ablate")
-bench.command()(crossover)
 bench.command()(curves)
 bench.command()(guard)
 bench.command()(regimes)

@@ -12,10 +12,10 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, TypeVar, cast
 
-from vllm_adaskip.engine.facts import EngineFacts
-from vllm_adaskip.engine.planner import Planner
+from vllm_adaskip.engine.request import EngineFacts, Planner
 
 if TYPE_CHECKING:
+    from vllm import SamplingParams
     from vllm.config import VllmConfig
 
 Named = TypeVar("Named")
@@ -24,27 +24,41 @@ _OURS = "vllm_adaskip.engine."
 
 
 def class_path(module: str, base: str, facts: EngineFacts) -> str:
-    """Give the ``module:Class`` by which an engine with these facts names a class."""
+    """Return the ``module:Class`` by which an engine with these facts names a class."""
     assert module.startswith(_OURS)
     return f"{module}:{base}_{facts.to_json().encode().hex()}"
 
 
-def named_class(name: str, base: type[Named]) -> type[Named]:
-    """Give the subclass of ``base`` that has a name, with its ``planner``; else AttributeError."""
+def named_class(module: str, name: str, base: type[Named]) -> type[Named]:
+    """Return the class that `class_path` named: a subclass of ``base`` with the ``planner``.
+
+    The front end asks it about each request, see `validate_params`.
+
+    Raises:
+        AttributeError: the name is not such a name.
+
+    """
     kind, _, facts = name.partition("_")
     if kind != base.__name__ or not facts:
-        raise AttributeError(f"module {base.__module__!r} has no attribute {name!r}")
-    return cast(type[Named], type(kind, (base,), {"planner": _planner(facts)}))
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    planner = _planner(facts)
+
+    def validate_params(_: type, sampling_params: SamplingParams) -> None:
+        """Refuse, in the front end, a request whose arguments are not allowed."""
+        planner.admit(sampling_params.extra_args)
+
+    own = {"planner": planner, "validate_params": classmethod(validate_params)}
+    return cast(type[Named], type(kind, (base,), own))
 
 
 def planner_of(vllm_config: VllmConfig) -> Planner:
-    """Give the planner of the class that an engine names."""
+    """Return the planner of the class that an engine names."""
     # Not `or ()`: under some releases the list calls itself empty, see `compat.admission`.
     named = vllm_config.model_config.logits_processors
     (path,) = [
-        one
-        for one in (() if named is None else named)
-        if isinstance(one, str) and one.startswith(_OURS)
+        name
+        for name in (() if named is None else named)
+        if isinstance(name, str) and name.startswith(_OURS)
     ]
     return _planner(path.rpartition("_")[2])
 

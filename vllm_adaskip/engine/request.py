@@ -1,23 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The per-request arguments: ``adaskip``, ``adaskip_skip``, ``adaskip_budget``.
+"""From a request's arguments to what it wants, the same in every process of an engine.
 
-They arrive as ``vllm_xargs`` over HTTP and as ``SamplingParams.extra_args`` offline.
+The arguments ``adaskip``, ``adaskip_skip``, ``adaskip_budget`` arrive as ``vllm_xargs`` over HTTP
+and as ``SamplingParams.extra_args`` offline.
 """
 
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
+
+from vllm_adaskip.classifiers import (
+    METHODS,
+    Classifier,
+    DecoderShape,
+    PlanError,
+    Scope,
+    SkipPlan,
+)
+from vllm_adaskip.classifiers.hub import located
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
 
 KEYS = ("adaskip", "adaskip_skip", "adaskip_budget")
 UNKNOWN = "unknown"
-#: Why requests are refused: the argument that is wrong, or one that there is not. Few, however
-#: many names clients make up.
+#: Why requests are refused: the argument that is wrong, or ``unknown``. A closed set, so that
+#: clients cannot make up metric labels.
 REASONS = (*KEYS, UNKNOWN)
 
 
@@ -25,7 +37,7 @@ class RequestError(ValueError):
     """A bad per-request argument; the message names the key, the value and what is allowed.
 
     Attributes:
-        reason: one of `REASONS`, for who counts.
+        reason: one of `REASONS`, for counters.
 
     """
 
@@ -72,6 +84,141 @@ def is_one_answer(params: SamplingParams) -> bool:
     Log-probabilities of the prompt would have to come from layers that an answer may leave out.
     """
     return params.max_tokens == 1 and params.prompt_logprobs is None
+
+
+@dataclass(frozen=True)
+class EngineFacts:
+    """The model's depth and the server's options, already checked; they travel as JSON.
+
+    ``profile``, a folder or hub id, is where a method finds its tensors, in every process.
+    """
+
+    shape: DecoderShape
+    method: str = "none"
+    method_options: Mapping[str, Any] | None = None
+    budget: float = 1.0
+    kv_fill: str = "none"
+    profile: str | None = None
+    coalesce: float = 0.0
+
+    def to_json(self) -> str:
+        """Write the facts as JSON text."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> EngineFacts:
+        """Read what `to_json` wrote."""
+        facts = json.loads(text)
+        return cls(**{**facts, "shape": DecoderShape(**facts["shape"])})
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a request's arguments come to.
+
+    Attributes:
+        plan: its plan; None where the method reads the prompt first.
+        budget: largest share of decoder compute that a decided plan may keep.
+        gate: scope in which the method's `Gate` may leave out more; None: it may not.
+
+    """
+
+    plan: SkipPlan | None
+    budget: float
+    gate: Scope | None = None
+
+    def is_gated(self, one_answer: bool) -> bool:
+        """Tell whether that holds for a request, which asks for one token or not."""
+        return self.gate == "token" or (self.gate == "answer" and one_answer)
+
+
+class Planner:
+    """What each request wants: a plan of its own, or what the server's method decides.
+
+    It is a function of the request's arguments and the server's options alone (purity), so the
+    front end can refuse what a worker would refuse.
+
+    Attributes:
+        refused: requests that `admit` has refused in this process, by `RequestError.reason`.
+
+    """
+
+    def __init__(self, facts: EngineFacts) -> None:
+        method = METHODS[facts.method]
+        options = method.Options.model_validate(dict(facts.method_options or {}))
+        self.facts = facts
+        self.dense = SkipPlan(facts.shape.num_layers)
+        profile = located(facts.profile) if facts.profile else None
+        self.classifier: Classifier = method(facts.shape, options, profile)
+        gate = self.classifier.gate_scope
+        if gate == "token" and self.classifier.gates_attention and facts.kv_fill == "none":
+            raise ValueError(
+                "kv_fill: 'none' is not allowed where each token stops by itself, because deeper "
+                "tokens would read holes; allowed: 'copy', 'project'"
+            )
+        if facts.coalesce and not self.classifier.coalesces:
+            able = ", ".join(repr(name) for name, each in METHODS.items() if each.coalesces)
+            raise ValueError(
+                f"coalesce: {facts.coalesce:g} is not allowed with method {facts.method!r}, which "
+                f"cannot say how much worse another plan is; allowed: 0, or method {able}"
+            )
+        self._default = self._decided(facts.budget)
+        self.refused = dict.fromkeys(REASONS, 0)
+
+    def admit(self, extra_args: Mapping[str, Any] | None) -> None:
+        """Refuse, in the front end, a request whose arguments are not allowed, and count it.
+
+        Raises:
+            RequestError: see `wanted`.
+
+        """
+        try:
+            self.wanted(extra_args)
+        except RequestError as error:
+            self.refused[error.reason] += 1
+            raise
+
+    def wanted(self, extra_args: Mapping[str, Any] | None) -> Wanted:
+        """Read a request's arguments.
+
+        Raises:
+            RequestError: an argument that is not allowed, or a plan that keeps more
+                compute than the request's budget.
+
+        """
+        args = RequestArgs.parse(extra_args)
+        if args.off:
+            return Wanted(self.dense, 1.0)
+        if args.skip is not None:
+            return Wanted(self._explicit(args.skip, args.budget), 1.0)
+        if args.budget is None:
+            return self._default
+        try:
+            return self._decided(min(args.budget, self.facts.budget))
+        except PlanError as error:
+            raise RequestError("adaskip_budget", str(error)) from None
+
+    def _decided(self, budget: float) -> Wanted:
+        """Let the method decide at once, unless it reads the prompt."""
+        self.classifier.check(budget)
+        reads = self.classifier.width > 0
+        plan = None if reads else self.classifier.decide(budget, None)
+        return Wanted(plan, budget, self.classifier.gate_scope)
+
+    def _explicit(self, skip: object, budget: float | None) -> SkipPlan:
+        """Return the plan a request names itself; the server's budget does not bind it."""
+        try:
+            plan = SkipPlan.parse(skip, self.facts.shape.num_layers)
+        except PlanError as error:
+            raise RequestError("adaskip_skip", str(error)) from None
+        kept = plan.share(self.facts.shape)
+        if budget is not None and kept > budget:
+            raise RequestError(
+                "adaskip_budget",
+                f"{budget:g} is below what adaskip_skip keeps: '{plan}' keeps "
+                f"{kept:.3f} of the decoder's compute; name more to skip, or a larger budget",
+            )
+        return plan
 
 
 def _is_ours(key: object) -> bool:

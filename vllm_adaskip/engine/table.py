@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sequence table: which plan each row of the persistent batch follows.
 
-It mirrors vLLM's persistent batch and knows nothing of vLLM. A feeder (today the V1
-runner's, `v1_feeder`) keeps it in step; the model reads it at every forward.
+It mirrors vLLM's persistent batch and knows nothing of vLLM. A feeder (`v1`, `v2`) keeps it in
+step; the model reads it at every forward.
 """
 
 from __future__ import annotations
@@ -12,13 +12,10 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from vllm_adaskip.classifiers import SkipPlan
-from vllm_adaskip.engine.tally import Tally
-
-#: ``[2 * num_layers]`` float32, see `Classifier.factors`.
-Factors = NDArray[np.float32]
+from vllm_adaskip.engine.counts import Counts
+from vllm_adaskip.engine.step import Bools
 
 Value = TypeVar("Value")
 
@@ -44,28 +41,24 @@ class SequenceTable:
         prompt_lens: ``[capacity]`` int64, tokens of the row's prompt; 0 where the row is empty.
         skips: ``[capacity, 2 * num_layers]`` bool, True where the row leaves out the
             sub-layer, in running order attention 0, MLP 0, attention 1, ...
-        factors: ``[capacity, 2 * num_layers]`` float32, what a left-out sub-layer multiplies
-            the stream by; None in an engine whose method does not scale.
         undecided: rows that have no plan yet.
-        gated: ``[capacity]`` bool, True where the method's `TokenGate` or `ExitGate` may leave
-            out more.
-        tally: what a gate left out of those rows, and of rows that were left.
+        gated: ``[capacity]`` bool, True where the method's `Gate` may leave out more.
         allowed: of gated rows that say so, the token ids they may draw.
-        version: grows with every change of a row, so that readers know when a step plan
-            they kept is stale.
+        counts: what ran, of rows that are gated and in all.
+        version: grows with every change of a row, so that readers know when a step that they
+            kept is stale.
         requests: sequences that entered so far.
 
     """
 
-    def __init__(self, num_layers: int, capacity: int, *, scales: bool = False) -> None:
+    def __init__(self, num_layers: int, capacity: int) -> None:
         self.num_layers = num_layers
         self.prompt_lens = np.zeros(capacity, dtype=np.int64)
         self.skips = np.zeros((capacity, 2 * num_layers), dtype=np.bool_)
-        self.factors = np.ones(self.skips.shape, dtype=np.float32) if scales else None
         self.undecided: dict[int, Undecided] = {}
         self.gated = np.zeros(capacity, dtype=np.bool_)
-        self.tally = Tally(num_layers, capacity)
         self.allowed: dict[int, Sequence[int]] = {}
+        self.counts = Counts(num_layers, capacity)
         self.version = 0
         self.requests = 0
 
@@ -75,7 +68,7 @@ class SequenceTable:
         return int(np.count_nonzero(self.prompt_lens))
 
     @property
-    def followed(self) -> NDArray[np.bool_]:
+    def followed(self) -> Bools:
         """``[rows, 2 * num_layers]``, what each sequence that has a plan leaves out."""
         has_plan = self.prompt_lens > 0
         has_plan[[*self.undecided]] = False
@@ -92,7 +85,6 @@ class SequenceTable:
         plan: SkipPlan | Undecided,
         prompt_len: int,
         *,
-        factors: Factors | None = None,
         is_new: bool = True,
         gated: bool = False,
     ) -> None:
@@ -104,9 +96,9 @@ class SequenceTable:
         if isinstance(plan, Undecided):
             self.undecided[row] = plan
         else:
-            self.follow(row, plan, factors)
+            self.follow(row, plan)
 
-    def follow(self, row: int, plan: SkipPlan, factors: Factors | None = None) -> None:
+    def follow(self, row: int, plan: SkipPlan) -> None:
         """Let a row's sequence follow a plan from its next generated token on.
 
         A sequence that runs an attention sub-layer again which it left out before reads
@@ -114,18 +106,14 @@ class SequenceTable:
         """
         self.undecided.pop(row, None)
         self.skips[row] = plan.mask()
-        if self.factors is not None:
-            self.factors[row] = 1 if factors is None else factors
         self.version += 1
 
     def remove(self, row: int) -> None:
         """Empty a row."""
         self.prompt_lens[row] = 0
         self.skips[row] = False
-        if self.factors is not None:
-            self.factors[row] = 1
         self.gated[row] = False
-        self.tally.leave(row)
+        self.counts.leave(row)
         self.allowed.pop(row, None)
         self.undecided.pop(row, None)
         self.version += 1
@@ -138,12 +126,9 @@ class SequenceTable:
     def swap(self, one: int, other: int) -> None:
         """Exchange the sequences of two rows."""
         pair, swapped = [one, other], [other, one]
-        self.prompt_lens[pair] = self.prompt_lens[swapped]
-        self.skips[pair] = self.skips[swapped]
-        if self.factors is not None:
-            self.factors[pair] = self.factors[swapped]
-        self.gated[pair] = self.gated[swapped]
-        self.tally.swap(one, other)
+        for values in (self.prompt_lens, self.skips, self.gated):
+            values[pair] = values[swapped]
+        self.counts.swap(one, other)
         _swap(self.undecided, one, other)
         _swap(self.allowed, one, other)
         self.version += 1

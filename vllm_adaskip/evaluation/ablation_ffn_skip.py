@@ -108,14 +108,9 @@ def _at_equal_compute(
 ) -> Iterator[Setting]:
     """Give what leaves out attention too, with as much compute kept as without the MLPs."""
     less = target * shape.mlp_parameters / shape.layer_parameters
-    for family, options in (("AdaSkip", {}), ("AdaSkip, scaled", {"scale": True})):
-        yield Setting(
-            name=f"{family} -{target:.0%}",
-            family=family,
-            method="similarity",
-            options=options,
-            budget=1 - less,
-        )
+    yield Setting(
+        name=f"AdaSkip -{target:.0%}", family="AdaSkip", method="similarity", budget=1 - less
+    )
     if count := round(less * shape.num_layers):
         skip = [*greedy_layers[:count]]
         yield Setting(name=f"SLEB, layers -{target:.0%}", family="SLEB, layers", skip=skip)

@@ -9,8 +9,8 @@ parser's builder once. The other modules are imported where they are used.
 from vllm_adaskip.engine.compat.admission import name_feeder
 from vllm_adaskip.engine.compat.forward import (
     SubBatches,
-    share_state,
-    shared_state,
+    share,
+    shared,
     step_lengths,
 )
 from vllm_adaskip.engine.compat.startup import (
@@ -27,7 +27,7 @@ __all__ = [
     "is_probe",
     "name_feeder",
     "register_config_hook",
-    "share_state",
-    "shared_state",
+    "share",
+    "shared",
     "step_lengths",
 ]

@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-    from vllm_adaskip.engine.facts import EngineFacts
-
 
 class ForFrontEnd(list[str | type]):
     """Logits processors that the front end asks, and that no runner loads.
@@ -28,22 +26,24 @@ class ForFrontEnd(list[str | type]):
         return False
 
 
-def name_feeder(vllm_config: VllmConfig, facts: EngineFacts) -> None:
+def name_feeder(vllm_config: VllmConfig, *, feeder: str, check: str) -> None:
     """Name the class that checks an engine's requests; under V1 it feeds the table too.
 
-    Since 0.26. Remove when a plugin may check requests without being a logits processor.
-    """
-    from vllm_adaskip.engine import v1_feeder
+    Args:
+        vllm_config: the engine's.
+        feeder: ``module:Class`` of the V1 runner's logits processor.
+        check: the same of Model Runner V2's, whose interface there is since 0.32.
 
+    Since 0.26. Remove when a plugin may check requests without being a logits processor.
+
+    """
     model = vllm_config.model_config
     theirs = list(model.logits_processors or [])
     if not vllm_config.use_v2_model_runner:
-        model.logits_processors = [*theirs, v1_feeder.class_path(facts)]
+        model.logits_processors = [*theirs, feeder]
     elif find_spec("vllm.v1.worker.gpu.sample.logits_processor"):
-        from vllm_adaskip.engine.compat import request_check
-
-        model.logits_processors = [*theirs, request_check.class_path(facts)]
+        model.logits_processors = [*theirs, check]
     else:
         # With some of the user's, vLLM is to refuse the runner itself.
         kind = list if theirs else ForFrontEnd
-        model.logits_processors = kind([*theirs, v1_feeder.class_path(facts)])
+        model.logits_processors = kind([*theirs, feeder])

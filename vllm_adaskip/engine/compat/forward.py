@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""While a forward runs: the engine's table, the step's metadata, and parts of its batch."""
+"""While a forward runs: the engine's state, the step's metadata, and parts of its batch."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +13,7 @@ import torch
 from torch import Tensor
 
 from vllm_adaskip.engine.compat.kv_cache import WHOLE_STEP
-from vllm_adaskip.engine.joined_subsets import JoinedSubsets
-from vllm_adaskip.engine.layout import IntArray, Subset, Tokens
-from vllm_adaskip.engine.naming import planner_of
-from vllm_adaskip.engine.state import SkipState
-from vllm_adaskip.engine.step_plan import Segment, StepPlan
+from vllm_adaskip.engine.step import NOBODY, Ints, Part
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -27,7 +23,7 @@ if TYPE_CHECKING:
 _STATE_KEY = "adaskip.state"
 
 
-def share_state(vllm_config: VllmConfig, state: SkipState) -> None:
+def share(vllm_config: VllmConfig, state: object) -> None:
     """Put the feeder's state where the model of the same engine finds it.
 
     The runner's logits processor and the model meet at nothing but the engine's own
@@ -40,49 +36,31 @@ def share_state(vllm_config: VllmConfig, state: SkipState) -> None:
     vllm_config.compilation_config.static_forward_context[_STATE_KEY] = state
 
 
-def shared_state(vllm_config: VllmConfig) -> SkipState:
-    """Give the state of this engine.
-
-    The V1 runner makes its feeder before its model. Under V2 the model comes first, and brings
-    the feeder along, so whoever asks first makes the state.
-
-    Raises:
-        RuntimeError: nobody feeds plans to this engine, which would be silently dense.
-
-    Since and remove when: see `share_state`.
-    """
-    state = vllm_config.compilation_config.static_forward_context.get(_STATE_KEY)
-    if state is None and vllm_config.use_v2_model_runner:
-        capacity = vllm_config.scheduler_config.max_num_seqs
-        state = SkipState(planner_of(vllm_config), capacity, is_told_lengths=True)
-        share_state(vllm_config, state)
-    if not isinstance(state, SkipState):
-        raise RuntimeError(
-            "vllm-adaskip: no feeder runs in this engine, so it would ignore every plan; "
-            "start it with --plugin adaskip, or with vllm_adaskip.engine_args()"
-        )
+def shared(vllm_config: VllmConfig) -> object | None:
+    """Return what `share` put there; None: nothing. Since and remove when: see there."""
+    state: object | None = vllm_config.compilation_config.static_forward_context.get(_STATE_KEY)
     return state
 
 
-def step_lengths(metadata: Any) -> tuple[IntArray, IntArray]:
-    """Give ``query_start_loc`` ``[rows + 1]`` and ``seq_lens`` ``[rows]`` of a step on the host.
+def step_lengths(metadata: Any) -> tuple[Ints, Ints]:
+    """Return ``query_start_loc`` ``[rows + 1]`` and ``seq_lens`` ``[rows]`` of a step on the host.
 
     On the CPU backend these are views, no copies and no synchronisation. Since 0.26.
     Remove when the runner hands its model the step's layout (V2 does).
     """
-    starts: IntArray = metadata.query_start_loc.numpy()
-    lengths: IntArray = metadata.seq_lens.numpy()
+    starts: Ints = metadata.query_start_loc.numpy()
+    lengths: Ints = metadata.seq_lens.numpy()
     return starts.astype(np.int64), lengths.astype(np.int64)
 
 
 class SubBatches:
     """A forward context in which each layer's attention sees its part of the step's tokens.
 
-    Attention metadata of the parts come from the backend's own builder, made once per subset and
+    Attention metadata of the parts come from the backend's own builder, made once per part and
     step. A layer's attention looks up metadata and slots under its own name, and runs once a step,
     so one context serves all parts of a step. Since 0.26 (`CommonAttentionMetadata`,
     `override_forward_context`, names of metadata fields). Remove when vLLM runs layers on
-    subsets itself.
+    parts of a batch itself.
     """
 
     def __init__(self, vllm_config: VllmConfig, layers: Iterable[Attention]) -> None:
@@ -90,85 +68,89 @@ class SubBatches:
         self._layers = list(layers)
         self._names = [layer.layer_name for layer in self._layers]
         self._builder: Any = None
-        self._parts: dict[Subset | None, tuple[Any, Tensor]] = {}
+        self._joined: _Joined | None = None
         self._context: ForwardContext | None = None
 
     def step_metadata(self) -> Any | None:
-        """Give the attention metadata of the step that runs now; None in a warm-up."""
+        """Return the attention metadata of the step that runs now; None in a warm-up."""
         from vllm.forward_context import get_forward_context
 
         metadata = get_forward_context().attn_metadata
         return metadata[self._names[0]] if isinstance(metadata, dict) else None
 
-    def during(self, plan: StepPlan) -> AbstractContextManager[Any]:
-        """Make a context the current one, for this forward, that is arranged as planned."""
+    def during(self, parts: Sequence[Part | None]) -> AbstractContextManager[Any]:
+        """Make a context the current one, for this forward, in which each layer sees its part."""
         from vllm.forward_context import get_forward_context, override_forward_context
 
         step = get_forward_context()
         first = self._names[0]
-        self._parts = {None: (step.attn_metadata[first], step.slot_mapping[first])}
+        self._whole = step.attn_metadata[first], step.slot_mapping[first]
         if self._builder is None:
             self._builder = self._make_builder(step)
         self._context = dataclasses.replace(
             step,
             attn_metadata=dict(step.attn_metadata),
-            slot_mapping={**step.slot_mapping, WHOLE_STEP: step.slot_mapping[first]},
+            slot_mapping={**step.slot_mapping, WHOLE_STEP: self._whole[1]},
         )
-        self.arrange(plan)
+        self.arrange(parts)
         entered: AbstractContextManager[Any] = override_forward_context(self._context)
         return entered
 
-    def arrange(self, plan: StepPlan) -> None:
-        """Have the attention of every layer that is still to run see what a plan says."""
-        if plan.joined is not None:
-            self._make_parts(plan.joined)
-        for piece in plan.pieces:
-            if isinstance(piece, Segment) and piece.attention:
-                self.show(piece.attention, None if piece.others else piece.subset)
+    def arrange(self, parts: Sequence[Part | None], start: int = 0) -> None:
+        """Have the attention of layers see parts, of which they make metadata.
 
-    def show(self, layers: Iterable[int], subset: Tokens | None) -> None:
-        """Have the attention of layers see a subset, of which there are metadata; None: all."""
-        assert self._context is not None and (subset is None or isinstance(subset, Subset))
-        metadata, slots = self._parts[subset]
-        for layer in layers:
-            self._context.attn_metadata[self._names[layer]] = metadata
-            self._context.slot_mapping[self._names[layer]] = slots
+        Args:
+            parts: of each layer from ``start`` on; None: all tokens.
+            start: the first layer that is still to run.
 
-    def _make_parts(self, joined: JoinedSubsets) -> None:
+        """
+        assert self._context is not None
+        own = (part for part in parts if part is not None and part is not NOBODY)
+        seen: dict[Part | None, tuple[Any, Tensor]] = {None: self._whole, NOBODY: self._whole}
+        seen.update(self._metadata(tuple(dict.fromkeys(own))))
+        for name, part in zip(self._names[start:], parts, strict=True):
+            self._context.attn_metadata[name], self._context.slot_mapping[name] = seen[part]
+
+    def _metadata(self, parts: tuple[Part, ...]) -> dict[Part | None, tuple[Any, Tensor]]:
+        """Make metadata and slots of parts: one gather for all, then views."""
         from vllm.v1.attention.backend import CommonAttentionMetadata
 
-        whole, whole_slots = self._parts[None]
+        if not parts:
+            return {}
+        whole, whole_slots = self._whole
         device = whole.seq_lens.device
-        rows, tokens, dropped = joined.on(device)
-        seq_lens: Tensor = whole.seq_lens.index_select(0, rows)
-        if dropped is not None:
-            seq_lens -= dropped
-        tables: Tensor = whole.block_table.index_select(0, rows)
-        parts = zip(
-            joined.subsets,
-            joined.num_rows,
-            torch.split(seq_lens, joined.num_rows),
-            torch.split(tables, joined.num_rows),
-            torch.split(whole_slots.index_select(0, tokens), joined.num_tokens),
+        if self._joined is None or self._joined.parts != parts:
+            self._joined = _Joined(parts, device)
+        joined = self._joined
+        seq_lens: Tensor = whole.seq_lens.index_select(0, joined.rows)
+        if joined.behind is not None:
+            seq_lens -= joined.behind
+        tables: Tensor = whole.block_table.index_select(0, joined.rows)
+        found: dict[Part | None, tuple[Any, Tensor]] = {}
+        for part, lengths, table, slots in zip(
+            parts,
+            torch.split(seq_lens, joined.entries),
+            torch.split(tables, joined.entries),
+            torch.split(whole_slots.index_select(0, joined.tokens), joined.counts),
             strict=True,
-        )
-        for one, num_rows, lengths, table, slots in parts:
+        ):
             metadata = self._builder.build(
                 0,
                 CommonAttentionMetadata(
-                    query_start_loc=one.query_start_loc.to(device),
-                    query_start_loc_cpu=one.query_start_loc,
+                    query_start_loc=part.starts.to(device),
+                    query_start_loc_cpu=part.starts,
                     seq_lens=lengths,
-                    num_reqs=num_rows,
-                    num_actual_tokens=one.num_tokens,
-                    max_query_len=one.max_query_len,
+                    num_reqs=len(part.rows),
+                    num_actual_tokens=part.count,
+                    max_query_len=part.longest,
                     max_seq_len=whole.max_seq_len,
                     block_table_tensor=table,
                     slot_mapping=slots,
                     causal=True,
                 ),
             )
-            self._parts[one] = metadata, slots
+            found[part] = metadata, slots
+        return found
 
     def _make_builder(self, step: ForwardContext) -> Any:
         """Make the backend's builder, once the KV cache is laid out."""
@@ -186,3 +168,26 @@ class SubBatches:
             self._vllm_config,
             metadata[self._names[0]].query_start_loc.device,
         )
+
+
+class _Joined:
+    """Parts of one step, laid end to end, with their indices on the device.
+
+    Kept while the parts stay, which in steady decoding they do.
+    """
+
+    def __init__(self, parts: tuple[Part, ...], device: torch.device) -> None:
+        self.parts = parts
+        self.entries = [len(part.rows) for part in parts]
+        self.counts = [part.count for part in parts]
+        rows, tokens, behind = (
+            np.concatenate(each)
+            for each in (
+                [part.rows for part in parts],
+                [part.positions for part in parts],
+                [part.behind for part in parts],
+            )
+        )
+        self.rows = torch.from_numpy(rows).to(device)
+        self.tokens = torch.from_numpy(tokens).to(device)
+        self.behind = torch.from_numpy(behind.astype(np.int32)).to(device) if behind.any() else None

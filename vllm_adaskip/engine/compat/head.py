@@ -13,7 +13,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     VocabParallelEmbedding,
 )
 
-from vllm_adaskip.classifiers import Lens
+from vllm_adaskip.classifiers import Lens, Stream
 
 
 class Head(Lens):
@@ -27,8 +27,8 @@ class Head(Lens):
     hidden state and of chosen tokens.
     """
 
-    def __init__(self, model: Any, finish: Callable[[tuple[Tensor, Tensor]], Tensor]) -> None:
-        """Take the model, and what gives its head's input of ``(update, before)``."""
+    def __init__(self, model: Any, finish: Callable[[Stream], Tensor]) -> None:
+        """Take the model, and what makes its head's input of a stream, which it may change."""
         self._model = model
         self._finish = finish
 
@@ -60,11 +60,10 @@ class Head(Lens):
                 f"{head.org_vocab_size - 1}"
             )
 
-    def __call__(
-        self, before: Tensor, update: Tensor, vocabulary: Sequence[int] | None = None
-    ) -> Tensor:
+    def __call__(self, stream: Stream, vocabulary: Sequence[int] | None = None) -> Tensor:
         """Run what follows the last layer, then the head or the rows of it that are wanted."""
-        hidden = self._finish((update, before))
+        update, before = stream
+        hidden = self._finish(Stream(update.clone(), before if before is None else before.clone()))
         if vocabulary is None:
             logits: Tensor = self._model.compute_logits(hidden)
             return logits

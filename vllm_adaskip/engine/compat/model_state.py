@@ -13,13 +13,13 @@ import numpy as np
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
-from vllm_adaskip.engine.layout import IntArray
+from vllm_adaskip.engine.step import Ints
 
 __all__ = ["DefaultModelState", "batch_lengths", "generated", "no_cuda_graphs"]
 
 
-def batch_lengths(batch: Any) -> tuple[IntArray, IntArray]:
-    """Give ``query_start_loc`` ``[rows + 1]`` and ``seq_lens`` ``[rows]`` of an `InputBatch`.
+def batch_lengths(batch: Any) -> tuple[Ints, Ints]:
+    """Return ``query_start_loc`` ``[rows + 1]`` and ``seq_lens`` ``[rows]`` of an `InputBatch`.
 
     From its host copies. vLLM calls its lengths there an upper bound, for drafts of speculative
     decoding may be rejected; without these they are exact.
@@ -30,10 +30,10 @@ def batch_lengths(batch: Any) -> tuple[IntArray, IntArray]:
 
 
 def generated(request: Any) -> int:
-    """Give how many generated tokens a `NewRequestData` brings along, after preemption."""
+    """Return how many generated tokens a `NewRequestData` brings along, after preemption."""
     return len(request.prefill_token_ids) - len(request.prompt_token_ids)
 
 
 def no_cuda_graphs() -> tuple[AttentionCGSupport, str | None]:
-    """Give what a model state answers that must run eagerly."""
+    """Return what a model state answers that must run eagerly."""
     return AttentionCGSupport.NEVER, "vllm-adaskip"

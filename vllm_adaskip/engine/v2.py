@@ -12,18 +12,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from vllm_adaskip.engine import compat
+from vllm_adaskip.engine import naming
 from vllm_adaskip.engine.compat.model_state import (
     DefaultModelState,
     batch_lengths,
     generated,
     no_cuda_graphs,
 )
+from vllm_adaskip.engine.decide import shared_state
 from vllm_adaskip.engine.request import is_one_answer
 from vllm_adaskip.engine.table import SequenceTable
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+
+def __getattr__(name: str) -> type[Any]:
+    """Return the class by which the front end of an engine checks requests (0.32 and later)."""
+    from vllm_adaskip.engine.compat.request_check import RequestCheck
+
+    return naming.named_class(__name__, name, RequestCheck)
 
 
 class BatchOrder:
@@ -67,7 +75,7 @@ class AdaSkipModelState(DefaultModelState):
 
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, *args, **kwargs)
-        self._state = compat.shared_state(vllm_config)
+        self._state = shared_state(vllm_config)
         self._order = BatchOrder(self._state.table, vllm_config.scheduler_config.max_num_seqs)
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:

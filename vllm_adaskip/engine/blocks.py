@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who may find a request's KV blocks in the prefix cache (clean cache, invariant 4).
+"""Who may find a request's KV blocks in the prefix cache (clean cache).
 
 Blocks that hold nothing but prompt tokens were computed at full depth and are everybody's.
 What a block with generated tokens holds depends on the request's plan and on where its
@@ -12,46 +12,77 @@ that never comes again, so nobody finds it; nor a block of a plan that the batch
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from vllm_adaskip.classifiers import Classifier, SkipPlan
-from vllm_adaskip.engine.planner import Planner
+from vllm_adaskip.engine.compat.scheduler import Mark, MarkedBlocks
+from vllm_adaskip.engine.naming import planner_of
+from vllm_adaskip.engine.request import Planner, is_one_answer
 
-#: Gives the mark of one more block.
-Mark = Callable[[], bytes]
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.request import Request
 
 
 def unfindable() -> bytes:
-    """Give a mark that never comes again."""
+    """Return a mark that never comes again."""
     return secrets.token_bytes(32)
 
 
 def block_mark(
     planner: Planner, extra_args: Mapping[str, Any] | None, prompt_len: int
 ) -> Mark | None:
-    """Give the mark of a request's blocks that reach past its prompt.
+    """Return the mark of a request's blocks that reach past its prompt.
 
     None where these are like anybody's: every token is dense, and no method of this engine
     reads whole prompts. (A method that does needs its statistics of every token of a later
     prompt, and those of generated tokens are not kept.)
     """
     wanted = planner.wanted(extra_args)
+    is_gated = wanted.gate == "token"
     plan, kv_fill = wanted.plan, planner.facts.kv_fill
     if plan is None:
         # A coalesced plan also depends on the batch, so nothing we know here tells whose it is.
         holes = kv_fill == "none" or planner.facts.coalesce > 0
         identity = f"budget {wanted.budget!r}"
-    elif plan.is_dense and not wanted.gated and not _reads_whole_prompts(planner.classifier):
+    elif plan.is_dense and not is_gated and not _reads_whole_prompts(planner.classifier):
         return None
     else:
         holes, identity = leaves_holes(plan, kv_fill), f"{plan.attention:x} {plan.mlp:x}"
     if holes:
         return unfindable
     # A gate decides by tokens, age and the engine's options, of which the last are all one here.
-    gated = "gated " if wanted.gated else ""
+    gated = "gated " if is_gated else ""
     mark = f"{gated}{identity} after {prompt_len}".encode()
     return lambda: mark
+
+
+class MarkingScheduler(MarkedBlocks):
+    """Named in one engine's ``scheduler_cls`` option, when prefix caching is on."""
+
+    def __init__(self, *args: Any, vllm_config: VllmConfig, **kwargs: Any) -> None:
+        super().__init__(*args, vllm_config=vllm_config, **kwargs)
+        self._planner = planner_of(vllm_config)
+        if self._planner.classifier.gate_scope == "answer":
+            self.keep_apart(self._may_stop_early)
+
+    def mark_of(self, request: Request) -> Mark | None:
+        """Return the mark of a request's blocks that reach past its prompt, see `block_mark`."""
+        params = request.sampling_params
+        if params is None:
+            return None
+        return block_mark(self._planner, params.extra_args, request.num_prompt_tokens)
+
+    def is_lasting(self, mark: Mark) -> bool:
+        """Tell whether a preempted request may find the blocks with its mark again."""
+        return mark is not unfindable
+
+    def _may_stop_early(self, request: Request) -> bool:
+        params = request.sampling_params
+        if params is None or not is_one_answer(params):
+            return False
+        return self._planner.wanted(params.extra_args).is_gated(one_answer=True)
 
 
 def leaves_holes(plan: SkipPlan, kv_fill: str) -> bool:

@@ -3,7 +3,7 @@
 
 The V1 runner tells its logits processors of every change of the persistent batch before
 each forward (`update_state`), and has the front end validate each request with them
-(`validate_params`, whose ValueError becomes HTTP 400). So the feeder is a logits
+(`validate_params`, whose ValueError becomes HTTP 400; `naming` adds it). So the feeder is a logits
 processor that never touches logits. It is named in one engine's ``logits_processors``
 option and is never an entry point, which would load it into every engine on the machine;
 `naming` says how it knows the engine's options there.
@@ -16,24 +16,16 @@ from typing import TYPE_CHECKING, ClassVar
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
 from vllm_adaskip.engine import compat, naming
-from vllm_adaskip.engine.facts import EngineFacts
-from vllm_adaskip.engine.planner import Planner
-from vllm_adaskip.engine.request import is_one_answer
-from vllm_adaskip.engine.state import SkipState
+from vllm_adaskip.engine.decide import SkipState
+from vllm_adaskip.engine.request import Planner, is_one_answer
 
 if TYPE_CHECKING:
     import torch
-    from vllm import SamplingParams
     from vllm.config import VllmConfig
 
 
-def class_path(facts: EngineFacts) -> str:
-    """Give the ``module:Class`` by which an engine with these facts names its feeder."""
-    return naming.class_path(__name__, "V1Feeder", facts)
-
-
 def __getattr__(name: str) -> type[V1Feeder]:
-    return naming.named_class(name, V1Feeder)
+    return naming.named_class(__name__, name, V1Feeder)
 
 
 class V1Feeder(LogitsProcessor):
@@ -44,12 +36,7 @@ class V1Feeder(LogitsProcessor):
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
         self._state = SkipState(self.planner, vllm_config.scheduler_config.max_num_seqs)
         self._table = self._state.table
-        compat.share_state(vllm_config, self._state)
-
-    @classmethod
-    def validate_params(cls, sampling_params: SamplingParams) -> None:
-        """Refuse, in the front end, a request whose arguments are not allowed."""
-        cls.planner.admit(sampling_params.extra_args)
+        compat.share(vllm_config, self._state)
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
         """Follow the batch: removed, then added, then moved rows, as vLLM prescribes."""

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is written into the KV cache where a generated token leaves attention out.
+
+Three strategies, the engine's option ``kv_fill``. While a sequence keeps its plan nobody
+reads what is written here: it makes blocks complete, so that they may stay in the prefix
+cache, and lets a sequence change its depth while it decodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vllm_adaskip.engine.compat.kv_cache import KvCache, keep_keys_and_values
+from vllm_adaskip.engine.step import Bools, Ints, Step, Tokens
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.attention import Attention
+
+
+class KvFill:
+    """``none``: nothing is written; blocks with holes are then found by nobody.
+
+    Base of the other strategies. The model makes these calls in this order at every step in
+    which something is skipped.
+    """
+
+    #: Whether `pass_by` is to be called.
+    projects: ClassVar[bool] = False
+
+    def __init__(self, attention: Sequence[Attention], cache: KvCache) -> None:
+        self.cache = cache
+
+    def begin(self, step: Step, *, may_change: bool) -> None:
+        """Start a step, of which a gate may clear more while it runs."""
+
+    def pass_by(self, layer: int, tokens: Tokens, key: Tensor, value: Tensor) -> None:
+        """Take the K/V that a layer's own projection makes of tokens that leave it out."""
+
+    def leave(self, layer: int, tokens: Ints, left_out: Bools) -> None:
+        """Give tokens K/V in layers above ``layer`` that they leave out from here on.
+
+        At once, because later tokens of the same sequence may be in the step and run them.
+
+        Args:
+            layer: that ran last.
+            tokens: ``[leaving]`` positions in the step, which has been told.
+            left_out: ``[leaving, num_layers]`` attention they leave out, by a gate.
+
+        """
+
+    def finish(self) -> None:
+        """End the step; all layers have run."""
+
+
+class ProjectFill(KvFill):
+    """``project``: the skipped layer's own norm, K/V projection and rotary embedding.
+
+    Applied to the hidden state that passes by (CALM, arXiv 2207.07061; FlexiDepth, arXiv
+    2503.23798). Costs a small matrix product, reads those weights.
+    """
+
+    projects = True
+
+    def pass_by(self, layer: int, tokens: Tokens, key: Tensor, value: Tensor) -> None:
+        """Write at once."""
+        slots = self.cache.slots()
+        self.cache.write(layer, key, value, slots[tokens.on(slots.device)])
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Which K/V rows go where.
+
+    Attributes:
+        sources: layer whose K/V are copied -> int64 ``[its copies]``, rows among the generated
+            tokens that run its attention.
+        layers: int64 ``[copies]``, the layer written to; copies of one source lie together,
+            in the order of ``sources``.
+        tokens: int64 ``[copies]``, position in the step.
+
+    """
+
+    sources: dict[int, Tensor]
+    layers: Tensor
+    tokens: Tensor
+
+    @classmethod
+    def of(cls, step: Step, tokens: Ints, wanted: Bools, ran: Bools) -> Copies:
+        """Return the copies for tokens.
+
+        Args:
+            step: whose tokens they are.
+            tokens: ``[tokens]`` positions.
+            wanted: ``[tokens, num_layers]`` where K/V are to be written.
+            ran: ``[tokens, num_layers]`` where there are any; a token without is left out.
+
+        """
+        wanted = wanted & ran.any(axis=1, keepdims=True)
+        own = np.where(ran, np.arange(ran.shape[1]), -1)
+        below: Ints = np.maximum.accumulate(own, axis=1)
+        nearest = np.where(below < 0, ran.argmax(axis=1)[:, None], below)
+        at, layers = wanted.nonzero()
+        source = nearest[at, layers]
+        order = np.argsort(source, kind="stable")
+        source, layers, tokens = source[order], layers[order], tokens[at[order]]
+        sources = {
+            layer: torch.from_numpy(
+                np.searchsorted(_generated(step, layer).positions, tokens[source == layer])
+            )
+            for layer in np.unique(source).tolist()
+        }
+        return cls(sources, torch.from_numpy(layers), torch.from_numpy(tokens))
+
+
+class CopyFill(KvFill):
+    """``copy``: the K/V of the nearest attention below that the token did run.
+
+    Of the nearest above where it ran none below. (Unified Layer Skipping, arXiv 2404.06954;
+    DREX, arXiv 2512.15705.) No matrix product; one gather and one write for all layers. A token
+    that leaves in the middle of a step is given the nearest of those that have run by then.
+    """
+
+    def __init__(self, attention: Sequence[Attention], cache: KvCache) -> None:
+        super().__init__(attention, cache)
+        self._step: Step | None = None
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self._planned: tuple[Step | None, Copies | None] = None, None
+        keep_keys_and_values(attention, self._keep)
+
+    def begin(self, step: Step, *, may_change: bool) -> None:
+        """Keep K/V from now on, of the layers from which somebody may be given them."""
+        self._step = step
+        self._written: Bools | None = None
+        self._sources = None if may_change else self._copies().sources
+
+    def _keep(self, layer: int, key: Tensor, value: Tensor) -> None:
+        if (step := self._step) is None or not (self._sources is None or layer in self._sources):
+            return
+        if step.num_generated < step.num_tokens:
+            rows = _generated(step, layer).places(step.part(2 * layer)).on(key.device)
+            key, value = key[rows], value[rows]
+        self._kept[layer] = key, value
+
+    def leave(self, layer: int, tokens: Ints, left_out: Bools) -> None:
+        """Copy what has been kept by now."""
+        step = self._step
+        assert step is not None
+        ran = step.runs[step.span_of(tokens), 0::2] & (np.arange(left_out.shape[1]) <= layer)
+        self._write(Copies.of(step, tokens, left_out, ran))
+        if self._written is None:
+            self._written = np.zeros((step.num_tokens, left_out.shape[1]), dtype=np.bool_)
+        self._written[tokens] |= left_out & ran.any(axis=1, keepdims=True)
+
+    def finish(self) -> None:
+        """Write all copies that are planned, at once."""
+        if self._step is not None:
+            self._write(self._copies())
+        self._step = None
+        self._kept.clear()
+
+    def _copies(self) -> Copies:
+        """Return what is planned and not written yet; the same while the step stays."""
+        step = self._step
+        assert step is not None
+        known, copies = self._planned
+        if copies is None or known is not step or self._written is not None:
+            tokens = step.tokens(step.generated).positions
+            ran = step.runs[step.span_of(tokens), 0::2]
+            wanted = ~ran if self._written is None else ~(ran | self._written[tokens])
+            copies = Copies.of(step, tokens, wanted, ran)
+            self._planned = step, copies
+        return copies
+
+    def _write(self, copies: Copies) -> None:
+        if not copies.sources:
+            return
+        found = [
+            tuple(each[rows.to(each.device)] for each in self._kept[layer])
+            for layer, rows in copies.sources.items()
+        ]
+        key, value = (torch.cat(each) for each in zip(*found, strict=True))
+        slots = self.cache.slots()[copies.tokens]
+        self.cache.write_many(copies.layers, key, value, slots)
+
+
+def _generated(step: Step, layer: int) -> Tokens:
+    """Return the generated tokens that run a layer's attention."""
+    return step.tokens(step.generated & step.runs[:, 2 * layer])
+
+
+#: Every strategy by the name that users write.
+KV_FILLS: dict[str, type[KvFill]] = {"copy": CopyFill, "project": ProjectFill, "none": KvFill}

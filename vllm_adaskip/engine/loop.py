@@ -1,0 +1,343 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where plans are applied: the loop that all families share, and what it asks at every forward.
+
+When nothing is skipped the family's own forward runs, compiled or not, exactly as in stock vLLM.
+When something is, the loop runs the same modules, sub-layer by sub-layer, each for the tokens that
+need it. It carries the residual stream as a pair, see `Stream`; leaving a sub-layer out means
+passing on both halves. Most of vLLM's layers carry it so, with the sum fused into the next norm.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from vllm_adaskip.classifiers import Lens, Stream
+from vllm_adaskip.classifiers.hub import located
+from vllm_adaskip.classifiers.lora import Lora
+from vllm_adaskip.engine import compat
+from vllm_adaskip.engine.compat.head import Head
+from vllm_adaskip.engine.compat.kernels import with_kernels
+from vllm_adaskip.engine.compat.kv_cache import KvCache
+from vllm_adaskip.engine.decide import shared_state
+from vllm_adaskip.engine.fill import KV_FILLS
+from vllm_adaskip.engine.gate import StepGate
+from vllm_adaskip.engine.prompts import PromptReader
+from vllm_adaskip.engine.step import NOBODY, Ints, Part, Step, Tokens
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.model_executor.layers.attention import Attention
+
+
+class Window:
+    """The residual stream of a step, and the rows of it that a sub-layer works on.
+
+    Rows are gathered when other tokens run the next sub-layer, and put back when they
+    have run theirs.
+
+    Attributes:
+        stream: of the tokens that are shown.
+        part: those tokens; None: all.
+
+    """
+
+    def __init__(self, stream: Stream, positions: Tensor) -> None:
+        """Take the stream before the first sub-layer, and ``[tokens]`` positions."""
+        self.stream = self._whole = stream
+        self.part: Part | None = None
+        self._positions = self._own = positions
+        self._of: Part | None = None
+
+    @property
+    def positions(self) -> Tensor:
+        """Positions of the tokens that are shown."""
+        if self._of is not self.part:
+            whole, self._of = self._positions, self.part
+            self._own = whole if self._of is None else rows(whole, self._of.on(whole.device))
+        return self._own
+
+    def show(self, part: Part | None) -> None:
+        """Show other tokens; None: all."""
+        if part is self.part:
+            return
+        device = self.stream.update.device
+        whole = self.stream
+        if self.part is not None:
+            whole = scatter(self._whole, self.part.on(device), self.stream)
+        self.part, self._whole = part, whole
+        self.stream = whole if part is None else gather(whole, part.on(device))
+
+    def of(self, tokens: Tokens) -> Stream:
+        """Return the stream of some of the tokens that are shown; a copy, or a view."""
+        return gather(self.stream, tokens.places(self.part).on(self.stream.update.device))
+
+    def passing(self, tokens: Tokens) -> tuple[Tensor, Stream]:
+        """Return positions and stream, copied, of tokens that are not shown; all may be."""
+        index = tokens.on(self.stream.update.device)
+        update, before = gather(self.stream if self.part is None else self._whole, index)
+        if isinstance(index, slice):  # a view, and vLLM's norms work in place
+            update, before = update.clone(), None if before is None else before.clone()
+        return rows(self._positions, index), Stream(update, before)
+
+
+def gather(stream: Stream, tokens: slice | Tensor) -> Stream:
+    """Return some tokens' rows: copies, of a slice views."""
+    update, before = stream
+    return Stream(rows(update, tokens), None if before is None else rows(before, tokens))
+
+
+def rows(values: Tensor, tokens: slice | Tensor) -> Tensor:
+    """Return some rows of a tensor ``[tokens, ...]``."""
+    # Plain indexing does the same, but takes twice as long to find out what is asked for.
+    return values[tokens] if isinstance(tokens, slice) else values.index_select(0, tokens)
+
+
+def scatter(stream: Stream, tokens: slice | Tensor, part: Stream) -> Stream:
+    """Put a part's rows back; before any sub-layer has run the others' pair is (0, stream)."""
+    update, before = stream
+    if before is None:
+        update, before = torch.zeros_like(update), update.clone()
+    assert part.before is not None  # a sub-layer has run
+    for whole, own in ((update, part.update), (before, part.before)):
+        if isinstance(tokens, slice):
+            whole[tokens] = own
+        else:
+            whole.index_copy_(0, tokens, own)
+    return Stream(update, before)
+
+
+class SkipRuntime:
+    """One engine's steps: planned when a forward begins, counted when it ends.
+
+    Attributes:
+        state: its plans.
+        cache: the paged K/V.
+        batches: what attention is told.
+        fill: what is written where attention is left out.
+        reader: shows prompts to the method.
+        gate: asks the method in the middle of a forward.
+        step: the step that runs now, or ran last.
+
+    """
+
+    def __init__(self, vllm_config: VllmConfig, attention: Iterable[Attention], lens: Lens) -> None:
+        layers = list(attention)
+        self.state = shared_state(vllm_config)
+        self._table = self.state.table
+        classifier, facts = self.state.planner.classifier, self.state.planner.facts
+        self.cache = KvCache(layers)
+        self.batches = compat.SubBatches(vllm_config, layers)
+        self.fill = KV_FILLS[facts.kv_fill](layers, self.cache)
+        hidden_size = vllm_config.model_config.get_hidden_size()
+        device = vllm_config.device_config.device
+        self.reader = PromptReader(self.state, self.cache, hidden_size, device, lens)
+        scope = classifier.gate_scope
+        gate = classifier.gate(hidden_size, device, lens) if scope else None
+        self.gate = StepGate(gate, classifier, self._table)
+        self.step: Step | None = None
+        self._planned: Step | None = None
+        self._starts = b""
+        self._only_decodes = False
+        self._version = -1
+
+    def begin(self) -> Step | None:
+        """Plan the forward that starts now; None when stock vLLM's own may run.
+
+        Costs a few operations on small arrays. A step is kept as long as all rows decode and
+        none changes, which in steady decoding is so.
+        """
+        metadata = self.batches.step_metadata()
+        if (lengths := self._lengths(metadata)) is None:  # a warm-up: no sequences
+            return None
+        starts, seq_lens = lengths
+        step = self._planned
+        if step is None or self._is_stale(starts):
+            step = self._planned = self._plan(starts, seq_lens)
+        assert metadata is not None
+        self.reader.begin(step, seq_lens, metadata.block_table)
+        self.gate.begin(step, seq_lens)
+        self.step = step.fork() if self.gate.is_open else step
+        if self._is_dense and not (self.reader.is_open or self.gate.is_open):
+            self._count()
+            return None
+        self.fill.begin(self.step, may_change=self.gate.is_open)
+        return self.step
+
+    def end(self) -> None:
+        """Finish a forward for which `begin` returned a step; all layers have run."""
+        self.fill.finish()
+        self.reader.finish()
+        self._count()
+
+    def running(self, step: Step) -> AbstractContextManager[Any]:
+        """Enter, for this forward, a context in which vLLM's attention sees the step's parts."""
+        parts = step.attention_parts
+        if all(part in (None, NOBODY) for part in parts) and not self.gate.may_leave_attention:
+            return nullcontext()
+        return self.batches.during(parts)
+
+    def ask(self, sub_layer: int, window: Window) -> None:
+        """Ask the gate behind a sub-layer, and tell attention and cache who left."""
+        assert self.step is not None
+        leaving = self.gate.after(sub_layer, self.step, window.of)
+        if leaving is None or not (attention := leaving.left_out[:, 0::2]).any():
+            return
+        layer = sub_layer // 2
+        if self.gate.scope == "token":  # a prompt that asks for one token is read by nobody
+            self.fill.leave(layer, leaving.tokens, attention)
+        self.batches.arrange(self.step.attention_parts[layer + 1 :], layer + 1)
+
+    def _count(self) -> None:
+        assert self.step is not None
+        self._table.counts.add(self.step)
+        self.gate.count(self.step)
+
+    def _lengths(self, metadata: Any | None) -> tuple[Ints, Ints] | None:
+        """Return ``query_start_loc`` and ``seq_lens`` of the step; None if it has no sequences."""
+        if not self.state.is_told_lengths:
+            return None if metadata is None else compat.step_lengths(metadata)
+        lengths, self.state.lengths = self.state.lengths, None  # a warm-up may come next
+        return lengths
+
+    def _is_stale(self, starts: Ints) -> bool:
+        # Where all rows decoded they go on so: sequences do not become shorter.
+        is_kept = self._only_decodes and self._version == self._table.version
+        return not (is_kept and starts.tobytes() == self._starts)
+
+    def _plan(self, starts: Ints, seq_lens: Ints) -> Step:
+        rows = len(seq_lens)
+        prompt_lens, skips = self._table.prompt_lens[:rows], self._table.skips[:rows]
+        step = Step.of(starts, seq_lens, prompt_lens, skips, self.gate.prompt_skips(seq_lens))
+        self._version, self._starts = self._table.version, starts.tobytes()
+        self._only_decodes = step.num_generated == step.num_tokens
+        self._is_dense = step.is_dense
+        return step
+
+
+class SkippingDecoder(nn.Module):
+    """Mixin before a vLLM ``...ForCausalLM`` class; a family adds the methods marked abstract.
+
+    A layer that they are given, and `stack`, come with kernels (`compat.kernels`).
+    """
+
+    model: Any
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any) -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
+        compat.enable_amx()
+        stack = self.stack_of(self.model)
+        attention = map(self.attention_of, stack.layers)
+        self.adaskip = SkipRuntime(vllm_config, attention, Head(self, self.finish))
+        #: What steps run in which something is skipped or observed; not registered once more.
+        self._stack = (with_kernels(stack),)
+        self._layers = [*self.stack.layers]  # whose lookup takes longer than this list's
+
+    @staticmethod
+    def get_model_state_cls() -> type[Any]:
+        """Return, for Model Runner V2, the feeder of our table."""
+        from vllm_adaskip.engine.v2 import AdaSkipModelState
+
+        return AdaSkipModelState
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Any:
+        """Load a checkpoint, with the profile's LoRA adapter merged into it if it has one."""
+        profile = self.adaskip.state.planner.facts.profile
+        if profile and (lora := Lora.of(located(profile))):
+            weights = lora.merged(weights)
+        return super().load_weights(weights)  # type: ignore[misc]
+
+    @property
+    def stack(self) -> Any:
+        """The module with the list ``layers``, and what comes before and after them."""
+        return self._stack[0]
+
+    def stack_of(self, model: Any) -> Any:
+        """Find that module in vLLM's ``model``, which most often is it."""
+        return model
+
+    def attention_of(self, layer: Any) -> Any:
+        """Return the layer's vLLM `Attention` module."""
+        return layer.self_attn.attn
+
+    def embed(
+        self, input_ids: Tensor | None, positions: Tensor, inputs_embeds: Tensor | None
+    ) -> Tensor:
+        """Return the stream ``[tokens, hidden]`` before the first layer; one input is not None."""
+        if inputs_embeds is not None:
+            return inputs_embeds
+        embedded: Tensor = self.model.embed_input_ids(input_ids)
+        return embedded
+
+    @abstractmethod
+    def run_attention(self, layer: Any, positions: Tensor, stream: Stream) -> Stream:
+        """Run a layer's attention and the norm that is its own; ``[tokens]`` positions."""
+
+    @abstractmethod
+    def run_mlp(self, layer: Any, stream: Stream) -> Stream:
+        """Run a layer's MLP and the norm that is its own."""
+
+    @abstractmethod
+    def project_kv(self, layer: Any, positions: Tensor, stream: Stream) -> tuple[Tensor, Tensor]:
+        """Return a layer's K and V ``[tokens, kv_heads * head_size]``, as its attention would."""
+
+    @abstractmethod
+    def finish(self, stream: Stream) -> Tensor:
+        """Return what the LM head takes, ``[tokens, width]``, of the stream after any layer."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Any:
+        """Return what the LM head takes, ``[tokens, width]``."""
+        step = self.adaskip.begin()
+        if step is None:
+            return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds)
+        embedded = self.embed(input_ids, positions, inputs_embeds)
+        window = Window(Stream(embedded, None), positions)
+        with self.adaskip.running(step):
+            self._run_sub_layers(step, window)
+        self.adaskip.end()
+        return self.finish(window.stream)
+
+    def _run_sub_layers(self, step: Step, window: Window) -> None:
+        """Run each sub-layer for its tokens; where there are none it is not launched."""
+        adaskip = self.adaskip
+        projects, reads, asks = adaskip.fill.projects, adaskip.reader.is_open, adaskip.gate.is_open
+        for sub_layer in range(step.runs.shape[1]):
+            part, is_mlp = step.part(sub_layer), sub_layer % 2
+            layer = self._layers[sub_layer // 2]
+            if part is not NOBODY:
+                window.show(part)
+            if projects and not is_mlp and part is not None:
+                self._pass_by(step, sub_layer, window)
+            if part is NOBODY:
+                continue
+            if is_mlp:
+                window.stream = self.run_mlp(layer, window.stream)
+            else:
+                window.stream = self.run_attention(layer, window.positions, window.stream)
+            if reads:
+                adaskip.reader.observe(sub_layer, window.stream, part)
+            if asks:
+                adaskip.ask(sub_layer, window)
+        window.show(None)
+
+    def _pass_by(self, step: Step, sub_layer: int, window: Window) -> None:
+        """Project K/V of the tokens that leave an attention sub-layer out."""
+        tokens = step.passing(sub_layer)
+        if not tokens.count:
+            return
+        if step.part(sub_layer) is NOBODY:  # what ran last may be of these tokens
+            window.show(None)
+        layer = sub_layer // 2
+        key, value = self.project_kv(self._layers[layer], *window.passing(tokens))
+        self.adaskip.fill.pass_by(layer, tokens, key, value)
