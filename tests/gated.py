@@ -127,11 +127,9 @@ def maker(engine: Callable[..., Any], model: str) -> Callable[..., Gated]:
         warm_up: int = 3,
         max_skip: int | None = None,
         engine_options: dict[str, Any] | None = None,
-        batch_rule: str = "exact",
         **server: Any,
     ) -> Gated:
         own: dict[str, Any] = {"threshold": threshold, "warm_up": warm_up, "max_skip": max_skip}
-        own["batch_rule"] = batch_rule
         if (key := repr((own, engine_options, server))) not in made:
             plugin = engine_args(method="ffn-skip", scope="token", **own, **server)
             options = {"disable_log_stats": False, "block_size": BLOCK, **(engine_options or {})}

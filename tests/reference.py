@@ -16,7 +16,7 @@ from decoders import DECODERS, LlamaDecoder, OptDecoder
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from vllm_adaskip import SkipPlan
-from vllm_adaskip.classifiers import Classifier, Lens, PromptStatistics
+from vllm_adaskip.classifiers import Classifier, Lens, PromptStatistics, Stream
 
 
 @dataclass
@@ -101,10 +101,9 @@ class ReferenceLens(Lens):
     def check(self, vocabulary: Sequence[int] | None) -> None:
         pass
 
-    def __call__(
-        self, before: torch.Tensor, update: torch.Tensor, vocabulary: Sequence[int] | None = None
-    ) -> torch.Tensor:
-        logits = self.decoder.logits(before + update)
+    def __call__(self, stream: Stream, vocabulary: Sequence[int] | None = None) -> torch.Tensor:
+        assert stream.before is not None
+        logits = self.decoder.logits(stream.before + stream.update)
         return logits if vocabulary is None else logits[:, list(vocabulary)]
 
 

@@ -135,7 +135,6 @@ def test_report_counts_what_ran(engine: Callable[..., Any], tiny_llama: str) -> 
         "decode_tokens": 8,
         "attn_run": [8, 8, 8, 8, 8, 4, 0, 4],
         "mlp_run": [8, 8, 8, 8, 8, 4, 0, 8],
-        "discarded": 0,
         "requests": 2,
         "method": "none",
         "live_rows": 0,

@@ -23,8 +23,8 @@ from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 
-from vllm_adaskip.engine import compat
 from vllm_adaskip.engine.compat.model_state import batch_lengths
+from vllm_adaskip.engine.decide import shared_state
 from vllm_adaskip.engine.v2 import AdaSkipModelState
 
 #: What the runner calls a model state's hooks with, by position, in each release.
@@ -72,10 +72,10 @@ def under_v2(monkeypatch: pytest.MonkeyPatch, vllm_config: Any) -> Any:
 
 
 def test_the_model_finds_the_state_before_its_feeder_is_made(under_v2: Any) -> None:
-    state = compat.shared_state(under_v2)
+    state = shared_state(under_v2)
     feeder = AdaSkipModelState(under_v2, torch.nn.Module(), None, torch.device("cpu"))
     feeder.add_request(3, request_data("a", prompt=7))
-    assert compat.shared_state(under_v2) is state
+    assert shared_state(under_v2) is state
     assert state.is_told_lengths and state.table.prompt_lens.tolist() == [7, 0, 0, 0, 0]
     assert state.table.skips[0].nonzero()[0].tolist() == [2, 3]
 
@@ -87,7 +87,7 @@ def test_no_cuda_graph_may_hold_a_step(under_v2: Any) -> None:
 
 
 def test_a_real_batch_of_the_installed_release(under_v2: Any) -> None:
-    state = compat.shared_state(under_v2)
+    state = shared_state(under_v2)
     feeder = AdaSkipModelState(under_v2, torch.nn.Module(), None, torch.device("cpu"))
     made = InputBatch.make_dummy(2, 5, InputBuffers(ROWS, 16, torch.device("cpu")))
     for index, name in enumerate(reversed(made.req_ids)):
@@ -103,7 +103,7 @@ def test_a_made_up_batch_of_a_warm_up_has_no_lengths(under_v2: Any) -> None:
     feeder = AdaSkipModelState(under_v2, torch.nn.Module(), None, torch.device("cpu"))
     made = InputBatch.make_dummy(2, 5, InputBuffers(ROWS, 16, torch.device("cpu")))
     feeder.prepare_inputs(made, SimpleNamespace())
-    assert compat.shared_state(under_v2).lengths is None
+    assert shared_state(under_v2).lengths is None
 
 
 def test_padding_is_no_row() -> None:
@@ -115,4 +115,4 @@ def test_a_request_that_was_never_there_leaves_nothing_behind(under_v2: Any) -> 
     """vLLM removes each request before it adds it."""
     feeder = AdaSkipModelState(under_v2, torch.nn.Module(), None, torch.device("cpu"))
     feeder.remove_request("nobody")
-    assert compat.shared_state(under_v2).table.live_rows == 0
+    assert shared_state(under_v2).table.live_rows == 0
