@@ -15,7 +15,7 @@ import pytest
 from http_server import URL, serving
 from readme import ROOT
 
-from vllm_adaskip.testbed import bundled
+from vllm_adaskip import bundled
 
 READY = sorted(
     one.name for one in (Path(bundled.__file__).parent / "profiles").iterdir() if one.is_dir()

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from vllm_adaskip.classifiers import DecoderShape
 from vllm_adaskip.classifiers.batch_rule import BATCH_RULES, majority, unanimous
-from vllm_adaskip.classifiers.ffn_skip import FfnSkip, FfnSkipOptions
+from vllm_adaskip.classifiers.ffn_skip.method import FfnSkip, FfnSkipOptions
 
 #: Of each token: may the gate decide about it, and would it leave the sub-layer out?
 tokens = st.lists(

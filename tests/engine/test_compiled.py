@@ -19,7 +19,7 @@ from reference import Reference
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vllm_adaskip import DecoderShape, engine_args
-from vllm_adaskip.classifiers.similarity import Similarity, SimilarityOptions
+from vllm_adaskip.classifiers.similarity.method import Similarity, SimilarityOptions
 
 BUDGET = 0.6
 METHOD = Similarity(DecoderShape(*TINY_SHAPE), SimilarityOptions())

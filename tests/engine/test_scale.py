@@ -26,7 +26,7 @@ from tiny import write_llama
 
 from vllm_adaskip import DecoderShape, SkipPlan, engine_args
 from vllm_adaskip.classifiers import PromptStatistics
-from vllm_adaskip.classifiers.similarity import Similarity, SimilarityOptions
+from vllm_adaskip.classifiers.similarity.method import Similarity, SimilarityOptions
 from vllm_adaskip.engine.facts import EngineFacts
 from vllm_adaskip.engine.planner import Planner
 from vllm_adaskip.engine.scaling import Scaling

@@ -15,7 +15,7 @@ from conftest import TINY_SHAPE
 from reference import Exit, MlpRule, Reference
 
 from vllm_adaskip import DecoderShape
-from vllm_adaskip.classifiers.similarity import Similarity, SimilarityOptions
+from vllm_adaskip.classifiers.similarity.method import Similarity, SimilarityOptions
 
 #: None: decided by the method, from the prompt or token by token.
 PLANS: list[Entries | None] = [[], [2, 3], ["attn:4", "mlp:5"], [0], None, ["mlp:0"], None, None]

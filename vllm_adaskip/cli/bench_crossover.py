@@ -32,8 +32,8 @@ def crossover(
     console = Console()
     with plain_errors(stopped="stopped; nothing is kept"):
         (shape,) = shapes_of([model])
-        from vllm_adaskip.bench.crossover import SIZES
-        from vllm_adaskip.bench.variants import measured_crossover
+        from vllm_adaskip.lab.bench.crossover import SIZES
+        from vllm_adaskip.lab.bench.variants import measured_crossover
 
         sizes = [size for size in SIZES if size <= largest]
         steps = 3 * effort_for(shape, 2).steps

@@ -15,14 +15,7 @@ import torch
 
 from vllm_adaskip.engine.crossover import Crossover
 from vllm_adaskip.engine.joined_subsets import JoinedSubsets
-from vllm_adaskip.engine.layout import (
-    BoolArray,
-    IntArray,
-    Layout,
-    Subset,
-    Tokens,
-    generated_tokens,
-)
+from vllm_adaskip.engine.layout import BoolArray, IntArray, Layout, Subset, Tokens, generated_tokens
 from vllm_adaskip.engine.scaling import DueFactors, Scaling
 from vllm_adaskip.engine.step_parts import StepParts, kind_of
 from vllm_adaskip.engine.table import Factors

@@ -7,12 +7,7 @@ parser's builder once. The other modules are imported where they are used.
 """
 
 from vllm_adaskip.engine.compat.admission import name_feeder
-from vllm_adaskip.engine.compat.forward import (
-    SubBatches,
-    share_state,
-    shared_state,
-    step_lengths,
-)
+from vllm_adaskip.engine.compat.forward import SubBatches, share_state, shared_state, step_lengths
 from vllm_adaskip.engine.compat.startup import (
     enable_amx,
     extend_parser,
