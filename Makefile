@@ -80,7 +80,7 @@ soak: setup
 	$(BIN)/python tests/torture/soak.py --minutes $(MINUTES)
 
 train: setup
-	$(BIN)/python -m vllm_adaskip.testbed.train --out build/model
+	$(BIN)/python -m vllm_adaskip.lab.testbed.train --out build/model
 
 clean:
 	rm -rf .venv .venv-0.29 build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -33,11 +33,11 @@ from rich.progress import track
 from rich.table import Table
 
 from vllm_adaskip import bundled_model, bundled_profile
-from vllm_adaskip.evaluation.data import Item, load_items
-from vllm_adaskip.evaluation.engine import CHUNK, Engine, kept
-from vllm_adaskip.evaluation.quality import loss_to
-from vllm_adaskip.evaluation.results import Answer, Setting
-from vllm_adaskip.evaluation.settings import DENSE
+from vllm_adaskip.lab.data.items import Item, load_items
+from vllm_adaskip.lab.evaluation.engine import CHUNK, Engine, kept
+from vllm_adaskip.lab.evaluation.quality import loss_to
+from vllm_adaskip.lab.evaluation.results import Answer, Setting
+from vllm_adaskip.lab.evaluation.settings import DENSE
 
 METHODS: dict[str, dict[str, Any]] = {
     "first": {"profile": bundled_profile("first")},

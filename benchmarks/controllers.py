@@ -33,9 +33,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from vllm_adaskip import bundled_model
-from vllm_adaskip.evaluation import controllers as study
-from vllm_adaskip.testbed import score, tasks
-from vllm_adaskip.testbed.batches import IGNORED
+from vllm_adaskip.lab.evaluation import controllers as study
+from vllm_adaskip.lab.testbed import score, tasks
+from vllm_adaskip.lab.testbed.batches import IGNORED
 
 #: name -> decides once per sequence, reads the stream
 KINDS = {

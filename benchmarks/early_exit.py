@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from vllm_adaskip.bench.engines import alone
+from vllm_adaskip.lab.bench.engines import alone
 
 alone()  # before torch is loaded, which reads the number of threads then
 
@@ -32,7 +32,7 @@ def main(rounds: Annotated[int, typer.Option(min=3)] = 15) -> None:
     from transformers import AutoConfig
 
     from vllm_adaskip import bundled_model
-    from vllm_adaskip.bench.shapes import Shape
+    from vllm_adaskip.lab.bench.shapes import Shape
 
     table = Table(
         "model", "prompts", "layers run", "how", "time against dense", "of the layers' share",

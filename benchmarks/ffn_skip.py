@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from vllm_adaskip.bench.engines import alone
+from vllm_adaskip.lab.bench.engines import alone
 
 alone()  # before torch is loaded, which reads the number of threads then
 
@@ -44,7 +44,7 @@ VARIANTS: dict[str, tuple[float, dict[str, str] | None]] = {
 def main(rounds: Annotated[int, typer.Option(min=3)] = 15) -> None:
     """Time the gate on the bundled model and on a larger shape."""
     from vllm_adaskip import bundled_model
-    from vllm_adaskip.bench.shapes import Shape
+    from vllm_adaskip.lab.bench.shapes import Shape
 
     costs = Table(
         "model", "batch", "a decode step", "measured everywhere", "measured once",

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from vllm_adaskip.bench.engines import alone
+from vllm_adaskip.lab.bench.engines import alone
 
 alone()  # before torch is loaded, which reads the number of threads then
 

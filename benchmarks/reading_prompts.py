@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from vllm_adaskip.bench.engines import alone
+from vllm_adaskip.lab.bench.engines import alone
 
 alone()  # before torch is loaded, which reads the number of threads then
 
@@ -32,8 +32,8 @@ TOKENS = 240
 def main(rounds: Annotated[int, typer.Option(min=3)] = 15) -> None:
     """Time methods that read prompts on the bundled model and on a larger shape."""
     from vllm_adaskip import bundled_model
-    from vllm_adaskip.bench.profiles import untrained_first
-    from vllm_adaskip.bench.shapes import Shape
+    from vllm_adaskip.lab.bench.profiles import untrained_first
+    from vllm_adaskip.lab.bench.shapes import Shape
 
     table = Table(
         "model", "prompts", "method", "statistics and decisions", "the method's own observing",

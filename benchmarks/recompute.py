@@ -23,15 +23,15 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vllm_adaskip import bundled_model
-from vllm_adaskip.classifiers.adainfer import AdaInferOptions
-from vllm_adaskip.classifiers.exit_rule_file import load_rule
-from vllm_adaskip.classifiers.exit_rules import ExitRule
-from vllm_adaskip.classifiers.fit.final_head import FinalHead
-from vllm_adaskip.classifiers.lens_gate import features
+from vllm_adaskip.classifiers.adainfer.fit.head import FinalHead
+from vllm_adaskip.classifiers.adainfer.gate import features
+from vllm_adaskip.classifiers.adainfer.method import AdaInferOptions
+from vllm_adaskip.classifiers.adainfer.rule_file import load_rule
+from vllm_adaskip.classifiers.adainfer.rules import ExitRule
 from vllm_adaskip.classifiers.profile import Profile
-from vllm_adaskip.evaluation.data import load_items
-from vllm_adaskip.evaluation.metrics import METRICS
-from vllm_adaskip.evaluation.quality import interval
+from vllm_adaskip.lab.data.items import load_items
+from vllm_adaskip.lab.data.metrics import METRICS
+from vllm_adaskip.lab.evaluation.quality import interval
 
 
 @torch.inference_mode()

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vllm_adaskip.evaluation.sweep import Sample
+from vllm_adaskip.lab.fitting.samples import Sample
 
 VOCABULARY = 64
 

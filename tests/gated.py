@@ -12,7 +12,7 @@ from conftest import TINY_LAYERS, TINY_SHAPE
 from reference import MlpRule, Reference
 
 from vllm_adaskip import DecoderShape, SkipPlan, engine_args
-from vllm_adaskip.classifiers.ffn_skip import FfnSkip, FfnSkipOptions
+from vllm_adaskip.classifiers.ffn_skip.method import FfnSkip, FfnSkipOptions
 
 BLOCK = 32
 MIDDLE = range(1, TINY_LAYERS - 1)

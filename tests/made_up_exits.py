@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from vllm_adaskip.classifiers.fit.exits import Cases
+from vllm_adaskip.classifiers.adainfer.fit.cases import Cases
 
 LAYERS = 6
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from vllm_adaskip.classifiers.exit_rules import ExitRule
+from vllm_adaskip.classifiers.adainfer.rules import ExitRule
+from vllm_adaskip.classifiers.first.routers import Routers
 from vllm_adaskip.classifiers.profile import Profile, fingerprint
-from vllm_adaskip.classifiers.routers import Routers
 
 
 def write_first(folder: Path, model: str, *, width: int = 0, **options: Any) -> str:

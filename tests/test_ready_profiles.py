@@ -15,10 +15,10 @@ import pytest
 from http_server import URL, serving
 from readme import ROOT
 
-from vllm_adaskip.testbed import bundled
+from vllm_adaskip.lab import testbed
 
 READY = sorted(
-    one.name for one in (Path(bundled.__file__).parent / "profiles").iterdir() if one.is_dir()
+    one.name for one in (Path(testbed.__file__).parent / "profiles").iterdir() if one.is_dir()
 )
 OTHER_SCOPES = {
     "adainfer, prompt": "scope prompt",

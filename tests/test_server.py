@@ -181,7 +181,7 @@ def start_streaming(prompt: str) -> subprocess.Popen[bytes]:
 
 def test_killed_clients_bad_plans_and_a_full_queue_cost_the_others_nothing(server: str) -> None:
     """And leave no row behind in the sequence table."""
-    from vllm_adaskip.testbed.tasks import TASKS, samples
+    from vllm_adaskip.lab.testbed.tasks import TASKS, samples
 
     prompts = [one.prompt for task in TASKS for one in samples(task, "test", 3, 4)]
     plans: list[list[int | str]] = [[], [3], ["attn:4", "mlp:7"], [5, 6, 7]]

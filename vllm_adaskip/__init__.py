@@ -10,17 +10,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vllm_adaskip.bundled import bundled_model, bundled_profile
     from vllm_adaskip.classifiers.plan import DecoderShape, SkipPlan
     from vllm_adaskip.launch import engine_args
-    from vllm_adaskip.testbed.bundled import bundled_model, bundled_profile
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "DecoderShape": "vllm_adaskip.classifiers.plan",
     "SkipPlan": "vllm_adaskip.classifiers.plan",
-    "bundled_model": "vllm_adaskip.testbed.bundled",
-    "bundled_profile": "vllm_adaskip.testbed.bundled",
+    "bundled_model": "vllm_adaskip.bundled",
+    "bundled_profile": "vllm_adaskip.bundled",
     "engine_args": "vllm_adaskip.launch",
 }
 

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from vllm_adaskip.classifiers import SkipPlan
 from vllm_adaskip.cli.demo import PLANS, Entries
-from vllm_adaskip.testbed.tasks import TASKS, Sample, samples
+from vllm_adaskip.lab.testbed.tasks import TASKS, Sample, samples
 
 CONFIG = Path(__file__).with_name("serve.yaml")
 #: Questions of each task, and how many requests are under way at once.

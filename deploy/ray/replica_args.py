@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from vllm_adaskip.bundled import bundled_model
 from vllm_adaskip.config import AdaSkipConfig
 from vllm_adaskip.launch import engine_args
-from vllm_adaskip.testbed.bundled import bundled_model
 
 #: Engine options that have an argument of their own here.
 _OWN = {"max_model_len": "max_model_len", "model": "model", "served_model_name": "name"}

@@ -11,14 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_adaskip.bench.bound import bound, nearly_dense, rows_to_time
-from vllm_adaskip.bench.machine import Machine
-from vllm_adaskip.bench.plans import deal, distinct
-from vllm_adaskip.bench.results import Results, Target
-from vllm_adaskip.bench.rounds import Spread, ratio, take_turns
-from vllm_adaskip.bench.shapes import SHAPES, Shape
-from vllm_adaskip.bench.work import Work, decoder_shape
 from vllm_adaskip.classifiers import SkipPlan
+from vllm_adaskip.lab.bench.bound import bound, nearly_dense, rows_to_time
+from vllm_adaskip.lab.bench.machine import Machine
+from vllm_adaskip.lab.bench.plans import deal, distinct
+from vllm_adaskip.lab.bench.results import Results, Target
+from vllm_adaskip.lab.bench.rounds import Spread, ratio, take_turns
+from vllm_adaskip.lab.bench.shapes import SHAPES, Shape
+from vllm_adaskip.lab.bench.work import Work, decoder_shape
 
 
 def test_turns_go_forwards_and_backwards_and_the_first_round_is_not_kept() -> None:

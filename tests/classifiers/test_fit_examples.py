@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from vllm_adaskip.classifiers.fit.examples import load_examples
-from vllm_adaskip.evaluation.data import DataError, load_items
-from vllm_adaskip.testbed.tasks import TASKS, split_of
+from vllm_adaskip.lab.data.examples import load_examples
+from vllm_adaskip.lab.data.items import DataError, load_items
+from vllm_adaskip.lab.testbed.tasks import TASKS, split_of
 
 ROWS: list[dict[str, Any]] = [{"prompt": f"{n} + 1 =", "reference": str(n + 1)} for n in range(40)]
 

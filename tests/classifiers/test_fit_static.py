@@ -16,12 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_adaskip import SkipPlan, bundled_model
-from vllm_adaskip.classifiers.fit.greedy import greedy, trials
-from vllm_adaskip.classifiers.fit.known_losses import KnownLosses
-from vllm_adaskip.classifiers.fit.quality import plan_loss
-from vllm_adaskip.classifiers.fit.static import Search, StaticSettings, search
-from vllm_adaskip.classifiers.fit.sub_layers import decoder_shape
-from vllm_adaskip.classifiers.fixed_plans import Unit, at_random, evenly, latest, units
+from vllm_adaskip.lab.fitting.greedy import greedy, trials
+from vllm_adaskip.classifiers.static.known_losses import KnownLosses
+from vllm_adaskip.lab.fitting.quality import plan_loss
+from vllm_adaskip.classifiers.static.fit import Search, StaticSettings, search
+from vllm_adaskip.lab.fitting.sub_layers import decoder_shape
+from vllm_adaskip.lab.fixed_plans import Unit, at_random, evenly, latest, units
 
 prices = st.lists(st.integers(0, 1000), min_size=2, max_size=7, unique=True)
 blind = st.sampled_from(["late", "uniform", "random"])

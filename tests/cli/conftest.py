@@ -11,7 +11,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A random model with the bundled one's tokenizer."""
     import torch
 
-    from vllm_adaskip.testbed import network, tokenizer
+    from vllm_adaskip.lab.testbed import network, tokenizer
 
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("model")

@@ -18,8 +18,8 @@ from vllm_adaskip import bundled_profile
 from vllm_adaskip.classifiers.profile import Profile
 from vllm_adaskip.cli.main import app
 from vllm_adaskip.config import AdaSkipConfig
-from vllm_adaskip.evaluation.results import Answer, Results, Timing
-from vllm_adaskip.evaluation.summary import summarise
+from vllm_adaskip.lab.evaluation.results import Answer, Results, Timing
+from vllm_adaskip.lab.evaluation.summary import summarise
 
 DOCS = Path(__file__).parents[2] / "docs"
 

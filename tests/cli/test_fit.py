@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from vllm_adaskip.classifiers.first import FirstOptions
+from vllm_adaskip.classifiers.first.method import FirstOptions
+from vllm_adaskip.classifiers.first.routers import Routers
 from vllm_adaskip.classifiers.profile import Profile, fingerprint
-from vllm_adaskip.classifiers.routers import Routers
 from vllm_adaskip.cli.main import app
 from vllm_adaskip.config import AdaSkipConfig
 

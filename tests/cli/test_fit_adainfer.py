@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import vllm_adaskip
-from vllm_adaskip.classifiers.exit_rule_file import load_rule
+from vllm_adaskip.classifiers.adainfer.rule_file import load_rule
 from vllm_adaskip.classifiers.profile import Profile
 from vllm_adaskip.cli.main import app
 from vllm_adaskip.config import AdaSkipConfig

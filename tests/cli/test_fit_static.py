@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 from vllm_adaskip import SkipPlan
 from vllm_adaskip.classifiers import DecoderShape, PlanError
 from vllm_adaskip.classifiers.profile import Profile, fingerprint
-from vllm_adaskip.classifiers.static import Static, StaticOptions
+from vllm_adaskip.classifiers.static.method import Static, StaticOptions
 from vllm_adaskip.cli.main import app
 from vllm_adaskip.config import AdaSkipConfig
 

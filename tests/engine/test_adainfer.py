@@ -24,8 +24,8 @@ from reference import Exit, Reference
 
 from vllm_adaskip import DecoderShape, SkipPlan, engine_args
 from vllm_adaskip.classifiers import METHODS
-from vllm_adaskip.classifiers.exit_rule_file import load_rule
-from vllm_adaskip.classifiers.exit_rules import Crf, ExitRule, Svm
+from vllm_adaskip.classifiers.adainfer.rule_file import load_rule
+from vllm_adaskip.classifiers.adainfer.rules import Crf, ExitRule, Svm
 from vllm_adaskip.classifiers.profile import Profile
 
 BLOCK = 32

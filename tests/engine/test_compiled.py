@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vllm_adaskip import DecoderShape, engine_args
 from vllm_adaskip.classifiers.ends import EndsOptions
-from vllm_adaskip.classifiers.similarity import Similarity
+from vllm_adaskip.classifiers.similarity.method import Similarity
 
 BUDGET = 0.6
 METHOD = Similarity(DecoderShape(*TINY_SHAPE), EndsOptions())

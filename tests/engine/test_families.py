@@ -19,9 +19,9 @@ from families import CASES, LAYERS, WARM_UP, Matrix
 from reference import Exit, MlpRule
 
 from vllm_adaskip import DecoderShape, SkipPlan, engine_args
-from vllm_adaskip.classifiers.fit.sub_layers import decoder_shape
 from vllm_adaskip.config import AdaSkipConfig
 from vllm_adaskip.engine.request import Planner
+from vllm_adaskip.lab.fitting.sub_layers import decoder_shape
 from vllm_adaskip.model_executors.registry import FAMILIES
 from vllm_adaskip.support import KV_FILLS, PLAN_KINDS, supported
 

@@ -16,7 +16,7 @@ from reference import Exit, MlpRule, Reference
 
 from vllm_adaskip import DecoderShape
 from vllm_adaskip.classifiers.ends import EndsOptions
-from vllm_adaskip.classifiers.similarity import Similarity
+from vllm_adaskip.classifiers.similarity.method import Similarity
 
 #: None: decided by the method, from the prompt or token by token.
 PLANS: list[Entries | None] = [[], [2, 3], ["attn:4", "mlp:5"], [0], None, ["mlp:0"], None, None]

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from vllm_adaskip.classifiers import DecoderShape, SkipPlan
-from vllm_adaskip.evaluation.results import (
+from vllm_adaskip.lab.evaluation.results import (
     Answer,
     Manifest,
     OraclePoint,
@@ -19,8 +19,8 @@ from vllm_adaskip.evaluation.results import (
     SweepCell,
     Timing,
 )
-from vllm_adaskip.evaluation.settings import DENSE, decided, plans
-from vllm_adaskip.evaluation.summary import Summary, summarise
+from vllm_adaskip.lab.evaluation.settings import DENSE, decided, plans
+from vllm_adaskip.lab.evaluation.summary import Summary, summarise
 
 TASKS = ["sentiment", "topic", "fact", "hop", "translate", "key", "sum", "column", "steps"]
 LAYERS = 12

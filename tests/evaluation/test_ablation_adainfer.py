@@ -8,8 +8,12 @@ from pathlib import Path
 import pytest
 
 from vllm_adaskip.classifiers import METHODS
-from vllm_adaskip.evaluation.ablation_adainfer import answer_settings, generation_settings, rows
-from vllm_adaskip.evaluation.results import Answer
+from vllm_adaskip.classifiers.adainfer.ablate import (
+    answer_settings,
+    generation_settings,
+    rows,
+)
+from vllm_adaskip.lab.evaluation.results import Answer
 
 LAYERS = 4
 

@@ -8,16 +8,16 @@ from collections import Counter
 import numpy as np
 
 from vllm_adaskip.classifiers import METHODS, DecoderShape, SkipPlan
-from vllm_adaskip.classifiers.fit.similarity import Similarities
-from vllm_adaskip.evaluation.ablation_ffn_skip import (
+from vllm_adaskip.classifiers.ffn_skip.ablate import (
     DRAWS,
     TARGETS,
     THRESHOLDS,
     WARM_UPS,
     settings,
 )
-from vllm_adaskip.evaluation.ablation_plot import asked
-from vllm_adaskip.evaluation.results import Setting
+from vllm_adaskip.lab.evaluation.ablation_plot import asked
+from vllm_adaskip.lab.evaluation.results import Setting
+from vllm_adaskip.lab.fitting.similarity import Similarities
 
 SHAPE = DecoderShape(12, attention_parameters=1, mlp_parameters=2)
 

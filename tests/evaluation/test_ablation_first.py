@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from evaluation.synthetic import answer, manifest
 
-from vllm_adaskip.evaluation.ablation_first import BEST, TUNED, Fits, best_fixed, settings
-from vllm_adaskip.evaluation.ablation_plot import draw, groups
-from vllm_adaskip.evaluation.results import Setting
-from vllm_adaskip.evaluation.settings import DENSE
-from vllm_adaskip.evaluation.summary import summarise
+from vllm_adaskip.classifiers.first.ablate import BEST, TUNED, Fits, best_fixed, settings
+from vllm_adaskip.lab.evaluation.ablation_plot import draw, groups
+from vllm_adaskip.lab.evaluation.results import Setting
+from vllm_adaskip.lab.evaluation.settings import DENSE
+from vllm_adaskip.lab.evaluation.summary import summarise
 
 FITS = Fits([Path("a"), Path("b")], Path("c"), Path("d"), {"reduce last": Path("e")})
 

@@ -12,10 +12,10 @@ import torch
 from reference import Reference
 from transformers import DynamicCache, LlamaForCausalLM
 
-from vllm_adaskip.evaluation import controllers as study
-from vllm_adaskip.evaluation.controllers import Controllers, Prefix, Questions
-from vllm_adaskip.testbed import network, tasks, tokenizer
-from vllm_adaskip.testbed.batches import IGNORED
+from vllm_adaskip.lab.evaluation import controllers as study
+from vllm_adaskip.lab.evaluation.controllers import Controllers, Prefix, Questions
+from vllm_adaskip.lab.testbed import network, tasks, tokenizer
+from vllm_adaskip.lab.testbed.batches import IGNORED
 
 TOKENIZER = tokenizer.build()
 LAYERS, HIDDEN = 5, 64

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from vllm_adaskip.evaluation.data import DataError, load_items
-from vllm_adaskip.evaluation.metrics import METRICS
+from vllm_adaskip.lab.data.items import DataError, load_items
+from vllm_adaskip.lab.data.metrics import METRICS
 
 
 def write(tmp_path: Path, *lines: object) -> str:

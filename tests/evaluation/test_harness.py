@@ -14,15 +14,15 @@ import yaml
 from typer.testing import CliRunner
 
 from vllm_adaskip import bundled_model
-from vllm_adaskip.evaluation import harness_engine
-from vllm_adaskip.evaluation.data import DataError, Item, load_items
-from vllm_adaskip.evaluation.harness import HarnessTask
-from vllm_adaskip.evaluation.harness_engine import HarnessEngine, run_task
-from vllm_adaskip.evaluation.manifest import new_manifest, start_or_resume
-from vllm_adaskip.evaluation.results import Answer, Results, Setting, Timing
-from vllm_adaskip.evaluation.runner import Engine, Timed, Work, evaluate
-from vllm_adaskip.evaluation.settings import DENSE, decided, explicit
-from vllm_adaskip.testbed.tasks import samples
+from vllm_adaskip.lab.data.harness import HarnessTask
+from vllm_adaskip.lab.data.items import DataError, Item, load_items
+from vllm_adaskip.lab.evaluation import harness_engine
+from vllm_adaskip.lab.evaluation.harness_engine import HarnessEngine, run_task
+from vllm_adaskip.lab.evaluation.manifest import new_manifest, start_or_resume
+from vllm_adaskip.lab.evaluation.results import Answer, Results, Setting, Timing
+from vllm_adaskip.lab.evaluation.runner import Engine, Timed, Work, evaluate
+from vllm_adaskip.lab.evaluation.settings import DENSE, decided, explicit
+from vllm_adaskip.lab.testbed.tasks import samples
 
 LEFT_OUT = [1, 2, 3, 4, 5, 6, 7, 8]
 STRONG = explicit([*LEFT_OUT], 12)

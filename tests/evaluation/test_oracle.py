@@ -14,14 +14,8 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from vllm_adaskip.cli.oracle import oracle as command
-from vllm_adaskip.evaluation.oracle import Oracle, OracleError, Point, gather, groups, points
-from vllm_adaskip.evaluation.results import (
-    Answer,
-    Manifest,
-    OraclePoint,
-    Results,
-    Setting,
-)
+from vllm_adaskip.lab.evaluation.oracle import Oracle, OracleError, Point, gather, groups, points
+from vllm_adaskip.lab.evaluation.results import Answer, Manifest, OraclePoint, Results, Setting
 
 #: Tables of (layers, score) with many ties; scores are sixteenths, as small ROUGE tables have.
 Table = list[list[tuple[int, int]]]

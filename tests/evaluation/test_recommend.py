@@ -10,7 +10,7 @@ import pytest
 from evaluation.synthetic import DENSE, PLAIN, answer, manifest, summary, timings
 
 from vllm_adaskip.config import AdaSkipConfig
-from vllm_adaskip.evaluation.recommend import (
+from vllm_adaskip.lab.evaluation.recommend import (
     MaxDropError,
     losses,
     options,
@@ -19,7 +19,7 @@ from vllm_adaskip.evaluation.recommend import (
     request_arguments,
     switch_on_command,
 )
-from vllm_adaskip.evaluation.results import Answer, Setting, Timing
+from vllm_adaskip.lab.evaluation.results import Answer, Setting, Timing
 
 ITEMS = 400
 MILD = Setting(name="mild", family="plan", skip=[5])

@@ -16,8 +16,8 @@ from evaluation.synthetic import DENSE, PLAIN, SETTINGS, TASKS, answer, realisti
 from typer.testing import CliRunner
 
 from vllm_adaskip.cli.report import report
-from vllm_adaskip.evaluation.report import make_report
-from vllm_adaskip.evaluation.results import Answer, OraclePoint, Results, ResultsError, Setting
+from vllm_adaskip.lab.evaluation.report import make_report
+from vllm_adaskip.lab.evaluation.results import Answer, OraclePoint, Results, ResultsError, Setting
 
 HOSTILE = "<script>alert(1)</script>"
 

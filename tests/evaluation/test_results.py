@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from vllm_adaskip import bundled_model
-from vllm_adaskip.evaluation.manifest import new_manifest, start_or_resume
-from vllm_adaskip.evaluation.results import Answer, Results, ResultsError, Setting, Timing
-from vllm_adaskip.evaluation.settings import DENSE
+from vllm_adaskip.lab.evaluation.manifest import new_manifest, start_or_resume
+from vllm_adaskip.lab.evaluation.results import Answer, Results, ResultsError, Setting, Timing
+from vllm_adaskip.lab.evaluation.settings import DENSE
 
 ANSWER = Answer(
     setting="dense", item="sum/1", task="sum", metric="exact_match", score=1.0, kept=1.0,

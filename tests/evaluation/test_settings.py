@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from vllm_adaskip.classifiers import METHODS, SkipPlan
 from vllm_adaskip.classifiers.profile import Profile, ProfileError
-from vllm_adaskip.evaluation.settings import (
+from vllm_adaskip.lab.evaluation.settings import (
     DENSE,
     PLAN_FAMILIES,
     at_random,

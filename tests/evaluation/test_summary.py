@@ -8,13 +8,10 @@ import pytest
 from evaluation.synthetic import LAYERS, PLAIN, SHAPE, answer, summary, timings
 
 from vllm_adaskip import SkipPlan
-from vllm_adaskip.evaluation.engine import kept
-from vllm_adaskip.evaluation.quality import interval
-from vllm_adaskip.evaluation.results import (
-    ResultsError,
-    Setting,
-)
-from vllm_adaskip.evaluation.settings import DENSE
+from vllm_adaskip.lab.evaluation.engine import kept
+from vllm_adaskip.lab.evaluation.quality import interval
+from vllm_adaskip.lab.evaluation.results import ResultsError, Setting
+from vllm_adaskip.lab.evaluation.settings import DENSE
 
 
 def test_items_are_paired_and_tasks_kept_apart() -> None:

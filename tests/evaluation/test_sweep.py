@@ -17,21 +17,20 @@ from typer.testing import CliRunner
 
 from vllm_adaskip import bundled_model
 from vllm_adaskip.cli.sweep import sweep as command
-from vllm_adaskip.evaluation import sleb
-from vllm_adaskip.evaluation.data import Item, load_items
-from vllm_adaskip.evaluation.results import Results, SweepCell
-from vllm_adaskip.evaluation.sweep import (
+from vllm_adaskip.lab.data.items import Item, load_items
+from vllm_adaskip.lab.evaluation import sleb
+from vllm_adaskip.lab.evaluation.results import Results, SweepCell
+from vllm_adaskip.lab.evaluation.sweep import (
     WHOLE,
     Damage,
     Judge,
-    Sample,
     Sweep,
     SweepError,
     damaged,
     damages,
     overall,
-    sample,
 )
+from vllm_adaskip.lab.fitting.samples import Sample, sample
 
 ROUNDING = 1e-4
 

@@ -17,16 +17,16 @@ from reference import MlpRule, Reference
 from transformers import AutoTokenizer
 
 from vllm_adaskip import DecoderShape, bundled_model
-from vllm_adaskip.classifiers.ffn_skip import FfnSkip, FfnSkipOptions
-from vllm_adaskip.evaluation.data import Item, load_items
-from vllm_adaskip.evaluation.harness_engine import HarnessEngine
-from vllm_adaskip.evaluation.manifest import new_manifest, start_or_resume
-from vllm_adaskip.evaluation.report import make_report
-from vllm_adaskip.evaluation.results import Answer, Results, Setting
-from vllm_adaskip.evaluation.runner import Timed, Work, evaluate
-from vllm_adaskip.evaluation.settings import DENSE, decided
-from vllm_adaskip.evaluation.summary import summarise
-from vllm_adaskip.testbed.tasks import samples
+from vllm_adaskip.classifiers.ffn_skip.method import FfnSkip, FfnSkipOptions
+from vllm_adaskip.lab.data.items import Item, load_items
+from vllm_adaskip.lab.evaluation.harness_engine import HarnessEngine
+from vllm_adaskip.lab.evaluation.manifest import new_manifest, start_or_resume
+from vllm_adaskip.lab.evaluation.report import make_report
+from vllm_adaskip.lab.evaluation.results import Answer, Results, Setting
+from vllm_adaskip.lab.evaluation.runner import Timed, Work, evaluate
+from vllm_adaskip.lab.evaluation.settings import DENSE, decided
+from vllm_adaskip.lab.evaluation.summary import summarise
+from vllm_adaskip.lab.testbed.tasks import samples
 
 LAYERS = 12
 #: Of the bundled model: an MLP has twice the parameters of an attention.

@@ -7,9 +7,9 @@ import random
 
 import pytest
 
-from vllm_adaskip.evaluation.data import Item
-from vllm_adaskip.evaluation.results import Answer
-from vllm_adaskip.evaluation.tune import choose, halves, trials, upper_bound
+from vllm_adaskip.lab.data.items import Item
+from vllm_adaskip.lab.evaluation.results import Answer
+from vllm_adaskip.lab.evaluation.tune import choose, halves, trials, upper_bound
 
 ITEMS = [Item(f"{task}/{n}", task, "p", ("r",), "exact_match") for task in "ab" for n in range(200)]
 

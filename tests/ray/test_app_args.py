@@ -12,8 +12,8 @@ from readme import ROOT
 
 from deploy.ray.app_args import AppArgs
 from deploy.ray.batch_args import BatchArgs
+from vllm_adaskip.bundled import bundled_model, bundled_profile
 from vllm_adaskip.launch import UseAdaSkip
-from vllm_adaskip.testbed.bundled import bundled_model, bundled_profile
 
 GPU: dict[str, Any] = {
     "accelerator": "gpu",

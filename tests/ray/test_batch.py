@@ -17,8 +17,8 @@ from ray_app import PAGE, PLANS, shell
 from readme import ENVIRONMENT, ROOT, block
 
 from vllm_adaskip import engine_args
-from vllm_adaskip.testbed.bundled import bundled_model
-from vllm_adaskip.testbed.tasks import TASKS, samples
+from vllm_adaskip.bundled import bundled_model
+from vllm_adaskip.lab.testbed.tasks import TASKS, samples
 
 #: Rows that cannot run, and words of their errors; the last one only the engine knows.
 BAD: list[tuple[dict[str, Any], list[str]]] = [

@@ -22,9 +22,9 @@ from ray_app import PAGE, PLANS, body, reports, shell, wait_for
 from readme import ROOT, block
 
 from vllm_adaskip import engine_args
+from vllm_adaskip.bundled import bundled_model
 from vllm_adaskip.classifiers import SkipPlan
-from vllm_adaskip.testbed.bundled import bundled_model
-from vllm_adaskip.testbed.tasks import TASKS, samples
+from vllm_adaskip.lab.testbed.tasks import TASKS, samples
 
 LAYERS = 12
 COMPLETIONS = f"{URL}/v1/completions"

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-import vllm_adaskip.testbed
-from vllm_adaskip.testbed import score, tasks
+import vllm_adaskip.lab.testbed
+from vllm_adaskip.lab.testbed import score, tasks
 
-FOLDER = Path(vllm_adaskip.testbed.__file__).parent / "model"
+FOLDER = Path(vllm_adaskip.lab.testbed.__file__).parent / "model"
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 
 import pytest
 
-from vllm_adaskip.testbed import tasks, tokenizer
+from vllm_adaskip.lab.testbed import tasks, tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from vllm_adaskip.testbed import batches, course, network, tasks, tokenizer, train
+from vllm_adaskip.lab.testbed import batches, course, network, tasks, tokenizer, train
 
 TOKENIZER = tokenizer.build()
 

@@ -16,11 +16,11 @@ from rich.table import Table
 
 from vllm_adaskip.classifiers.profile import FILE
 from vllm_adaskip.cli import run
-from vllm_adaskip.evaluation.results import Answer, Manifest, Results, Setting
+from vllm_adaskip.lab.evaluation.results import Answer, Manifest, Results, Setting
 
 if TYPE_CHECKING:
-    from vllm_adaskip.evaluation.ablation_plot import Group
-    from vllm_adaskip.evaluation.data import Item
+    from vllm_adaskip.lab.data.items import Item
+    from vllm_adaskip.lab.evaluation.ablation_plot import Group
 
 ablate = typer.Typer(help="Compare a method with what it must beat, and its parts with each other.")
 
@@ -60,7 +60,7 @@ def compare(
     run.answer_and_time(
         results, manifest, settings, items, max_tokens=max_tokens, rounds=0, batch=1
     )
-    from vllm_adaskip.evaluation.ablation_plot import draw, groups
+    from vllm_adaskip.lab.evaluation.ablation_plot import draw, groups
 
     found = groups(run.summarised(results), results.read(Answer))
     draw(filter(drawn, found), out / "ablation.png")

@@ -14,11 +14,11 @@ from rich.table import Table
 
 from vllm_adaskip.cli import run
 from vllm_adaskip.cli.ablate import Out, compare, fitted
-from vllm_adaskip.evaluation.results import Answer, Results
+from vllm_adaskip.lab.evaluation.results import Answer, Results
 
 if TYPE_CHECKING:
-    from vllm_adaskip.evaluation.ablation_adainfer import TaskRow
-    from vllm_adaskip.evaluation.results import Setting
+    from vllm_adaskip.classifiers.adainfer.ablate import TaskRow
+    from vllm_adaskip.lab.evaluation.results import Setting
 
 #: Gives what is compared, for a model of so many layers.
 Fits = Callable[[int], "list[Setting]"]
@@ -50,7 +50,7 @@ def adainfer(
     through the real engine, and writes ablation.png into two folders of results.
     """
     with run.plain_errors():
-        from vllm_adaskip.evaluation.ablation_adainfer import (
+        from vllm_adaskip.classifiers.adainfer.ablate import (
             answer_settings,
             generation_settings,
             rows,
@@ -90,7 +90,7 @@ def _fits(
     out: Path, scope: str, data: str, told: Sequence[object], name: str = ""
 ) -> dict[str, Path]:
     """Fit each classifier; give the profiles by name."""
-    from vllm_adaskip.evaluation.ablation_adainfer import CLASSIFIERS
+    from vllm_adaskip.classifiers.adainfer.ablate import CLASSIFIERS
 
     return {
         f"{each}{name}": fitted(

@@ -12,7 +12,7 @@ from vllm_adaskip.cli import fit, run
 from vllm_adaskip.cli.ablate import Out, compare
 
 if TYPE_CHECKING:
-    from vllm_adaskip.evaluation.results import Setting
+    from vllm_adaskip.lab.evaluation.results import Setting
 
 
 def ffn_skip(
@@ -37,7 +37,7 @@ def ffn_skip(
     Measures all through the real engine; writes ablation.png beside the results.
     """
     with run.plain_errors():
-        from vllm_adaskip.evaluation.ablation_ffn_skip import ASIDE, TARGETS
+        from vllm_adaskip.classifiers.ffn_skip.ablate import ASIDE, TARGETS
 
         targets = sorted(target_skip or TARGETS)
         if wrong := [target for target in targets if not 0 < target < 1]:
@@ -56,12 +56,12 @@ def ffn_skip(
 
 def _settings(one: fit.Subject, targets: list[float]) -> list[Setting]:
     """Measure the training examples and search for fixed sets, then give what is compared."""
-    from vllm_adaskip.classifiers.fit.greedy import greedy, trials
-    from vllm_adaskip.classifiers.fit.quality import plan_loss
-    from vllm_adaskip.classifiers.fit.similarity import similarities
-    from vllm_adaskip.classifiers.fit.sub_layers import decoder_shape
-    from vllm_adaskip.classifiers.fixed_plans import Entry, units
-    from vllm_adaskip.evaluation.ablation_ffn_skip import settings
+    from vllm_adaskip.classifiers.ffn_skip.ablate import settings
+    from vllm_adaskip.lab.fitting.greedy import greedy, trials
+    from vllm_adaskip.lab.fitting.quality import plan_loss
+    from vllm_adaskip.lab.fitting.similarity import similarities
+    from vllm_adaskip.lab.fitting.sub_layers import decoder_shape
+    from vllm_adaskip.lab.fixed_plans import Entry, units
 
     loaded = fit.loaded(one, "auto").requires_grad_(False)
     shape = decoder_shape(loaded)

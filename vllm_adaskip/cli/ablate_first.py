@@ -15,7 +15,7 @@ from vllm_adaskip.cli import fit, run
 from vllm_adaskip.cli.ablate import Out, compare, fitted
 
 if TYPE_CHECKING:
-    from vllm_adaskip.evaluation.ablation_first import Fits
+    from vllm_adaskip.classifiers.first.ablate import Fits
 
 #: Shares of layers left out that are compared where the user names none.
 TARGETS = [0.15, 0.25, 0.4]
@@ -46,7 +46,7 @@ def first(
     through the real engine, and writes ablation.png and report.html beside the results.
     """
     with run.plain_errors():
-        from vllm_adaskip.evaluation.ablation_first import settings
+        from vllm_adaskip.classifiers.first.ablate import settings
 
         targets = sorted(target_skip or TARGETS)
         items, source = run.asked(data, limit, seed, "exact_match", None)
@@ -73,12 +73,12 @@ def _derived(
     out: Path, model: str, data: str, seeds: int, lora_steps: int, counts: Sequence[int]
 ) -> tuple[Fits, dict[int, list[int | str]]]:
     """Make what is derived from the fits: variants, LoRA alone, and fixed plans."""
-    from vllm_adaskip.classifiers.first import FirstOptions
-    from vllm_adaskip.classifiers.fit.first import answer_tokens, held_back_of
-    from vllm_adaskip.classifiers.fit.quality import plan_loss
-    from vllm_adaskip.classifiers.fit.routing import prompt_scores
-    from vllm_adaskip.classifiers.routers import Routers
-    from vllm_adaskip.evaluation.ablation_first import Fits, Scored, best_fixed, variants
+    from vllm_adaskip.classifiers.first.ablate import Fits, Scored, best_fixed, variants
+    from vllm_adaskip.classifiers.first.fit.fitted import answer_tokens, held_back_of
+    from vllm_adaskip.classifiers.first.fit.routing import prompt_scores
+    from vllm_adaskip.classifiers.first.method import FirstOptions
+    from vllm_adaskip.classifiers.first.routers import Routers
+    from vllm_adaskip.lab.fitting.quality import plan_loss
 
     subject = fit.subject(model, data, ("prompt", "answer"), 500, 16, 0)
     loaded: Any = fit.loaded(subject, "auto").requires_grad_(False)
@@ -113,7 +113,7 @@ def _tuned(
     out: Path, subject: fit.Subject, model: Any, training: Sequence[Any], steps: int
 ) -> Path:
     """Train LoRA with nothing skipped, as a profile without a method."""
-    from vllm_adaskip.classifiers.fit.lora import adapt, no_skipping, train_lora
+    from vllm_adaskip.classifiers.first.fit.lora import adapt, no_skipping, train_lora
     from vllm_adaskip.classifiers.lora import FOLDER
 
     if (out / FILE).exists():

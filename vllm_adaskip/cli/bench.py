@@ -18,9 +18,9 @@ from rich.table import Table
 from vllm_adaskip.cli.run import plain_errors
 
 if TYPE_CHECKING:
-    from vllm_adaskip.bench.results import Results
-    from vllm_adaskip.bench.shapes import Shape
-    from vllm_adaskip.bench.variants import Effort, Say
+    from vllm_adaskip.lab.bench.results import Results
+    from vllm_adaskip.lab.bench.shapes import Shape
+    from vllm_adaskip.lab.bench.variants import Effort, Say
 
 COLUMNS = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
 #: Parameters above which a step takes so long that few of them tell enough.
@@ -64,10 +64,10 @@ def table(
     console = Console()
     with plain_errors(stopped="stopped; of models that were not done nothing is kept"):
         shapes = shapes_of(model)
-        from vllm_adaskip.bench.machine import Machine
-        from vllm_adaskip.bench.plot import draw
-        from vllm_adaskip.bench.results import Results
-        from vllm_adaskip.bench.suite import Suite
+        from vllm_adaskip.lab.bench.machine import Machine
+        from vllm_adaskip.lab.bench.plot import draw
+        from vllm_adaskip.lab.bench.results import Results
+        from vllm_adaskip.lab.bench.suite import Suite
 
         batches = sorted({*(batch or (1, 16, 64))})
         out.mkdir(parents=True, exist_ok=True)
@@ -88,8 +88,8 @@ def shapes_of(names: list[str] | None, *, kv_space: int = 1) -> list[Shape]:
 
     Call it before torch is loaded, which reads the number of threads then.
     """
-    from vllm_adaskip.bench.engines import alone
-    from vllm_adaskip.bench.shapes import Shape
+    from vllm_adaskip.lab.bench.engines import alone
+    from vllm_adaskip.lab.bench.shapes import Shape
 
     alone(kv_space)
     return [Shape.of(name) for name in names or ["bundled", "llama-3.2-1b"]]
@@ -97,8 +97,8 @@ def shapes_of(names: list[str] | None, *, kv_space: int = 1) -> list[Shape]:
 
 def effort_for(shape: Shape, rounds: int) -> Effort:
     """Give many short steps of a small model, few long ones of a large one."""
-    from vllm_adaskip.bench.variants import Effort
-    from vllm_adaskip.bench.work import decoder_shape
+    from vllm_adaskip.lab.bench.variants import Effort
+    from vllm_adaskip.lab.bench.work import decoder_shape
 
     weighed = decoder_shape(shape)
     if weighed.num_layers * weighed.layer_parameters > _LARGE:

@@ -10,7 +10,7 @@ from rich.table import Table
 
 def curves() -> None:
     """Time the host's work of planning a step, which is done whenever the batch changes."""
-    from vllm_adaskip.bench.curves import curves as measure
+    from vllm_adaskip.lab.bench.curves import curves as measure
 
     title = "planning a step: 32 layers, 256 sequences, 64 distinct plans, but for what grows"
     table = Table("what grows", "to", "time", "fitted power", box=SIMPLE_HEAD, title=title)

@@ -25,7 +25,7 @@ def guard(
     console = Console()
     with plain_errors(stopped="stopped; nothing is kept"):
         shapes_of(["bundled"])
-        from vllm_adaskip.bench.guard import guard as measure
+        from vllm_adaskip.lab.bench.guard import guard as measure
 
         for _ in range(tries):
             with saying(console) as say, TemporaryDirectory() as folder:

@@ -39,10 +39,10 @@ def regimes(
     console = Console()
     with plain_errors(stopped="stopped; nothing is kept"):
         (shape,) = shapes_of([model], kv_space=3)
-        from vllm_adaskip.bench.engines import engine
-        from vllm_adaskip.bench.machine import Machine
-        from vllm_adaskip.bench.plot import draw_regimes
-        from vllm_adaskip.bench.regimes import regimes as measure
+        from vllm_adaskip.lab.bench.engines import engine
+        from vllm_adaskip.lab.bench.machine import Machine
+        from vllm_adaskip.lab.bench.plot import draw_regimes
+        from vllm_adaskip.lab.bench.regimes import regimes as measure
 
         effort = effort_for(shape, rounds)
         tokens = _LARGE if effort.steps < 10 else _SMALL

@@ -34,8 +34,8 @@ def server(
     """Send batches of requests: dense, and under each plan, turn by turn."""
     console = Console()
     with plain_errors(stopped="stopped; nothing is kept"):
-        from vllm_adaskip.bench.rounds import Spread
-        from vllm_adaskip.bench.server import Arguments, Load, Server, compare
+        from vllm_adaskip.lab.bench.rounds import Spread
+        from vllm_adaskip.lab.bench.server import Arguments, Load, Server, compare
 
         plans = [{"adaskip_skip": _plan(one)} for one in skip or ["[3, 4, 5]"]]
         variants: dict[str, Arguments] = {"dense": [{"adaskip": "off"}] * concurrency}

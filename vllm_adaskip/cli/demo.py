@@ -22,7 +22,7 @@ from vllm_adaskip.classifiers import DecoderShape, SkipPlan
 if TYPE_CHECKING:
     from vllm import LLM
 
-    from vllm_adaskip.testbed.tasks import Sample
+    from vllm_adaskip.lab.testbed.tasks import Sample
 
 Entries = list[int | str]
 
@@ -80,8 +80,8 @@ def demo(
 def _engine() -> LLM:
     from vllm import LLM
 
+    from vllm_adaskip.bundled import bundled_model
     from vllm_adaskip.launch import engine_args
-    from vllm_adaskip.testbed.bundled import bundled_model
 
     return LLM(
         bundled_model(),
@@ -101,7 +101,7 @@ def _shape(llm: LLM) -> DecoderShape:
 
 def _questions(count: int | None = None) -> list[Sample]:
     """Held-out questions: one of each task, or ``count`` of them in turn."""
-    from vllm_adaskip.testbed.tasks import TASKS, samples
+    from vllm_adaskip.lab.testbed.tasks import TASKS, samples
 
     count = count or len(TASKS)
     per_task = -(-count // len(TASKS))

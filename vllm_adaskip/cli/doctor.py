@@ -157,7 +157,7 @@ def _families() -> Iterator[Finding]:
 
 
 def _model() -> Iterator[Finding]:
-    from vllm_adaskip.testbed.bundled import bundled_model
+    from vllm_adaskip.bundled import bundled_model
 
     try:
         yield Finding("bundled model", bundled_model())

@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_adaskip.cli import run
-from vllm_adaskip.evaluation.results import Results
-from vllm_adaskip.evaluation.settings import distinct, explicit
+from vllm_adaskip.lab.evaluation.results import Results
+from vllm_adaskip.lab.evaluation.settings import distinct, explicit
 
 if TYPE_CHECKING:
-    from vllm_adaskip.evaluation.summary import Summary
+    from vllm_adaskip.lab.evaluation.summary import Summary
 
 
 def evaluate(

@@ -15,13 +15,13 @@ import typer
 from pydantic import ValidationError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from vllm_adaskip.bundled import bundled_model
 from vllm_adaskip.classifiers.base import MethodOptions
 from vllm_adaskip.classifiers.profile import FILE, Profile, fingerprint
 from vllm_adaskip.cli.run import console
-from vllm_adaskip.testbed.bundled import bundled_model
 
 if TYPE_CHECKING:
-    from vllm_adaskip.evaluation.sweep import Sample
+    from vllm_adaskip.lab.fitting.samples import Sample
 
 fit = typer.Typer(help="Train what a method needs for one model, as a profile.")
 
@@ -71,12 +71,12 @@ def subject(
     os.environ.setdefault("TQDM_DISABLE", "1")
     if not model:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-    from vllm_adaskip.classifiers.fit.examples import load_examples
+    from vllm_adaskip.lab.data.examples import load_examples
 
     items = load_examples(data, limit=limit, seed=seed, batch=batch, columns=columns)
     from transformers import AutoConfig, AutoTokenizer
 
-    from vllm_adaskip.evaluation.sweep import sample
+    from vllm_adaskip.lab.fitting.samples import sample
 
     path = model or bundled_model()
     config = AutoConfig.from_pretrained(path)
@@ -115,7 +115,7 @@ def begins(out: Path, method: str, one: Subject, data: str, told: Mapping[str, A
         ValueError: the folder has another fit.
 
     """
-    from vllm_adaskip.classifiers.fit.resume import digest, start_or_resume
+    from vllm_adaskip.lab.fitting.resume import digest, start_or_resume
 
     facts = {
         "fit": method,

@@ -16,10 +16,10 @@ from vllm_adaskip.cli import fit
 from vllm_adaskip.cli.run import Model, console, plain_errors
 
 if TYPE_CHECKING:
-    from vllm_adaskip.classifiers.fit.adainfer import Fitted
-    from vllm_adaskip.classifiers.fit.exit_quality import TaskExits
-    from vllm_adaskip.classifiers.fit.exit_settings import AdaInferSettings
-    from vllm_adaskip.classifiers.fit.exits import Cases
+    from vllm_adaskip.classifiers.adainfer.fit.cases import Cases
+    from vllm_adaskip.classifiers.adainfer.fit.fitted import Fitted
+    from vllm_adaskip.classifiers.adainfer.fit.quality import TaskExits
+    from vllm_adaskip.classifiers.adainfer.fit.settings import AdaInferSettings
 
 
 def adainfer(
@@ -75,7 +75,7 @@ def adainfer(
             with fit.progress(len(one.samples)) as report:
                 report("loading the model", 0)
                 cases, cost, named = _watched(one, settings, batch, device, report)
-                from vllm_adaskip.classifiers.fit.adainfer import fit_adainfer
+                from vllm_adaskip.classifiers.adainfer.fit.fitted import fit_adainfer
 
                 report("fitting", 0)
                 fitted = fit_adainfer(cases, settings, cost)
@@ -87,7 +87,7 @@ def adainfer(
 
 def _settings(**told: Any) -> AdaInferSettings:
     """Check what the user set, before anything heavy is loaded."""
-    from vllm_adaskip.classifiers.fit.exit_settings import AdaInferSettings
+    from vllm_adaskip.classifiers.adainfer.fit.settings import AdaInferSettings
 
     try:
         return AdaInferSettings(**told)
@@ -106,10 +106,10 @@ def _watched(
     one: fit.Subject, settings: AdaInferSettings, batch: int, device: str, report: Any
 ) -> tuple[Cases, float, list[int] | None]:
     """Run the model on the examples; also give what a look costs, and the tokens looked at."""
-    from vllm_adaskip.classifiers.fit.check_layers import check_cost
-    from vllm_adaskip.classifiers.fit.exits import exit_candidates, exit_cases
-    from vllm_adaskip.classifiers.fit.final_head import FinalHead
-    from vllm_adaskip.classifiers.fit.sub_layers import decoder_shape
+    from vllm_adaskip.classifiers.adainfer.fit.cases import exit_candidates, exit_cases
+    from vllm_adaskip.classifiers.adainfer.fit.check_layers import check_cost
+    from vllm_adaskip.classifiers.adainfer.fit.head import FinalHead
+    from vllm_adaskip.lab.fitting.sub_layers import decoder_shape
 
     model = fit.loaded(one, device)
     head = FinalHead(model, one.samples[0].ids)
@@ -134,13 +134,13 @@ def _write(
     named: list[int] | None,
 ) -> None:
     """Write rule, training artefact, pictures, and at last the profile."""
-    from vllm_adaskip.classifiers.adainfer import AdaInferOptions
-    from vllm_adaskip.classifiers.fit.exit_plots import (
+    from vllm_adaskip.classifiers.adainfer.fit.plots import (
         COVERAGE,
         FEATURES,
         draw_coverage,
         draw_features,
     )
+    from vllm_adaskip.classifiers.adainfer.method import AdaInferOptions
 
     fitted.rule.save(out)
     fitted.fit.save(out)

@@ -15,8 +15,8 @@ from vllm_adaskip.cli import fit
 from vllm_adaskip.cli.run import Model, console, plain_errors
 
 if TYPE_CHECKING:
-    from vllm_adaskip.classifiers.fit.ffn_skip import FfnSkipSettings, Fitted
-    from vllm_adaskip.classifiers.fit.similarity import Similarities
+    from vllm_adaskip.classifiers.ffn_skip.fit import FfnSkipSettings, Fitted
+    from vllm_adaskip.lab.fitting.similarity import Similarities
 
 
 def ffn_skip(
@@ -64,9 +64,9 @@ def ffn_skip(
             **settings.method.model_dump(include={"scope", "warm_up", "max_skip"}),
         }
         if fit.begins(out, "ffn-skip", one, data, told):
-            from vllm_adaskip.classifiers.fit.ffn_skip import fit_ffn_skip
-            from vllm_adaskip.classifiers.fit.similarity import similarities
-            from vllm_adaskip.classifiers.fit.similarity_plot import FILE, draw_similarities
+            from vllm_adaskip.classifiers.ffn_skip.fit import fit_ffn_skip
+            from vllm_adaskip.lab.fitting.similarity import similarities
+            from vllm_adaskip.lab.fitting.similarity_plot import FILE, draw_similarities
 
             with fit.progress(len(one.samples)) as report:
                 report("loading the model", 0)
@@ -88,8 +88,8 @@ def _settings(
     target: float, method: dict[str, Any], ends: dict[str, int | None]
 ) -> FfnSkipSettings:
     """Check what the user set, before anything heavy is loaded."""
-    from vllm_adaskip.classifiers.ffn_skip import FfnSkipOptions
-    from vllm_adaskip.classifiers.fit.ffn_skip import FfnSkipSettings
+    from vllm_adaskip.classifiers.ffn_skip.fit import FfnSkipSettings
+    from vllm_adaskip.classifiers.ffn_skip.method import FfnSkipOptions
 
     try:
         options = FfnSkipOptions.model_validate(method)

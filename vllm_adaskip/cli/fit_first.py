@@ -16,8 +16,8 @@ from vllm_adaskip.cli import fit
 from vllm_adaskip.cli.run import Model, plain_errors
 
 if TYPE_CHECKING:
-    from vllm_adaskip.classifiers.fit.quality import TaskQuality
-    from vllm_adaskip.classifiers.fit.settings import FirstSettings
+    from vllm_adaskip.classifiers.first.fit.settings import FirstSettings
+    from vllm_adaskip.lab.fitting.quality import TaskQuality
 
 
 def first(
@@ -76,8 +76,8 @@ def first(
             **settings.method.model_dump(include={"reduce", "keep_first", "keep_last"}),
         }
         if fit.begins(out, "first", one, data, told):
-            from vllm_adaskip.classifiers.fit.curve import draw_curves
-            from vllm_adaskip.classifiers.fit.first import CHECKPOINTS, fit_first
+            from vllm_adaskip.classifiers.first.fit.curve import draw_curves
+            from vllm_adaskip.classifiers.first.fit.fitted import CHECKPOINTS, fit_first
 
             with fit.progress(steps + lora_steps) as report:
                 report("loading the model", 0)
@@ -92,8 +92,8 @@ def first(
 
 def _settings(reduce: str, keep_first: int, keep_last: int, **others: Any) -> FirstSettings:
     """Check what the user set, before anything heavy is loaded."""
-    from vllm_adaskip.classifiers.first import FirstOptions
-    from vllm_adaskip.classifiers.fit.settings import FirstSettings
+    from vllm_adaskip.classifiers.first.fit.settings import FirstSettings
+    from vllm_adaskip.classifiers.first.method import FirstOptions
 
     try:
         method = FirstOptions.model_validate(

@@ -17,8 +17,8 @@ from vllm_adaskip.cli.run import Model, console, plain_errors
 
 if TYPE_CHECKING:
     from vllm_adaskip.classifiers.ends import EndsOptions
-    from vllm_adaskip.classifiers.fit.similarity import Floats, Similarities
     from vllm_adaskip.classifiers.plan import DecoderShape
+    from vllm_adaskip.lab.fitting.similarity import Floats, Similarities
 
 
 def similarity(
@@ -54,9 +54,9 @@ def similarity(
         options.inner(one.config["num_hidden_layers"])
         told = {**options.model_dump(), "target_skip": target_skip}
         if fit.begins(out, "similarity", one, data, told):
-            from vllm_adaskip.classifiers.fit.similarity import similarities
-            from vllm_adaskip.classifiers.fit.similarity_plot import FILE, draw_similarities
-            from vllm_adaskip.classifiers.fit.sub_layers import decoder_shape
+            from vllm_adaskip.lab.fitting.similarity import similarities
+            from vllm_adaskip.lab.fitting.similarity_plot import FILE, draw_similarities
+            from vllm_adaskip.lab.fitting.sub_layers import decoder_shape
 
             with fit.progress(len(one.samples)) as report:
                 report("loading the model", 0)
@@ -77,7 +77,7 @@ def similarity(
 def often(found: Similarities, options: EndsOptions, budget: float, shape: DecoderShape) -> Floats:
     """Give ``[2 * num_layers]`` shares of the prompts that leave out each sub-layer."""
     from vllm_adaskip.classifiers.base import PromptStatistics
-    from vllm_adaskip.classifiers.similarity import Similarity
+    from vllm_adaskip.classifiers.similarity.method import Similarity
 
     method = Similarity(shape, options)
     plans = [method.decide(budget, PromptStatistics(1, row, row)) for row in found.prompts]

@@ -14,12 +14,12 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_adaskip.classifiers.plan import DecoderShape, SkipPlan
-from vllm_adaskip.classifiers.static import StaticOptions
+from vllm_adaskip.classifiers.static.method import StaticOptions
 from vllm_adaskip.cli import fit
 from vllm_adaskip.cli.run import Model, plain_errors
 
 if TYPE_CHECKING:
-    from vllm_adaskip.classifiers.fit.static import Found, StaticSettings
+    from vllm_adaskip.classifiers.static.fit import Found, StaticSettings
 
 
 def static(
@@ -59,8 +59,8 @@ def static(
         one = fit.subject(model, data, (prompt_column, answer_column), limit, batch, seed)
         settings.count(one.config["num_hidden_layers"])
         if fit.begins(out, "static", one, data, settings.model_dump()):
-            from vllm_adaskip.classifiers.fit.known_losses import FILE
-            from vllm_adaskip.classifiers.fit.search_curve import draw_search
+            from vllm_adaskip.classifiers.static.known_losses import FILE
+            from vllm_adaskip.classifiers.static.search_curve import draw_search
 
             found, shape = _searched(out, one, settings, batch, device)
             if settings.search == "greedy":
@@ -76,7 +76,7 @@ def static(
 
 def _settings(**told: Any) -> StaticSettings:
     """Check what the user set, before anything heavy is loaded."""
-    from vllm_adaskip.classifiers.fit.static import StaticSettings
+    from vllm_adaskip.classifiers.static.fit import StaticSettings
 
     try:
         return StaticSettings(**told)
@@ -88,10 +88,10 @@ def _searched(
     out: Path, one: fit.Subject, settings: StaticSettings, batch: int, device: str
 ) -> tuple[Found, DecoderShape]:
     """Load the model and search, with a bar of losses; also weigh the model's layers."""
-    from vllm_adaskip.classifiers.fit.known_losses import KnownLosses
-    from vllm_adaskip.classifiers.fit.quality import plan_loss
-    from vllm_adaskip.classifiers.fit.static import search
-    from vllm_adaskip.classifiers.fit.sub_layers import decoder_shape
+    from vllm_adaskip.classifiers.static.fit import search
+    from vllm_adaskip.classifiers.static.known_losses import KnownLosses
+    from vllm_adaskip.lab.fitting.quality import plan_loss
+    from vllm_adaskip.lab.fitting.sub_layers import decoder_shape
 
     num_layers = one.config["num_hidden_layers"]
     with fit.progress(settings.losses(num_layers)) as report:

@@ -14,7 +14,7 @@ from rich.table import Table
 from vllm_adaskip.cli.run import plain_errors
 
 if TYPE_CHECKING:
-    from vllm_adaskip.evaluation.oracle import Candidates, Oracle
+    from vllm_adaskip.lab.evaluation.oracle import Candidates, Oracle
 
 
 def oracle(
@@ -24,8 +24,8 @@ def oracle(
     """Find the best plan for each item, and how far every setting is from that ceiling."""
     console = Console()
     with plain_errors():
-        from vllm_adaskip.evaluation.oracle import gather, points
-        from vllm_adaskip.evaluation.results import Answer, OraclePoint, Results
+        from vllm_adaskip.lab.evaluation.oracle import gather, points
+        from vllm_adaskip.lab.evaluation.results import Answer, OraclePoint, Results
 
         results = Results(results_dir)
         candidates = gather(results.manifest(), results.read(Answer), metric)
@@ -39,7 +39,7 @@ def oracle(
 
 def _ceiling(candidates: Candidates, oracles: dict[str, Oracle]) -> Table:
     """Say how many layers equal quality takes, and how much quality there is."""
-    from vllm_adaskip.evaluation.oracle import groups
+    from vllm_adaskip.lab.evaluation.oracle import groups
 
     dense = candidates.average(candidates.settings[0])
     table = Table(
@@ -59,7 +59,7 @@ def _ceiling(candidates: Candidates, oracles: dict[str, Oracle]) -> Table:
 
 def _distances(candidates: Candidates, oracles: dict[str, Oracle]) -> Table:
     """Compare every setting with the oracle of its own group."""
-    from vllm_adaskip.evaluation.oracle import groups
+    from vllm_adaskip.lab.evaluation.oracle import groups
 
     table = Table(
         *("setting", "oracle", "layers", "score", "score short of it", "layers more than it"),

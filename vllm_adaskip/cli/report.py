@@ -20,12 +20,12 @@ def report(
 ) -> None:
     """Write a page that says what to switch on, what it loses and what it wins."""
     try:
-        from vllm_adaskip.evaluation.recommend import parse_max_drop
-        from vllm_adaskip.evaluation.report import make_report
+        from vllm_adaskip.lab.evaluation.recommend import parse_max_drop
+        from vllm_adaskip.lab.evaluation.report import make_report
     except ModuleNotFoundError as error:
         typer.echo(f"{error.name} is missing: pip install 'vllm-adaskip[eval]'", err=True)
         raise typer.Exit(1) from None
-    from vllm_adaskip.evaluation.results import Results
+    from vllm_adaskip.lab.evaluation.results import Results
 
     target = out or results_dir / "report.html"
     try:

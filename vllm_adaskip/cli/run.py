@@ -15,14 +15,14 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from vllm_adaskip.evaluation import settings as known
-from vllm_adaskip.evaluation.data import Item, load_items
-from vllm_adaskip.evaluation.manifest import new_manifest, start_or_resume
-from vllm_adaskip.evaluation.results import Answer, Manifest, Results, Setting, Timing
-from vllm_adaskip.testbed.bundled import bundled_model
+from vllm_adaskip.bundled import bundled_model
+from vllm_adaskip.lab.data.items import Item, load_items
+from vllm_adaskip.lab.evaluation import settings as known
+from vllm_adaskip.lab.evaluation.manifest import new_manifest, start_or_resume
+from vllm_adaskip.lab.evaluation.results import Answer, Manifest, Results, Setting, Timing
 
 if TYPE_CHECKING:
-    from vllm_adaskip.evaluation.summary import Summary
+    from vllm_adaskip.lab.evaluation.summary import Summary
 
 #: Shares of compute to compare where the user names none.
 BUDGETS = [0.9, 0.75, 0.6]
@@ -176,7 +176,7 @@ def answer_and_time(
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if manifest.model == bundled_model():  # too small to share a step among threads
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-    from vllm_adaskip.evaluation.runner import Timed, Work, evaluate
+    from vllm_adaskip.lab.evaluation.runner import Timed, Work, evaluate
 
     work = Work.left(results, settings, items, rounds)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
@@ -197,6 +197,6 @@ def answer_and_time(
 
 def summarised(results: Results) -> Summary:
     """Work out the numbers of a run."""
-    from vllm_adaskip.evaluation.summary import summarise
+    from vllm_adaskip.lab.evaluation.summary import summarise
 
     return summarise(results.manifest(), results.read(Answer), results.read(Timing))

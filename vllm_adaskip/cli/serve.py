@@ -24,7 +24,7 @@ def serve(
 
 def serve_arguments(model: str, extra: list[str]) -> list[str]:
     """Give the arguments of the `vllm` command."""
-    from vllm_adaskip.testbed.bundled import bundled_model
+    from vllm_adaskip.bundled import bundled_model
 
     if model.startswith("-"):  # the model was left out and the first option took its place
         model, extra = "", [model, *extra]

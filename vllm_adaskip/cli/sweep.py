@@ -17,10 +17,10 @@ from rich.table import Table
 from vllm_adaskip.cli.run import Data, Limit, Model, Seed, described, plain_errors
 
 if TYPE_CHECKING:
-    from vllm_adaskip.evaluation.data import Item
-    from vllm_adaskip.evaluation.results import SweepCell
-    from vllm_adaskip.evaluation.sleb import Step
-    from vllm_adaskip.evaluation.sweep import Damage, Judge, Sweep
+    from vllm_adaskip.lab.data.items import Item
+    from vllm_adaskip.lab.evaluation.results import SweepCell
+    from vllm_adaskip.lab.evaluation.sleb import Step
+    from vllm_adaskip.lab.evaluation.sweep import Damage, Judge, Sweep
 
 COLUMNS = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
 
@@ -50,10 +50,10 @@ def sweep(
     """
     console = Console()
     with plain_errors():
-        from vllm_adaskip.evaluation.data import load_items
-        from vllm_adaskip.evaluation.manifest import start_or_resume
-        from vllm_adaskip.evaluation.results import Results
-        from vllm_adaskip.evaluation.sweep import Sweep, damages
+        from vllm_adaskip.lab.data.items import load_items
+        from vllm_adaskip.lab.evaluation.manifest import start_or_resume
+        from vllm_adaskip.lab.evaluation.results import Results
+        from vllm_adaskip.lab.evaluation.sweep import Sweep, damages
 
         items = load_items(data, limit=limit, seed=seed)
         results = Results(out)
@@ -86,7 +86,8 @@ def _judge(model: str, items: Sequence[Item], end: bool, batch: int) -> Judge:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from vllm_adaskip.evaluation.sweep import Judge, sample
+    from vllm_adaskip.lab.evaluation.sweep import Judge
+    from vllm_adaskip.lab.fitting.samples import sample
 
     device, dtype = ("cuda", "auto") if torch.cuda.is_available() else ("cpu", torch.float32)
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval().to(device)
@@ -104,8 +105,8 @@ def _measure(cells: Sweep, plan: Sequence[Damage], progress: Progress) -> None:
 
 
 def _greedy(cells: Sweep, steps: int, protected: int, progress: Progress) -> list[Step]:
-    from vllm_adaskip.evaluation import sleb
-    from vllm_adaskip.evaluation.sweep import overall
+    from vllm_adaskip.lab.evaluation import sleb
+    from vllm_adaskip.lab.evaluation.sweep import overall
 
     num_layers = cells.judge.num_layers
     bar = progress.add_task("deleting greedily", total=sleb.trials(num_layers, steps, protected))
@@ -144,7 +145,7 @@ def _order_table(cells: Sweep, order: Sequence[Step]) -> Table:
 
 def _row(cells: Sequence[SweepCell]) -> list[str]:
     """Layers, agreement and loss over all tokens, and the task with the least agreement."""
-    from vllm_adaskip.evaluation.sweep import overall
+    from vllm_adaskip.lab.evaluation.sweep import overall
 
     agreement, loss = overall(cells)
     worst = min(cells, key=lambda cell: cell.agreement)

@@ -15,11 +15,11 @@ from rich.table import Table
 from vllm_adaskip.classifiers.hub import located
 from vllm_adaskip.classifiers.profile import Profile
 from vllm_adaskip.cli import run
-from vllm_adaskip.evaluation.results import Answer, Manifest, Results, Setting
-from vllm_adaskip.evaluation.settings import distinct
+from vllm_adaskip.lab.evaluation.results import Answer, Manifest, Results, Setting
+from vllm_adaskip.lab.evaluation.settings import distinct
 
 if TYPE_CHECKING:
-    from vllm_adaskip.evaluation.tune import Trial
+    from vllm_adaskip.lab.evaluation.tune import Trial
 
 
 def tune(
@@ -51,8 +51,8 @@ def tune(
     if not (method or profile or plans):
         method, plans = ["similarity"], ["uniform", "exit"]
     with run.plain_errors():
-        from vllm_adaskip.evaluation.recommend import serve_command
-        from vllm_adaskip.evaluation.tune import choose, halves, trials
+        from vllm_adaskip.lab.evaluation.recommend import serve_command
+        from vllm_adaskip.lab.evaluation.tune import choose, halves, trials
 
         if not 0 <= max_drop < 1:
             raise ValueError(f"--max-drop {max_drop:g}; allowed: a number in [0, 1)")

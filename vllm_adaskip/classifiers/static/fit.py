@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Searches for one plan that everybody follows: what may go, how much, and which of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import Field
+
+from vllm_adaskip.classifiers.ends import EndsOptions
+from vllm_adaskip.lab.fitting.greedy import Step, greedy, trials
+from vllm_adaskip.lab.fixed_plans import Entry, Unit, at_random, evenly, latest, units
+from vllm_adaskip.classifiers.plan import SkipPlan
+
+Search = Literal["greedy", "late", "uniform", "random"]
+Loss = Callable[[SkipPlan], float]
+
+
+class StaticSettings(EndsOptions):
+    """All that decides what comes of a search, but for model and examples.
+
+    Attributes:
+        search: ``greedy`` asks for losses (SLEB, arXiv 2402.09025, by layers), the others do not:
+            ``late`` takes the last (arXiv 2407.15516, by attention), ``uniform`` evenly spaced
+            ones (arXiv 2404.06954), ``random`` any.
+        unit: what is left out one by one.
+        target_skip: share of the model's units to leave out, rounded to a whole number.
+        seed: of ``random``.
+
+    """
+
+    search: Search = "greedy"
+    unit: Unit = "layer"
+    target_skip: float = Field(default=0.25, gt=0, lt=1)
+    seed: int = 0
+
+    def candidates(self, num_layers: int) -> list[Entry]:
+        """Give what may be left out (`PlanError`: the ends keep all, or nothing)."""
+        return units(self.unit, self.inner(num_layers))
+
+    def count(self, num_layers: int) -> int:
+        """Give how many of them are left out (`ValueError`: none, or more than there are)."""
+        there, allowed = len(units(self.unit, range(num_layers))), len(self.candidates(num_layers))
+        count = round(self.target_skip * there)
+        told = f"target_skip {self.target_skip:g} is {count} of {there}, --unit {self.unit}"
+        if count == 0:
+            least = (500 // there + 1) / 1000
+            raise ValueError(f"{told}; the smallest that leaves any out is {least:g}")
+        if count > allowed:
+            raise ValueError(
+                f"{told}; allowed: up to {allowed}, as keep_first and keep_last keep the others"
+            )
+        return count
+
+    def losses(self, num_layers: int) -> int:
+        """Count the losses that `search` asks for."""
+        if self.search != "greedy":
+            return 2
+        return 1 + trials(len(self.candidates(num_layers)), self.count(num_layers))
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search came to.
+
+    Attributes:
+        plan: the last step's.
+        steps: from nothing left out to the plan; ``greedy`` has one for each unit.
+
+    """
+
+    plan: SkipPlan
+    steps: Sequence[Step[Entry]]
+
+
+def search(loss: Loss, settings: StaticSettings, num_layers: int) -> Found:
+    """Search for a plan of a model of this depth, by what it loses under plans."""
+    candidates, count = settings.candidates(num_layers), settings.count(num_layers)
+
+    def without(left_out: Sequence[Entry]) -> float:
+        return loss(SkipPlan.parse([*left_out], num_layers))
+
+    steps = [Step[Entry]((), without(()))]
+    if settings.search == "greedy":
+        steps += greedy(without, candidates, count)
+    else:
+        chosen = tuple(_chosen(settings, candidates, count))
+        steps.append(Step(chosen, without(chosen)))
+    return Found(SkipPlan.parse([*steps[-1].left_out], num_layers), steps)
+
+
+def _chosen(settings: StaticSettings, candidates: Sequence[Entry], count: int) -> list[Entry]:
+    if settings.search == "random":
+        return at_random(candidates, count, settings.seed)
+    return (latest if settings.search == "late" else evenly)(candidates, count)

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engines that are timed side by side, and what each of them runs."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_adaskip.classifiers import SkipPlan
+from vllm_adaskip.lab.bench.bound import nearly_dense
+from vllm_adaskip.lab.bench.engines import Arguments, decode, engine, following
+from vllm_adaskip.lab.bench.plans import deal, distinct, shared
+from vllm_adaskip.lab.bench.profiles import untrained_first
+from vllm_adaskip.lab.bench.rounds import Run
+from vllm_adaskip.lab.bench.shapes import Shape
+
+#: Distinct plans in one batch.
+MIXTURES = (2, 4, 8, 64)
+STOCK, CONTROL, OFF = "stock vLLM", "stock vLLM once more", "plugin, nothing skipped"
+ONE, SMALLER = "one plan for all", "layers physically gone"
+NEARLY, DECIDED = "all but one layer", "decided at prefill, drawn together"
+
+#: Announces some work and in how many turns it comes; gives what to call after each of them.
+Say = Callable[[str, int], Callable[[], None]]
+
+
+def mixed(count: int) -> str:
+    """Name the variant with so many plans."""
+    return f"{count} plans mixed" if count > 1 else ONE
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is timed.
+
+    Attributes:
+        steps: decode steps of each batch, of which the median counts.
+        rounds: turns of each variant.
+        turns: of each breakdown, and of each engine's memory.
+        prompts: sequences that are prefilled together.
+        context: tokens before a decode step.
+        prompt_tokens: of each prompt that is timed.
+
+    """
+
+    steps: int
+    rounds: int
+    turns: int
+    prompts: int
+    context: int = 8
+    prompt_tokens: int = 240
+
+
+@dataclass(frozen=True)
+class Engines:
+    """Engines of one shape, all in this process.
+
+    Attributes:
+        shape: of the model.
+        model: its folder.
+        stock: stock vLLM.
+        plugin: with the plugin; plans come with the requests.
+        smaller: stock vLLM with half of the layers physically gone.
+        first: the plugin with FiRST, which decides on half of the layers, ``coalesce`` 1.
+
+    """
+
+    shape: Shape
+    model: str
+    stock: Any
+    plugin: Any
+    smaller: Any
+    first: Any
+
+    @classmethod
+    @contextmanager
+    def started(cls, shape: Shape, folder: Path, say: Say) -> Iterator[Engines]:
+        """Start them; what they load is written into a folder."""
+        model = shape.write(folder / "whole")
+        kept = shape.num_layers - shared(shape.num_layers).attention.bit_count()
+        half = shape.of_depth(kept).write(folder / "half")
+        first = {
+            "profile": untrained_first(folder / "first", model),
+            "budget": 0.5,
+            "coalesce": 1.0,
+        }
+        wanted: tuple[tuple[str, dict[str, Any] | None], ...]
+        wanted = ((model, None), (model, {}), (half, None), (model, first))
+        gc.collect()  # what earlier engines hold goes only with them
+        started = say(f"{shape.name}: starting engines", len(wanted))
+        with ExitStack() as stack:
+            engines = []
+            for path_, plugin in wanted:
+                engines.append(stack.enter_context(engine(path_, plugin=plugin)))
+                started()
+            yield cls(shape, model, *engines)
+
+    def plans(self, batch: int) -> dict[str, list[SkipPlan]]:
+        """Give the rows' plans of each variant that brings its own; all but ``OFF`` skip."""
+        layers = self.shape.num_layers
+        mixtures = {
+            mixed(count): deal(distinct(layers, count), batch)
+            for count in MIXTURES
+            if count <= batch
+        }
+        return {
+            OFF: [SkipPlan(layers)] * batch,
+            ONE: [shared(layers)] * batch,
+            **mixtures,
+            NEARLY: [nearly_dense(layers)] * batch,
+        }
+
+    def decoding(self, batch: int, effort: Effort) -> dict[str, Run]:
+        """Give what each variant runs at a batch size: seconds of a decode step."""
+        nothing: Arguments = [None] * batch
+        planned = self.plans(batch).items()
+        return {
+            STOCK: stepping(self.stock, nothing, effort),
+            CONTROL: stepping(self.stock, nothing, effort),
+            SMALLER: stepping(self.smaller, nothing, effort),
+            **{name: stepping(self.plugin, following(plans), effort) for name, plans in planned},
+            DECIDED: stepping(self.first, nothing, effort),
+        }
+
+
+def stepping(llm: Any, arguments: Arguments, effort: Effort) -> Run:
+    """Give what times a decode step of a batch."""
+    return lambda: statistics.median(decode(llm, arguments, effort.steps, prompt=effort.context))

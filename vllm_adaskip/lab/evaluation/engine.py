@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A vLLM engine that answers and times items under settings."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+from vllm_adaskip.classifiers import DecoderShape, SkipPlan
+from vllm_adaskip.lab.data.items import Item
+from vllm_adaskip.lab.data.metrics import METRICS, PERPLEXITY
+from vllm_adaskip.lab.evaluation.results import Answer, Setting
+
+#: Items between two writes to the results: what a killed run loses at most.
+CHUNK = 64
+#: Key of a request's ``extra_args``: the token ids it must generate (`forced`).
+FORCED = "forced_answer"
+#: Key of a request's ``extra_args``: a number of its own, by which the engine tells what it ran.
+ASKED = "asked"
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a request's generated tokens went through, as `Answer` has it."""
+
+    kept: float
+    skip: list[int | str]
+    left_out: list[float] | None = None
+
+
+class Engine:
+    """A vLLM engine with one server method; settings choose per request."""
+
+    def __init__(self, model: str, method: str, options: dict[str, Any], **engine: Any) -> None:
+        from vllm_adaskip.launch import engine_args
+        from vllm_adaskip.model_executors.registry import family_of
+
+        self.llm = self._start(
+            model,
+            enable_prefix_caching=False,  # a repeated prompt would be timed without its prefill
+            **engine,
+            **engine_args(method=method, **options),
+        )
+        model_config = self.llm.llm_engine.model_config
+        family = family_of(model_config.architecture)
+        assert family is not None
+        self.shape: DecoderShape = family.shape(model_config.hf_config)
+        self._tokenizer = self.llm.get_tokenizer()
+        self.is_warm = False
+        self._asked = count()
+
+    def _start(self, model: str, **options: Any) -> Any:
+        """Give vLLM's ``LLM``."""
+        from vllm import LLM
+
+        return LLM(
+            model,
+            logits_processors=["vllm_adaskip.lab.evaluation.forced:ForcedAnswer"],
+            **options,
+        )
+
+    def close(self) -> None:
+        """Shut the engine down; the next may start."""
+        self.llm.llm_engine.engine_core.shutdown()
+
+    def answers(
+        self, setting: Setting, items: Sequence[Item], max_tokens: int
+    ) -> Iterator[list[Answer]]:
+        """Give the greedy answers, scored, in parts that are worth storing."""
+        for start in range(0, len(items), CHUNK):
+            yield self._answered(setting, items[start : start + CHUNK], max_tokens)
+
+    def _answered(self, setting: Setting, items: Sequence[Item], max_tokens: int) -> list[Answer]:
+        from vllm import SamplingParams
+
+        params = [
+            SamplingParams(temperature=0, max_tokens=max_tokens, extra_args=args)
+            if item.metric != PERPLEXITY
+            else self._forced(item, args)
+            for item, args in ((item, self.arguments(setting)) for item in items)
+        ]
+        outputs = self.llm.generate([item.prompt for item in items], params, use_tqdm=False)
+        return [
+            self._scored(setting, item, output.outputs[0], ran)
+            for item, output, ran in zip(items, outputs, self.ran(params, outputs), strict=True)
+        ]
+
+    def arguments(self, setting: Setting) -> dict[str, Any]:
+        """Give the ``extra_args`` of one request."""
+        if setting.skip is not None:
+            return {"adaskip_skip": setting.skip, ASKED: next(self._asked)}
+        return {"adaskip_budget": setting.budget, ASKED: next(self._asked)}
+
+    def ran(self, params: Sequence[Any], outputs: Sequence[Any]) -> list[Ran]:
+        """Give what ran of requests that were just answered."""
+        requests = [
+            (one.extra_args, output.prompt_token_ids)
+            for one, output in zip(params, outputs, strict=True)
+        ]
+        plans, gated = (
+            self.llm.collective_rpc(name, args=(requests,))[0]
+            for name in ("adaskip_plans", "adaskip_ran")
+        )
+        return [self._ran(*one) for one in zip(plans, gated, strict=True)]
+
+    def _ran(self, skip: list[int | str] | None, gated: Mapping[str, Any] | None) -> Ran:
+        if skip is not None:
+            return Ran(SkipPlan.parse(skip, self.shape.num_layers).share(self.shape), skip)
+        if gated is None:
+            raise RuntimeError("the engine does not know what it ran of a request just answered")
+        shares = [tokens / max(gated["tokens"], 1) for tokens in gated["left_out"]]
+        return Ran(kept(shares, self.shape), [], shares)
+
+    def seconds(self, setting: Setting, prompts: Sequence[str], tokens: int) -> float:
+        """Time one batch, every sequence giving the same number of tokens."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(
+            temperature=0, max_tokens=tokens, ignore_eos=True, extra_args=self.arguments(setting)
+        )
+        start = time.perf_counter()
+        self.llm.generate(list(prompts), params, use_tqdm=False)
+        return time.perf_counter() - start
+
+    def _forced(self, item: Item, args: dict[str, Any]) -> Any:
+        from vllm import SamplingParams
+
+        prompt = self._tokenizer.encode(item.prompt)
+        whole = self._tokenizer.encode(f"{item.prompt} {item.references[0]}")
+        answer = whole[len(prompt) :] if whole[: len(prompt)] == prompt else []
+        answer = answer or self._tokenizer.encode(item.references[0], add_special_tokens=False)
+        return SamplingParams(
+            temperature=0,
+            max_tokens=len(answer),
+            ignore_eos=True,
+            logprobs=0,
+            extra_args={**args, FORCED: answer},
+        )
+
+    def _scored(self, setting: Setting, item: Item, output: Any, ran: Ran) -> Answer:
+        score_text = METRICS[item.metric]
+        if score_text is None:
+            chosen = zip(output.token_ids, output.logprobs, strict=True)
+            mean = math.fsum(step[token].logprob for token, step in chosen) / len(output.token_ids)
+            score = math.exp(-mean)
+        else:
+            score = score_text(output.text, item.references)
+        return self.record(setting, item, ran, score, len(output.token_ids), output.text)
+
+    def record(
+        self,
+        setting: Setting,
+        item: Item,
+        ran: Ran,
+        score: float,
+        tokens: int,
+        text: str,
+    ) -> Answer:
+        """Give one answer as it is stored."""
+        return Answer(
+            setting=setting.name,
+            item=item.item,
+            task=item.task,
+            metric=item.metric,
+            score=score,
+            kept=ran.kept,
+            skip=ran.skip,
+            tokens=tokens,
+            text=text,
+            left_out=ran.left_out,
+        )
+
+
+def kept(left_out: Sequence[float], shape: DecoderShape) -> float:
+    """Share of decoder compute that is kept, weighted by parameters as in `SkipPlan.share`.
+
+    Args:
+        left_out: ``[2 * num_layers]`` share of tokens that leave out each sub-layer.
+        shape: the model's.
+
+    """
+    attention, mlp = (math.fsum(left_out[first::2]) for first in (0, 1))
+    return shape.kept(attention, mlp)

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes one self-contained HTML page of a run: what to switch on, what it loses, what it wins.
+
+Everything in a results folder may be hostile (task names, prompts, outputs), so the template
+escapes all text, and the page forbids scripts and requests by its own policy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.resources import files
+
+from jinja2 import Environment, StrictUndefined
+
+from vllm_adaskip.lab.data.metrics import PERPLEXITY
+from vllm_adaskip.lab.evaluation.drawing import looks_of
+from vllm_adaskip.lab.evaluation.heat import fixed_plans, sweeps, varying_plans
+from vllm_adaskip.lab.evaluation.plots import in_page_style, plots
+from vllm_adaskip.lab.evaluation.recommend import (
+    Recommendation,
+    losses,
+    options,
+    recommend,
+    request_arguments,
+    switch_on_command,
+)
+from vllm_adaskip.lab.evaluation.results import Answer, OraclePoint, Results, SweepCell, Timing
+from vllm_adaskip.lab.evaluation.summary import summarise
+
+
+@dataclass(frozen=True)
+class Report:
+    """The page, and what the command line says about it."""
+
+    html: str
+    headline: str
+    recommendation: Recommendation
+
+
+def make_report(results: Results, max_drop: float) -> Report:
+    """Read a results folder and make the page.
+
+    Raises:
+        ResultsError: the folder cannot be used.
+
+    """
+    manifest, answers = results.manifest(), results.read(Answer)
+    summary = summarise(manifest, answers, results.read(Timing))
+    advice = recommend(summary, max_drop)
+    looks = looks_of(summary)
+    fixed = [one for one in summary.settings if one.plan is not None]
+    page = _environment().from_string(
+        files("vllm_adaskip.lab.evaluation").joinpath("page.html.jinja").read_text("utf-8")
+    )
+    html = page.render(
+        manifest=manifest,
+        summary=summary,
+        advice=advice,
+        headline=headline(advice),
+        command=switch_on_command(advice.setting.setting, manifest) if advice.setting else None,
+        per_request=request_arguments(advice.setting.setting) if advice.setting else None,
+        losses=losses(summary, answers),
+        looks=looks,
+        batches=sorted({batch for one in summary.others for batch in one.speeds}),
+        plots=in_page_style(plots(summary, advice, looks, results.read(OraclePoint))),
+        plans=[
+            fixed_plans(fixed, summary.num_layers),
+            *(varying_plans(one, summary.num_layers) for one in summary.others if not one.plan),
+        ],
+        sweeps=sweeps(results.read(SweepCell)),
+        options=options,
+    )
+    return Report(html, headline(advice), advice)
+
+
+def headline(advice: Recommendation) -> str:
+    """Say in one sentence what to switch on."""
+    points = f"{100 * advice.max_drop:g} point{'s' * (advice.max_drop != 0.01)}"
+    match advice.verdict:
+        case "on":
+            assert advice.setting is not None
+            return f"Switch on {advice.setting.name}"
+        case "slow":
+            than = "is faster than dense" if advice.batch else "keeps less compute than dense"
+            return f"Leave it off: nothing that surely loses at most {points} {than}"
+        case "lossy":
+            return f"Leave it off: no setting surely loses at most {points}"
+    return "Nothing to recommend: no setting can be compared with dense and switched on"
+
+
+def _environment() -> Environment:
+    env = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    env.lstrip_blocks = True
+    env.filters["share"] = lambda value: f"{100 * value:.0f}%"
+    env.filters["score"] = lambda value: f"{100 * value:.1f}"
+    env.filters["change"] = _change
+    env.filters["factor"] = lambda value: f"{value:.2f}"
+    env.filters["worst"] = lambda found: sorted(found, key=lambda each: -each[1].loss.low)
+    env.tests["perplexity"] = lambda metric: metric == PERPLEXITY
+    return env
+
+
+def _change(loss: float) -> str:
+    """Give a loss as a change in points, with a sign unless it rounds to nothing."""
+    points = round(-100 * loss, 1)
+    return f"{points:+.1f}".replace("-", "\N{MINUS SIGN}") if points else "0.0"

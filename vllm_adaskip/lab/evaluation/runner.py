@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs settings on items through the real engine: answers, scores, and times beside dense."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from vllm_adaskip.lab.data.harness import HarnessItem
+from vllm_adaskip.lab.data.items import Item
+from vllm_adaskip.lab.evaluation.engine import Engine
+from vllm_adaskip.lab.evaluation.harness_engine import HarnessEngine
+from vllm_adaskip.lab.evaluation.results import Answer, Results, Setting, Timing
+
+Report = Callable[[str, int], None]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is still to be done of a run.
+
+    Attributes:
+        answers: setting -> items that it has not answered.
+        rounds: setting -> rounds that have not been timed; dense is timed beside the others.
+
+    """
+
+    answers: dict[str, list[Item]]
+    rounds: dict[str, list[int]]
+
+    @classmethod
+    def left(
+        cls, results: Results, settings: Sequence[Setting], items: Sequence[Item], rounds: int
+    ) -> Work:
+        """Compare with what the results hold already."""
+        answered = {(one.setting, one.item) for one in results.read(Answer)}
+        timed = {(one.setting, one.round) for one in results.read(Timing)}
+        names = [one.name for one in settings]
+        return cls(
+            {name: [one for one in items if (name, one.item) not in answered] for name in names},
+            {
+                name: [one for one in range(rounds) if (name, one) not in timed]
+                for name in names[1:]
+            },
+        )
+
+    @property
+    def steps(self) -> int:
+        """How many answers and rounds there are to do, for a progress bar."""
+        return sum(map(len, self.answers.values())) + sum(map(len, self.rounds.values()))
+
+    def of(self, setting: Setting) -> int:
+        """Give the same for one setting."""
+        return len(self.answers[setting.name]) + len(self.rounds.get(setting.name, ()))
+
+
+@dataclass(frozen=True)
+class Timed:
+    """How settings are timed: sequences in the batch, and tokens that each generates."""
+
+    batch: int
+    tokens: int
+
+
+def evaluate(
+    results: Results,
+    model: str,
+    settings: Sequence[Setting],
+    items: Sequence[Item],
+    work: Work,
+    *,
+    max_tokens: int,
+    timed: Timed,
+    report: Report,
+    **engine: Any,
+) -> None:
+    """Answer every item under every setting, and time each setting beside dense.
+
+    Results are appended as they come. ``settings`` begin with the dense one. ``report(what,
+    steps done)`` is called as it goes; `Work.steps` is their number.
+    """
+    start = HarnessEngine if isinstance(items[0], HarnessItem) else Engine
+    prompts = [items[index % len(items)].prompt for index in range(timed.batch)]
+    for (method, _), group in groupby(settings, key=lambda one: (one.method, str(one.options))):
+        members = [one for one in group if work.of(one)]
+        if not members:
+            continue
+        report(f"starting vLLM, method {method}", 0)
+        runs_on = start(model, method, members[0].options, **engine)
+        for setting in members:
+            for part in runs_on.answers(setting, work.answers[setting.name], max_tokens):
+                results.append(part)
+                report(f"answers under {setting.name}", len(part))
+        for round_, setting in _in_turn(members, work):
+            results.append([_time(runs_on, settings[0], setting, round_, prompts, timed)])
+            report(f"timing {setting.name}", 1)
+        runs_on.close()
+
+
+def _in_turn(members: Sequence[Setting], work: Work) -> Iterator[tuple[int, Setting]]:
+    """Give rounds and settings so that the machine's drift falls on all settings alike."""
+    rounds = sorted({one for setting in members for one in work.rounds.get(setting.name, ())})
+    for round_ in rounds:
+        order = [one for one in members if round_ in work.rounds.get(one.name, ())]
+        random.Random(round_).shuffle(order)
+        yield from ((round_, setting) for setting in order)
+
+
+def _time(
+    engine: Engine,
+    dense: Setting,
+    setting: Setting,
+    round_: int,
+    prompts: Sequence[str],
+    timed: Timed,
+) -> Timing:
+    """Time a setting and dense, one right after the other, each first in every other round."""
+    pair = [dense, setting] if round_ % 2 else [setting, dense]
+    if not engine.is_warm:
+        engine.seconds(dense, prompts, timed.tokens)
+        engine.is_warm = True
+    seconds = {one.name: engine.seconds(one, prompts, timed.tokens) for one in pair}
+    return Timing(
+        setting=setting.name,
+        round=round_,
+        batch=timed.batch,
+        tokens=timed.tokens,
+        seconds=seconds[setting.name],
+        dense_seconds=seconds[dense.name],
+    )

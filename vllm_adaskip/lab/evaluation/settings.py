@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ways to run a model that are compared: dense, plans, families of plans, methods."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from math import ceil
+from typing import Any
+
+from vllm_adaskip.classifiers import METHODS, SkipPlan
+from vllm_adaskip.classifiers.hub import located
+from vllm_adaskip.classifiers.profile import Profile
+from vllm_adaskip.lab import fixed_plans
+from vllm_adaskip.lab.evaluation.results import Setting
+
+DENSE = Setting(name="dense", family="dense", skip=[])
+
+#: Families of fixed plans: what every adaptive method has to beat.
+PLAN_FAMILIES = ("uniform", "random", "exit")
+
+
+def uniform(num_layers: int, left_out: int) -> list[int | str]:
+    """Leave out layers evenly spaced between the first and the last, which stay."""
+    return [*fixed_plans.evenly(range(1, num_layers - 1), left_out)]
+
+
+def at_random(num_layers: int, left_out: int, seed: int) -> list[int | str]:
+    """Leave out any layers between the first and the last, which stay."""
+    return [*fixed_plans.at_random(range(1, num_layers - 1), left_out, seed)]
+
+
+def early_exit(num_layers: int, left_out: int) -> list[int | str]:
+    """Run the first layers only (early exit at one depth for everybody)."""
+    return [*range(num_layers - left_out, num_layers)]
+
+
+def plans(
+    families: Iterable[str], budgets: Iterable[float], num_layers: int, *, draws: int, seed: int
+) -> Iterator[Setting]:
+    """Give fixed plans of whole layers that keep at most each budget.
+
+    Args:
+        families: some of `PLAN_FAMILIES`.
+        budgets: shares of compute to keep, in (0, 1].
+        num_layers: of the model.
+        draws: how many random plans for each budget.
+        seed: of the random plans.
+
+    """
+    for budget in budgets:
+        left_out = min(num_layers - 2, ceil((1 - budget) * num_layers - 1e-9))
+        if left_out == 0:
+            continue
+        kept = num_layers - left_out
+        for family in families:
+            if family == "random":
+                for draw in range(draws):
+                    skip = at_random(num_layers, left_out, seed + draw)
+                    name = f"random {kept}/{num_layers} #{draw}"
+                    yield Setting(name=name, family=family, skip=skip)
+                continue
+            skip = {"uniform": uniform, "exit": early_exit}[family](num_layers, left_out)
+            yield Setting(name=f"{family} {kept}/{num_layers}", family=family, skip=skip)
+
+
+def explicit(skip: list[int | str], num_layers: int) -> Setting:
+    """Give the setting of one plan that the user names (`PlanError` if it cannot run)."""
+    plan = SkipPlan.parse(skip, num_layers)
+    return Setting(name=str(plan), family="plan", skip=plan.entries())
+
+
+def decided(method: str, options: dict[str, Any], budgets: Iterable[float]) -> Iterator[Setting]:
+    """Give a method at each budget.
+
+    Raises:
+        ValueError: no such method.
+
+    """
+    if method not in METHODS:
+        raise ValueError(f"no method {method!r:.80}; allowed: {', '.join(METHODS)}")
+    for budget in budgets:
+        yield Setting(
+            name=f"{method} {budget:g}",
+            family=method,
+            method=method,
+            options=options,
+            budget=budget,
+        )
+
+
+def profiled(
+    name: str, budgets: Iterable[float], targets: Iterable[float], model: str
+) -> Iterator[Setting]:
+    """Give a profile by itself, at each budget below its own, and at each target.
+
+    Args:
+        name: its folder or hub id.
+        budgets: shares of compute that no sequence may exceed, in (0, 1].
+        targets: shares of layers to leave out on average, in [0, 1).
+        model: fingerprint of the model that is evaluated.
+
+    Raises:
+        ProfileError: no profile, or one that was made for another model.
+        ValueError: its method has no such targets.
+
+    """
+    profile = Profile.load(located(name))
+    profile.check_fingerprint(model)
+    own = Setting(
+        name=name,
+        family=name,
+        method=profile.method,
+        options={"profile": name},
+        budget=profile.budget,
+    )
+    yield own
+    for budget in budgets:
+        if budget < profile.budget and profile.method != "static":  # which has one plan
+            yield own.model_copy(update={"name": f"{name} {budget:g}", "budget": budget})
+    for target in targets:
+        if "target_skip" not in METHODS[profile.method].Options.model_fields:
+            raise ValueError(f"--target-skip: method {profile.method!r} of {name} has no target")
+        options = {"profile": name, "target_skip": target}
+        yield own.model_copy(update={"name": f"{name} -{target:.0%}", "options": options})
+
+
+def distinct(settings: Iterable[Setting]) -> list[Setting]:
+    """Drop settings that come twice, in order; dense comes first, once."""
+    found = {DENSE.name: DENSE}
+    for setting in settings:
+        found.setdefault(setting.name, setting)
+    return list(found.values())

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Picks the setting that saves most within a loss the user names, and proves it held out.
+
+One half of the items orders the settings from the safest to the boldest. The other half tests
+them in that order, each against a one-sided 95 % bound on its mean loss, until one fails
+(fixed-sequence testing, as in "Learn then Test", arXiv 2110.01052): whichever of those that
+passed is taken, the chance that its true loss is larger than allowed is at most 5 %.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import bootstrap
+
+from vllm_adaskip.lab.data.items import Item
+from vllm_adaskip.lab.data.metrics import PERPLEXITY
+from vllm_adaskip.lab.evaluation.results import Answer
+
+CONFIDENCE = 0.95
+RESAMPLES = 9_999
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One setting: its loss on the half that orders, and what the other half says.
+
+    Attributes:
+        setting: its name.
+        expected: mean loss (dense score minus its score) on the first half.
+        loss: mean loss on the held-out half; None where it was not tested.
+        bound: one-sided 95 % upper bound of the held-out loss.
+        kept: share of compute kept on the first half.
+
+    """
+
+    setting: str
+    expected: float
+    kept: float
+    loss: float | None = None
+    bound: float | None = None
+
+
+def halves(items: Sequence[Item], seed: int) -> tuple[list[Item], list[Item]]:
+    """Split each task's items in two, at random by ``seed``."""
+    rng = random.Random(seed)
+    first: set[str] = set()
+    for task in sorted({item.task for item in items}):
+        names = [item.item for item in items if item.task == task]
+        rng.shuffle(names)
+        first.update(names[: len(names) // 2])
+    return (
+        [item for item in items if item.item in first],
+        [item for item in items if item.item not in first],
+    )
+
+
+def losses(answers: Sequence[Answer], setting: str, items: Sequence[Item]) -> list[float]:
+    """Give dense score minus a setting's score, of each of the items with a score."""
+    score = {(one.setting, one.item): one.score for one in answers}
+    return [
+        score["dense", item.item] - score[setting, item.item]
+        for item in items
+        if item.metric != PERPLEXITY
+    ]
+
+
+def upper_bound(values: Sequence[float], confidence: float = CONFIDENCE, seed: int = 0) -> float:
+    """Give the one-sided upper bound of the mean of losses in [-1, 1].
+
+    By bootstrap; but where no loss was seen among n items resampling sees none either, and
+    then the bound is the chance of a loss that n items would miss, ``1 - (1 - c) ** (1 / n)``.
+    """
+    losses_ = np.asarray(values, dtype=np.float64)
+    unseen = 1.0 - float((1.0 - confidence) ** (1.0 / len(losses_)))
+    if not (losses_ > 0).any():
+        return unseen
+    interval = bootstrap(
+        (losses_,),
+        np.mean,
+        confidence_level=confidence,
+        alternative="less",
+        n_resamples=RESAMPLES,
+        method="percentile",
+        vectorized=True,
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return max(float(interval.high), unseen)
+
+
+def trials(
+    answers: Sequence[Answer],
+    settings: Sequence[str],
+    first: Sequence[Item],
+    second: Sequence[Item],
+    max_drop: float,
+) -> list[Trial]:
+    """Test settings from the safest to the boldest until one fails; untested ones follow."""
+    kept = _kept(answers, {item.item for item in first})
+    expected = {name: float(np.mean(losses(answers, name, first))) for name in settings}
+    order = sorted(settings, key=lambda name: (expected[name], -kept[name]))
+    done: list[Trial] = []
+    failed = False
+    for name in order:
+        trial = Trial(name, expected[name], kept[name])
+        if not failed:
+            held_out = losses(answers, name, second)
+            bound = upper_bound(held_out)
+            trial = Trial(name, expected[name], kept[name], float(np.mean(held_out)), bound)
+            failed = bound > max_drop
+        done.append(trial)
+    return done
+
+
+def choose(done: Sequence[Trial], max_drop: float, speed: Mapping[str, float]) -> Trial | None:
+    """Give the fastest that passed; by compute kept where times are missing. None: nobody did.
+
+    Args:
+        done: from `trials`.
+        max_drop: the largest loss allowed.
+        speed: setting -> time against dense, smaller is faster.
+
+    """
+    passed = [one for one in done if one.bound is not None and one.bound <= max_drop]
+    faster = [one for one in passed if speed.get(one.setting, one.kept) < 1]
+    return min(faster, key=lambda one: speed.get(one.setting, one.kept), default=None)
+
+
+def _kept(answers: Sequence[Answer], items: set[str]) -> dict[str, float]:
+    """Mean share of compute kept, by setting."""
+    found: dict[str, list[float]] = {}
+    for one in answers:
+        if one.item in items:
+            found.setdefault(one.setting, []).append(one.kept)
+    return {name: float(np.mean(values)) for name, values in found.items()}

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What fits share: examples as tokens, and what a model of transformers makes of them."""

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompts with their right answers, as tokens, and in the batches a model is fed with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vllm_adaskip.lab.data.items import DataError, Item
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt with its reference answer: all tokens, and how many at the end are the answer."""
+
+    task: str
+    ids: list[int]
+    answer: int
+
+
+def sample(item: Item, tokenizer: Any, *, end: bool) -> Sample:
+    """Tokenise an item with its first reference; ``end`` adds the end-of-sequence token.
+
+    Raises:
+        DataError: the tokenizer leaves no token of the prompt, or none of the answer.
+
+    """
+    prompt: list[int] = tokenizer.encode(item.prompt)
+    space = "" if item.prompt[-1:].isspace() else " "
+    ids: list[int] = tokenizer.encode(f"{item.prompt}{space}{item.references[0]}")
+    # Where the last token of the prompt grows by the answer's first letters, it is the answer's.
+    same = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(prompt, ids, strict=False))))
+    if end and tokenizer.eos_token_id is not None:
+        ids = [*ids, tokenizer.eos_token_id]
+    if not 0 < same < len(ids):
+        raise DataError(f"item {item.item!r}: {same} tokens of a prompt, {len(ids)} in all")
+    return Sample(item.task, ids, len(ids) - same)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token rows, padded on either side.
+
+    Attributes:
+        ids: ``[rows, tokens]``.
+        real: which of them are no padding.
+        prompt: which of them are the prompt's; the other real ones are the answer's.
+
+    """
+
+    ids: Tensor
+    real: Tensor
+    prompt: Tensor
+
+    @property
+    def answer(self) -> Tensor:
+        """Which tokens are the answer's: those that a plan applies to, once they are fed."""
+        return self.real & ~self.prompt
+
+    @property
+    def labels(self) -> Tensor:
+        """The token to come, for each token but the last; `IGNORED` where it is no answer's."""
+        return self.ids.masked_fill(~self.answer, IGNORED)[:, 1:]
+
+    @property
+    def positions(self) -> Tensor:
+        """Each token's place in its own row, padding aside."""
+        return (self.real.long().cumsum(1) - 1).clamp(min=0)
+
+
+def batch_of(samples: Sequence[Sample], device: torch.device) -> Batch:
+    """Pad on the left, so that all answers end in the last column."""
+    width = max(len(each.ids) for each in samples)
+    ids = torch.zeros(len(samples), width, dtype=torch.long)
+    lengths = torch.tensor([len(each.ids) for each in samples])[:, None]
+    answers = torch.tensor([each.answer for each in samples])[:, None]
+    for row, each in enumerate(samples):
+        ids[row, -len(each.ids) :] = torch.tensor(each.ids)
+    left = width - torch.arange(width)  # columns from here to the end
+    real = left <= lengths
+    return Batch(ids.to(device), real.to(device), (real & (left > answers)).to(device))
+
+
+def batches_of(
+    samples: Sequence[Sample], size: int, device: torch.device
+) -> Iterator[tuple[list[int], Batch]]:
+    """Give all samples in batches of little padding, with their places in ``samples``."""
+    order = sorted(range(len(samples)), key=lambda place: len(samples[place].ids))
+    for start in range(0, len(order), size):
+        places = order[start : start + size]
+        yield places, batch_of([samples[place] for place in places], device)
