@@ -33,8 +33,9 @@ setup: .venv/.ready
 demo: setup
 	$(BIN)/adaskip demo
 
+# Two processes, as there are cores on the smallest machine that is wanted; a file stays in one.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 # A release that users of ray[llm] have.
 test-0.29: .venv-0.29/.ready

@@ -92,6 +92,8 @@ class Step:
         generated: ``[spans]`` True for generated tokens, False for a prompt's.
         runs: ``[spans, 2 * num_layers]``, True where the span runs the sub-layer. Change it by
             `leave` alone.
+        num_tokens: tokens of the step.
+        num_generated: generated tokens among them.
 
     """
 
@@ -100,6 +102,7 @@ class Step:
         # One sub-layer's column is read far more often than one span's row.
         self.runs = np.ascontiguousarray(runs.T).T
         self.num_tokens = int(length.sum())
+        self.num_generated = int(length[generated].sum())
         self._columns: dict[bytes, Part | None] = {}
         self._parts: list[Part | Literal["?"] | None] = ["?"] * runs.shape[1]
         self._counted: Ints | None = None
@@ -156,11 +159,6 @@ class Step:
     def is_dense(self) -> bool:
         """Whether every token runs every sub-layer."""
         return bool(self.runs.all())
-
-    @property
-    def num_generated(self) -> int:
-        """Generated tokens of the step."""
-        return int(self.length[self.generated].sum())
 
     @property
     def counted(self) -> Ints:
