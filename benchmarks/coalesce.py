@@ -163,19 +163,19 @@ def looked_at(
     parameters = np.tile([shape.attention_parameters, shape.mlp_parameters], shape.num_layers)
 
     def watch(model: Any) -> None:
-        begin = model.adaskip.begin_step
+        begin_step, table = model.adaskip.begin, model.adaskip.state.table
 
-        def begin_step() -> Any:
-            step, followed = begin(), model.adaskip._table.followed
+        def begin() -> Any:
+            step, followed = begin_step(), table.followed
             if len(followed):
                 needed = ~followed.all(axis=0)
-                seen.append((model.adaskip._table.live_plans, parameters @ needed))
+                seen.append((table.live_plans, parameters @ needed))
             return step
 
-        model.adaskip.begin_step = begin_step
+        model.adaskip.begin = begin
 
     def unwatch(model: Any) -> None:
-        del model.adaskip.begin_step  # the class's own is behind it
+        del model.adaskip.begin  # the class's own is behind it
 
     before = engine.llm.collective_rpc("adaskip_report")[0]
     engine.llm.apply_model(watch)

@@ -32,7 +32,7 @@ alone()  # before torch is loaded, which reads the number of threads then
 BATCHES = (1, 16, 64)
 NEVER, ALWAYS = 2.0, -1.0
 #: Of the gate, all that it adds to a step.
-PARTS = ("arrange", "begin", "narrowed", "observe", "finish")
+PARTS = ("begin", "after", "count")
 #: name -> threshold, and the arguments of every second request; the others have none.
 VARIANTS: dict[str, tuple[float, dict[str, str] | None]] = {
     "measured, nothing left out": (NEVER, None),

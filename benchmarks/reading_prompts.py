@@ -79,7 +79,7 @@ def shares(
         **engine_args(budget=0.75, **options),
     )
     spent: dict[str, float] = {}
-    llm.apply_model(lambda model: watch(model.adaskip.observer, spent))
+    llm.apply_model(lambda model: watch(model.adaskip.reader, spent))
     params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False)
     found: dict[str, list[float]] = {"table": [], "observe": []}
     for round_ in track(range(rounds + 1), "prefill"):
@@ -98,8 +98,8 @@ def shares(
     return found
 
 
-def watch(observer: Any, spent: dict[str, float]) -> None:
-    """Have the parts of an observer add up what they take."""
+def watch(reader: Any, spent: dict[str, float]) -> None:
+    """Have the parts of reading add up what they take."""
 
     def timed(part: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(*args: Any) -> Any:
@@ -110,9 +110,9 @@ def watch(observer: Any, spent: dict[str, float]) -> None:
 
         return wrapper
 
-    observer.begin = timed("table", observer.begin)
-    observer.finish = timed("table", observer.finish)
-    observer.observe = timed("observe", observer.observe)
+    reader.begin = timed("table", reader.begin)
+    reader.finish = timed("table", reader.finish)
+    reader.observe = timed("observe", reader.observe)
 
 
 def spread(values: list[float]) -> str:
