@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Invariant 12: under vLLM's default compilation plans mean the same.
+"""Every mode the same: under vLLM's default compilation plans mean what they mean eagerly.
 
 Guards against a step's plan that is looked at inside what `torch.compile` traces: the
 first plan seen would then hold for ever.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Invariants 1, 2, 7 and 11: off is free, neighbours do not matter, skipped is not launched."""
+"""Off is free, isolation, not launched, no process-global state."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def launches(llm: Any, run: Callable[[], Any]) -> Counter[tuple[str, int, int]]:
 
 
 def test_a_skipped_sub_layer_is_not_launched_and_some_rows_cost_those_rows(llm: Any) -> None:
-    """Invariant 7, by what vLLM's own modules were called with."""
+    """Not launched, by what vLLM's own modules were called with."""
     prompts = [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
     plans: list[Entries] = [[2, "attn:4"], [2, "mlp:5"], [2, "attn:4"]]
     seen = launches(llm, lambda: greedy(llm, prompts, plans, max_tokens=6))

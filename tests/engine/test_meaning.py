@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Invariant 3: prompt at full depth, each generated token through exactly its plan.
+"""Meaning: prompt at full depth, each generated token through exactly its plan.
 
-Fails when `Layout.of` counts a prompt token as generated, `StepPlan` gives a sub-layer to
-a wrong row, a subset's metadata or positions are another row's, or the residual is not
-scattered back (each was tried, see docs/architecture.md).
+Fails when `Step.of` counts a prompt token as generated, `Step.part` gives a sub-layer to
+a wrong row, a part's metadata or positions are another row's, or the residual is not
+scattered back (each was tried, see docs/testing.md).
 """
 
 from __future__ import annotations

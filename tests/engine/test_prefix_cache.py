@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Invariant 4: nobody reads K/V that was written under somebody else's plan.
+"""Clean cache: nobody reads K/V that was written under somebody else's plan.
 
 Fails when `MarkingScheduler` is not named in the engine's config (stock hashes: later
 requests get wrong tokens), when the mark leaves out the plan or the prompt's length, and

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Invariant 6: with two tensor-parallel ranks, the same tokens and the same plans on both."""
+"""Ranks agree: with two tensor-parallel ranks, the same tokens and the same plans on both."""
 
 from __future__ import annotations
 

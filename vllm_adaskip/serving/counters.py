@@ -46,7 +46,7 @@ class ServerCounters:
         self._shown: dict[tuple[str, ...], int] = {}
 
     def show_report(self, engine: int, report: Mapping[str, Any]) -> None:
-        """Show what one worker has counted by now, see `SkipRuntime.report`.
+        """Show what one worker has counted by now, see `engine.counts.report`.
 
         Args:
             engine: index of its engine.
