@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -279,6 +279,19 @@ def says_of(kind: str, tokens: int, seed: int) -> NDArray[np.bool_]:
     at=asked_behind,
     warm_up=st.integers(0, 3),
     seed=st.integers(0, 10_000),
+)
+@example(  # a gate of kind "any" says twice that a token leaves the same attention out
+    batch=[
+        (3, 4, 4, 32, True),
+        (5, 2, 3, 252, True),
+        (1, 1, 6, 188, False),
+        (0, 3, 5, 192, True),
+        (0, 4, 7, 252, True),
+        (5, 3, 1, 28, False),
+    ],
+    at=frozenset([1, 3]),
+    warm_up=2,
+    seed=33,
 )
 def test_each_token_runs_what_it_needs_and_reads_what_is_there(
     kind: str, kv_fill: str, batch: list[Row], at: frozenset[int], warm_up: int, seed: int

@@ -151,10 +151,11 @@ class CopyFill(KvFill):
         """Copy what has been kept by now."""
         step = self._step
         assert step is not None
-        ran = step.runs[step.span_of(tokens), 0::2] & (np.arange(left_out.shape[1]) <= layer)
-        self._write(Copies.of(step, tokens, left_out, ran))
         if self._written is None:
             self._written = np.zeros((step.num_tokens, left_out.shape[1]), dtype=np.bool_)
+        left_out = left_out & ~self._written[tokens]  # a gate may say the same again
+        ran = step.runs[step.span_of(tokens), 0::2] & (np.arange(left_out.shape[1]) <= layer)
+        self._write(Copies.of(step, tokens, left_out, ran))
         self._written[tokens] |= left_out & ran.any(axis=1, keepdims=True)
 
     def finish(self) -> None:
