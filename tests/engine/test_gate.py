@@ -398,6 +398,20 @@ def test_a_gate_is_told_what_plans_leave_out_and_what_requests_allow() -> None:
     assert (planned == table.skips[[0, 2]]).all() and allowed == [None, [7, 8]]
 
 
+def test_a_gate_that_leaves_out_attention_must_say_so() -> None:
+    table = SequenceTable(LAYERS, 1)
+    table.add(0, SkipPlan(LAYERS), 3, gated=True)
+    kind: Any = SimpleNamespace(gate_scope="token", gates_attention=False)
+    seq_lens = np.array([5])
+    step = Step.of(np.array([0, 1]), seq_lens, table.prompt_lens, table.skips)
+    told = Told(frozenset({3}), 0, np.ones((1, SUB_LAYERS, SUB_LAYERS), dtype=bool))
+    gate = StepGate(told, kind, table)
+    gate.begin(step, seq_lens)
+    shown = Stream(torch.zeros(1, 1), torch.zeros(1, 1))
+    with pytest.raises(RuntimeError, match="Told leaves out attention"):
+        gate.after(3, step, lambda tokens: shown)
+
+
 def test_steps_without_candidates_are_what_they_were() -> None:
     table = SequenceTable(LAYERS, 2)
     table.add(0, SkipPlan(LAYERS), 3, gated=True)

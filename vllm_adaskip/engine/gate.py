@@ -105,6 +105,12 @@ class StepGate:
         left_out = self._gate.after(sub_layer, asked, look)
         if left_out is None:
             return None
+        left_out[:, : sub_layer + 1] = False  # it has run
+        if not self._gates_attention and left_out[:, 0::2].any():
+            raise RuntimeError(
+                f"vllm-adaskip: {type(self._gate).__name__} leaves out attention, which its method "
+                "does not say; set gates_attention of the method to True"
+            )
         chosen = left_out.any(axis=1)
         leaving = Leaving(self._tokens[asked[chosen]], left_out[chosen])
         if self.scope == "answer":
