@@ -16,7 +16,7 @@ help:
 	@echo "make test-0.29  set up .venv-0.29 and run what another vLLM release could break"
 	@echo "make test-ray  the same with Ray, and run what needs it: two replicas, an offline job"
 	@echo "make ray-demo  the bundled model on Ray Serve, two replicas under a mixed load"
-	@echo "make lint   ruff and mypy"
+	@echo "make lint   ruff, mypy, import-linter"
 	@echo "make bench  adaskip bench: stock vLLM, the plugin and deleted layers side by side"
 	@echo "make bench-guard  a fast subset of it, whose ratios must not fall"
 	@echo "make bench-parts  K/V fills; reading prompts; early exit"
@@ -61,6 +61,7 @@ lint: .venv/.ray
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 bench: setup
 	$(BIN)/adaskip bench

@@ -33,7 +33,8 @@ from rich.progress import track
 from rich.table import Table
 
 from vllm_adaskip import bundled_model, bundled_profile
-from vllm_adaskip.lab.data.items import Item, load_items
+from vllm_adaskip.lab.data.items import Item
+from vllm_adaskip.lab.data.sources import load_items
 from vllm_adaskip.lab.evaluation.engine import CHUNK, Engine, kept
 from vllm_adaskip.lab.evaluation.quality import loss_to
 from vllm_adaskip.lab.evaluation.results import Answer, Setting

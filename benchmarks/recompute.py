@@ -29,8 +29,8 @@ from vllm_adaskip.classifiers.adainfer.method import AdaInferOptions
 from vllm_adaskip.classifiers.adainfer.rule_file import load_rule
 from vllm_adaskip.classifiers.adainfer.rules import ExitRule
 from vllm_adaskip.classifiers.profile import Profile
-from vllm_adaskip.lab.data.items import load_items
 from vllm_adaskip.lab.data.metrics import METRICS
+from vllm_adaskip.lab.data.sources import load_items
 from vllm_adaskip.lab.evaluation.quality import interval
 
 

@@ -19,11 +19,11 @@ from safetensors.numpy import load_file, save_file
 
 from vllm_adaskip import DecoderShape
 from vllm_adaskip.classifiers import PlanError, PromptStatistics
+from vllm_adaskip.classifiers.adainfer.gate import LensGate, features
 from vllm_adaskip.classifiers.adainfer.method import AdaInfer, AdaInferOptions
 from vllm_adaskip.classifiers.adainfer.rule_file import load_rule
 from vllm_adaskip.classifiers.adainfer.rules import FILE, Crf, ExitRule, Svm, Threshold
 from vllm_adaskip.classifiers.gates import Stream
-from vllm_adaskip.classifiers.adainfer.gate import LensGate, features
 from vllm_adaskip.classifiers.profile import ProfileError
 
 SHAPE = DecoderShape(6, attention_parameters=1, mlp_parameters=3)

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from vllm_adaskip.classifiers import DecoderShape, PlanError, PromptStatistics
 from vllm_adaskip.classifiers.cosine import Cosines, cosine
+from vllm_adaskip.classifiers.ffn_skip.gate import MlpGate
 from vllm_adaskip.classifiers.ffn_skip.method import FfnSkip, FfnSkipOptions
 from vllm_adaskip.classifiers.gates import Stream
-from vllm_adaskip.classifiers.ffn_skip.gate import MlpGate
 
 SHAPE = DecoderShape(6, attention_parameters=1, mlp_parameters=3)
 LAYERS = range(SHAPE.num_layers)

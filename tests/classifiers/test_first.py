@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 
 from vllm_adaskip.classifiers import DecoderShape, PlanError, PromptStatistics, SkipPlan
 from vllm_adaskip.classifiers.first.method import First, FirstOptions
-from vllm_adaskip.classifiers.profile import ProfileError
 from vllm_adaskip.classifiers.first.routers import FILE, Routers
+from vllm_adaskip.classifiers.profile import ProfileError
 
 LAYERS, HIDDEN = 8, 16
 SHAPE = DecoderShape(LAYERS, 1, 3)

@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 from made_up_exits import LAYERS, made_up
 
-from vllm_adaskip.classifiers.adainfer.method import AdaInfer, AdaInferOptions
-from vllm_adaskip.classifiers.adainfer.rule_file import load_rule
-from vllm_adaskip.classifiers.adainfer.fit.fitted import fit_adainfer
+from vllm_adaskip.classifiers.adainfer.fit.base import ExitFit
+from vllm_adaskip.classifiers.adainfer.fit.cases import Bools, Cases
 from vllm_adaskip.classifiers.adainfer.fit.check_layers import (
     check_cost,
     choose,
     first_exits,
     looked,
 )
-from vllm_adaskip.classifiers.adainfer.fit.base import ExitFit
+from vllm_adaskip.classifiers.adainfer.fit.fitted import fit_adainfer
 from vllm_adaskip.classifiers.adainfer.fit.quality import stops
 from vllm_adaskip.classifiers.adainfer.fit.settings import AdaInferSettings
-from vllm_adaskip.classifiers.adainfer.fit.cases import Bools, Cases
+from vllm_adaskip.classifiers.adainfer.method import AdaInfer, AdaInferOptions
+from vllm_adaskip.classifiers.adainfer.rule_file import load_rule
 from vllm_adaskip.classifiers.plan import DecoderShape
 
 KINDS = ["svm", "crf", "threshold"]

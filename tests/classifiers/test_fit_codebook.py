@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_adaskip.classifiers.first.method import FirstOptions
 from vllm_adaskip.classifiers.first.fit.codebook import fit_codebook, plans_of
 from vllm_adaskip.classifiers.first.fit.thresholds import share_skipped, with_thresholds
+from vllm_adaskip.classifiers.first.method import FirstOptions
 
 LAYERS = 8
 OPTIONS = FirstOptions()

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from vllm_adaskip.lab.data.examples import load_examples
-from vllm_adaskip.lab.data.items import DataError, load_items
+from vllm_adaskip.lab.data.items import DataError
+from vllm_adaskip.lab.data.sources import load_items
 from vllm_adaskip.lab.testbed.tasks import TASKS, split_of
 
 ROWS: list[dict[str, Any]] = [{"prompt": f"{n} + 1 =", "reference": str(n + 1)} for n in range(40)]

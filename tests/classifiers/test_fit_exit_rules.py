@@ -13,8 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_up_exits import LAYERS, made_up
 
-from vllm_adaskip.classifiers.adainfer.rule_file import load_rule
-from vllm_adaskip.classifiers.adainfer.rules import Svm
+from vllm_adaskip.classifiers.adainfer.fit.base import (
+    FOLDS,
+    LEAST,
+    above_others_cut,
+    folds_of,
+    least_cut,
+)
+from vllm_adaskip.classifiers.adainfer.fit.cases import Cases, exit_cases
 from vllm_adaskip.classifiers.adainfer.fit.crf import (
     CrfFit,
     log_odds,
@@ -23,18 +29,12 @@ from vllm_adaskip.classifiers.adainfer.fit.crf import (
     shifted,
     train,
 )
-from vllm_adaskip.classifiers.adainfer.fit.base import (
-    FOLDS,
-    LEAST,
-    above_others_cut,
-    folds_of,
-    least_cut,
-)
+from vllm_adaskip.classifiers.adainfer.fit.head import FinalHead
 from vllm_adaskip.classifiers.adainfer.fit.svm import Kernel, SvmFit, exported
 from vllm_adaskip.classifiers.adainfer.fit.svm import train as train_svm
 from vllm_adaskip.classifiers.adainfer.fit.threshold import ThresholdFit
-from vllm_adaskip.classifiers.adainfer.fit.cases import Cases, exit_cases
-from vllm_adaskip.classifiers.adainfer.fit.head import FinalHead
+from vllm_adaskip.classifiers.adainfer.rule_file import load_rule
+from vllm_adaskip.classifiers.adainfer.rules import Svm
 
 CHAIN = (1, 3, 4)
 

@@ -12,8 +12,8 @@ from fit_models import VOCABULARY, own_answers, tiny
 
 from vllm_adaskip.classifiers.adainfer.fit.cases import Cases, Scope, exit_candidates, exit_cases
 from vllm_adaskip.classifiers.adainfer.fit.head import FinalHead
-from vllm_adaskip.lab.fitting.sub_layers import DecoderError
 from vllm_adaskip.lab.fitting.samples import Sample
+from vllm_adaskip.lab.fitting.sub_layers import DecoderError
 
 FAMILIES = ["llama", "opt", "qwen3"]
 

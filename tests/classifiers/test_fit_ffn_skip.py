@@ -14,16 +14,16 @@ from reference import Reference
 
 from vllm_adaskip.classifiers import DecoderShape, PromptStatistics
 from vllm_adaskip.classifiers.ends import EndsOptions
-from vllm_adaskip.classifiers.ffn_skip.method import FfnSkip, FfnSkipOptions
 from vllm_adaskip.classifiers.ffn_skip.fit import (
     FfnSkipSettings,
     Fitted,
     fit_ffn_skip,
     mlps_left_out,
 )
-from vllm_adaskip.lab.fitting.similarity import Similarities, similarities
+from vllm_adaskip.classifiers.ffn_skip.method import FfnSkip, FfnSkipOptions
 from vllm_adaskip.classifiers.similarity.method import Similarity
 from vllm_adaskip.lab.evaluation.sweep import Sample
+from vllm_adaskip.lab.fitting.similarity import Similarities, similarities
 
 LAYERS = 6
 SHAPE = DecoderShape(LAYERS, attention_parameters=1, mlp_parameters=3)

@@ -12,10 +12,9 @@ from reference import Reference
 from torch import Tensor
 from transformers import DynamicCache
 
-from vllm_adaskip.lab.fitting.samples import Batch, batch_of
 from vllm_adaskip.classifiers.first.fit.gated import Gate, gated_logits, gated_loss
+from vllm_adaskip.lab.fitting.samples import IGNORED, Batch, Sample, batch_of
 from vllm_adaskip.lab.fitting.sub_layers import DecoderError, decoder_layers
-from vllm_adaskip.lab.fitting.samples import IGNORED, Sample
 
 CPU = torch.device("cpu")
 FAMILIES = ["llama", "mistral", "opt", "qwen2", "qwen3"]

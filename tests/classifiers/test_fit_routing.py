@@ -12,11 +12,11 @@ from fit_models import own_answers, tiny
 from torch import nn
 
 from vllm_adaskip.classifiers import DecoderShape
-from vllm_adaskip.classifiers.first.method import First, FirstOptions
-from vllm_adaskip.lab.fitting.samples import batch_of
 from vllm_adaskip.classifiers.first.fit.gated import gated_logits
 from vllm_adaskip.classifiers.first.fit.routing import Routing, prompt_scores, straight_through
+from vllm_adaskip.classifiers.first.method import First, FirstOptions
 from vllm_adaskip.classifiers.first.routers import Routers
+from vllm_adaskip.lab.fitting.samples import batch_of
 
 LAYERS = 4
 

@@ -16,10 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_adaskip import SkipPlan, bundled_model
+from vllm_adaskip.classifiers.static.fit import KnownLosses, Search, StaticSettings, search
 from vllm_adaskip.lab.fitting.greedy import greedy, trials
-from vllm_adaskip.classifiers.static.known_losses import KnownLosses
 from vllm_adaskip.lab.fitting.quality import plan_loss
-from vllm_adaskip.classifiers.static.fit import Search, StaticSettings, search
 from vllm_adaskip.lab.fitting.sub_layers import decoder_shape
 from vllm_adaskip.lab.fixed_plans import Unit, at_random, evenly, latest, units
 

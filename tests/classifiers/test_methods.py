@@ -17,8 +17,8 @@ from vllm_adaskip.classifiers import (
 )
 from vllm_adaskip.classifiers.early_exit import EarlyExit, EarlyExitOptions
 from vllm_adaskip.classifiers.ends import EndsOptions
-from vllm_adaskip.classifiers.regret import regrets
 from vllm_adaskip.classifiers.first.routers import Routers
+from vllm_adaskip.classifiers.regret import regrets
 from vllm_adaskip.classifiers.similarity.method import Similarity
 from vllm_adaskip.classifiers.static.method import Static, StaticOptions
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from vllm_adaskip.lab.data.items import DataError, load_items
+from vllm_adaskip.lab.data.items import DataError
 from vllm_adaskip.lab.data.metrics import METRICS
+from vllm_adaskip.lab.data.sources import load_items
 
 
 def write(tmp_path: Path, *lines: object) -> str:

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 from vllm_adaskip import bundled_model
 from vllm_adaskip.lab.data.harness import HarnessTask
-from vllm_adaskip.lab.data.items import DataError, Item, load_items
+from vllm_adaskip.lab.data.items import DataError, Item
+from vllm_adaskip.lab.data.sources import load_items
 from vllm_adaskip.lab.evaluation import harness_engine
 from vllm_adaskip.lab.evaluation.harness_engine import HarnessEngine, run_task
 from vllm_adaskip.lab.evaluation.manifest import new_manifest, start_or_resume

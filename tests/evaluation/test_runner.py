@@ -14,7 +14,8 @@ from torture.judge import Judge
 from transformers import AutoTokenizer
 
 from vllm_adaskip import bundled_model
-from vllm_adaskip.lab.data.items import Item, load_items
+from vllm_adaskip.lab.data.items import Item
+from vllm_adaskip.lab.data.sources import load_items
 from vllm_adaskip.lab.evaluation.manifest import new_manifest, start_or_resume
 from vllm_adaskip.lab.evaluation.results import Answer, Results, Setting, Timing
 from vllm_adaskip.lab.evaluation.runner import Timed, Work, evaluate

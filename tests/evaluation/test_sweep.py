@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 
 from vllm_adaskip import bundled_model
 from vllm_adaskip.cli.sweep import sweep as command
-from vllm_adaskip.lab.data.items import Item, load_items
+from vllm_adaskip.lab.data.items import Item
+from vllm_adaskip.lab.data.sources import load_items
 from vllm_adaskip.lab.evaluation import sleb
 from vllm_adaskip.lab.evaluation.results import Results, SweepCell
 from vllm_adaskip.lab.evaluation.sweep import (

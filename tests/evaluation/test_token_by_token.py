@@ -18,7 +18,8 @@ from transformers import AutoTokenizer
 
 from vllm_adaskip import DecoderShape, bundled_model
 from vllm_adaskip.classifiers.ffn_skip.method import FfnSkip, FfnSkipOptions
-from vllm_adaskip.lab.data.items import Item, load_items
+from vllm_adaskip.lab.data.items import Item
+from vllm_adaskip.lab.data.sources import load_items
 from vllm_adaskip.lab.evaluation.harness_engine import HarnessEngine
 from vllm_adaskip.lab.evaluation.manifest import new_manifest, start_or_resume
 from vllm_adaskip.lab.evaluation.report import make_report

@@ -59,8 +59,7 @@ def static(
         one = fit.subject(model, data, (prompt_column, answer_column), limit, batch, seed)
         settings.count(one.config["num_hidden_layers"])
         if fit.begins(out, "static", one, data, settings.model_dump()):
-            from vllm_adaskip.classifiers.static.known_losses import FILE
-            from vllm_adaskip.classifiers.static.search_curve import draw_search
+            from vllm_adaskip.classifiers.static.fit import LOSSES, draw_search
 
             found, shape = _searched(out, one, settings, batch, device)
             if settings.search == "greedy":
@@ -69,7 +68,7 @@ def static(
                 out, "static", one, StaticOptions(skip=found.plan.entries()),
                 metrics=_metrics(found, shape, settings, len(one.samples)),
             )  # fmt: skip
-            (out / FILE).unlink()
+            (out / LOSSES).unlink()
             Console().print(table(found, shape))
         fit.how_to_go_on(one, out)
 
@@ -88,8 +87,7 @@ def _searched(
     out: Path, one: fit.Subject, settings: StaticSettings, batch: int, device: str
 ) -> tuple[Found, DecoderShape]:
     """Load the model and search, with a bar of losses; also weigh the model's layers."""
-    from vllm_adaskip.classifiers.static.fit import search
-    from vllm_adaskip.classifiers.static.known_losses import KnownLosses
+    from vllm_adaskip.classifiers.static.fit import KnownLosses, search
     from vllm_adaskip.lab.fitting.quality import plan_loss
     from vllm_adaskip.lab.fitting.sub_layers import decoder_shape
 

@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from vllm_adaskip.bundled import bundled_model
-from vllm_adaskip.lab.data.items import Item, load_items
+from vllm_adaskip.lab.data.items import Item
+from vllm_adaskip.lab.data.sources import load_items
 from vllm_adaskip.lab.evaluation import settings as known
 from vllm_adaskip.lab.evaluation.manifest import new_manifest, start_or_resume
 from vllm_adaskip.lab.evaluation.results import Answer, Manifest, Results, Setting, Timing

@@ -50,7 +50,7 @@ def sweep(
     """
     console = Console()
     with plain_errors():
-        from vllm_adaskip.lab.data.items import load_items
+        from vllm_adaskip.lab.data.sources import load_items
         from vllm_adaskip.lab.evaluation.manifest import start_or_resume
         from vllm_adaskip.lab.evaluation.results import Results
         from vllm_adaskip.lab.evaluation.sweep import Sweep, damages

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from pydantic import Field
 
-from vllm_adaskip.classifiers.base import Classifier, MethodOptions, Observe, PromptStatistics
-from vllm_adaskip.classifiers.early_exit import deepest_exit, exit_plan
 from vllm_adaskip.classifiers.adainfer.rule_file import load_rule
 from vllm_adaskip.classifiers.adainfer.rules import Crf, ExitRule, Threshold
+from vllm_adaskip.classifiers.base import Classifier, MethodOptions, Observe, PromptStatistics
+from vllm_adaskip.classifiers.early_exit import deepest_exit, exit_plan
 from vllm_adaskip.classifiers.gates import Gate, Lens, Stream
 from vllm_adaskip.classifiers.plan import DecoderShape, PlanError, SkipPlan
 

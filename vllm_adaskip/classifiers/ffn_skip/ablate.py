@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from vllm_adaskip.classifiers.ffn_skip.method import FfnSkipOptions
 from vllm_adaskip.classifiers.ffn_skip.fit import FfnSkipSettings, fit_ffn_skip
-from vllm_adaskip.lab.fitting.similarity import Similarities
-from vllm_adaskip.lab.fixed_plans import Entry, at_random, evenly, units
+from vllm_adaskip.classifiers.ffn_skip.method import FfnSkipOptions
 from vllm_adaskip.classifiers.plan import DecoderShape
 from vllm_adaskip.lab.evaluation.results import Setting
 from vllm_adaskip.lab.evaluation.settings import DENSE, distinct
+from vllm_adaskip.lab.fitting.similarity import Similarities
+from vllm_adaskip.lab.fixed_plans import Entry, at_random, evenly, units
 
 #: The paper's shares of MLPs left out, and two that tell apart what a robust model hides there.
 TARGETS = (0.05, 0.15, 0.25, 0.35, 0.5, 0.6)

@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllm_adaskip.classifiers.first.method import FirstOptions
-from vllm_adaskip.lab.fitting.greedy import greedy
 from vllm_adaskip.classifiers.profile import Profile
 from vllm_adaskip.lab.evaluation.results import Setting
 from vllm_adaskip.lab.evaluation.settings import DENSE, distinct, plans
+from vllm_adaskip.lab.fitting.greedy import greedy
 
 Reduce = Literal["mean", "fraction", "last"]
 REDUCES: tuple[Reduce, ...] = ("mean", "fraction", "last")

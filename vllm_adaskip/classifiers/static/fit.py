@@ -3,19 +3,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
+from matplotlib.figure import Figure
 from pydantic import Field
 
 from vllm_adaskip.classifiers.ends import EndsOptions
+from vllm_adaskip.classifiers.plan import SkipPlan
 from vllm_adaskip.lab.fitting.greedy import Step, greedy, trials
 from vllm_adaskip.lab.fixed_plans import Entry, Unit, at_random, evenly, latest, units
-from vllm_adaskip.classifiers.plan import SkipPlan
 
 Search = Literal["greedy", "late", "uniform", "random"]
 Loss = Callable[[SkipPlan], float]
+#: In the fit's folder: losses that are known, and the picture of the search.
+LOSSES, PICTURE = "losses.json", "search.png"
 
 
 class StaticSettings(EndsOptions):
@@ -95,3 +100,51 @@ def _chosen(settings: StaticSettings, candidates: Sequence[Entry], count: int) -
     if settings.search == "random":
         return at_random(candidates, count, settings.seed)
     return (latest if settings.search == "late" else evenly)(candidates, count)
+
+
+class KnownLosses:
+    """A loss of plans that is not worked out twice, in this process or a later one.
+
+    Args:
+        folder: of the fit, which `start_or_resume` holds to one model and one set of examples.
+        loss: what is asked for plans that are not known yet.
+
+    """
+
+    def __init__(self, folder: Path, loss: Callable[[SkipPlan], float]) -> None:
+        self._path, self._loss = folder / LOSSES, loss
+        self._known: dict[str, float] = {}
+        if self._path.exists():
+            self._known = json.loads(self._path.read_text())
+
+    def __call__(self, plan: SkipPlan) -> float:
+        """Give a plan's loss."""
+        if (name := str(plan)) not in self._known:
+            self._known[name] = self._loss(plan)
+            (part := self._path.with_suffix(".part")).write_text(json.dumps(self._known))
+            part.replace(self._path)
+        return self._known[name]
+
+
+def draw_search(steps: Sequence[Step[Entry]], unit: str, folder: Path) -> None:
+    """Draw the loss against the number of units left out, and name them; the last is the plan."""
+    figure = Figure(figsize=(max(5.6, 0.5 * len(steps)), 3.6), layout="constrained")
+    axes = figure.subplots()
+    losses = [step.loss for step in steps]
+    axes.plot(losses, marker="o", markersize=4)
+    axes.plot(len(steps) - 1, losses[-1], marker="o", markersize=10, label="the plan")
+    for place, step in enumerate(steps[1:], 1):
+        axes.annotate(
+            str(step.left_out[-1]), (place, step.loss), (0, 7), textcoords="offset points",
+            ha="center", fontsize=7,
+        )  # fmt: skip
+    axes.margins(y=0.15)  # before a limit is set, which ends all scaling
+    axes.set(
+        xlabel=f"left out ({unit})",
+        ylabel="loss, nats per answer token",
+        xticks=range(0, len(steps), max(1, len(steps) // 12)),
+        ylim=(0, None),
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(folder / PICTURE, dpi=110)

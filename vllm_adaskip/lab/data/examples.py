@@ -7,7 +7,8 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from vllm_adaskip.lab.data.items import BUNDLED, DataError, Item, load_items
+from vllm_adaskip.lab.data.items import BUNDLED, DataError, Item
+from vllm_adaskip.lab.data.sources import load_items
 
 HUB = "hub:"
 #: Fewer examples than this teach nothing, whatever the batch.

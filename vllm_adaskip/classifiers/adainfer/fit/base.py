@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_adaskip.classifiers.adainfer.rules import ExitRule
 from vllm_adaskip.classifiers.adainfer.fit.cases import Bools, Cases, Floats
+from vllm_adaskip.classifiers.adainfer.rules import ExitRule
 
 #: Folds of the cross-validation.
 FOLDS = 5

@@ -19,12 +19,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vllm_adaskip.lab.fitting.answers import answer_logits
-from vllm_adaskip.lab.fitting.samples import Batch, batches_of
 from vllm_adaskip.classifiers.adainfer.fit.head import FinalHead
-from vllm_adaskip.lab.fitting.sub_layers import visited
 from vllm_adaskip.classifiers.adainfer.gate import features
-from vllm_adaskip.lab.fitting.samples import Sample
+from vllm_adaskip.lab.fitting.answers import answer_logits
+from vllm_adaskip.lab.fitting.samples import Batch, Sample, batches_of
+from vllm_adaskip.lab.fitting.sub_layers import visited
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]

@@ -15,8 +15,8 @@ import numpy as np
 
 from vllm_adaskip.classifiers.adainfer.fit.base import ExitFit, Ints
 from vllm_adaskip.classifiers.adainfer.fit.cases import Bools, Cases
-from vllm_adaskip.lab.fitting.greedy import greedy
 from vllm_adaskip.classifiers.plan import DecoderShape
+from vllm_adaskip.lab.fitting.greedy import greedy
 
 #: A task with fewer cases than this does not tell one wrong answer in a hundred.
 ENOUGH = 100

@@ -19,9 +19,9 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from vllm_adaskip.classifiers.adainfer.rules import Crf
 from vllm_adaskip.classifiers.adainfer.fit.base import FOLDS, LEAST, ExitFit, Ints
 from vllm_adaskip.classifiers.adainfer.fit.cases import Bools, Cases, Floats
+from vllm_adaskip.classifiers.adainfer.rules import Crf
 
 FILE = "training.crfsuite"
 FEATURES = ("top_prob", "gap", "bias")

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vllm_adaskip.classifiers.adainfer.rules import ExitRule
+from vllm_adaskip.classifiers.adainfer.fit.base import LEAST, ExitFit, Ints, folds_of
+from vllm_adaskip.classifiers.adainfer.fit.cases import Cases
 from vllm_adaskip.classifiers.adainfer.fit.check_layers import Look, choose, first_exits, looked
 from vllm_adaskip.classifiers.adainfer.fit.crf import CrfFit
-from vllm_adaskip.classifiers.adainfer.fit.base import LEAST, ExitFit, Ints, folds_of
 from vllm_adaskip.classifiers.adainfer.fit.quality import (
     LayerJudged,
     TaskExits,
@@ -28,7 +28,7 @@ from vllm_adaskip.classifiers.adainfer.fit.quality import (
 from vllm_adaskip.classifiers.adainfer.fit.settings import AdaInferSettings
 from vllm_adaskip.classifiers.adainfer.fit.svm import SvmFit
 from vllm_adaskip.classifiers.adainfer.fit.threshold import ThresholdFit
-from vllm_adaskip.classifiers.adainfer.fit.cases import Cases
+from vllm_adaskip.classifiers.adainfer.rules import ExitRule
 
 #: Agreements for which cuts are tried, beside those between the one asked for and 1.
 _LEVELS = (0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998, 0.999, 1.0)

@@ -10,8 +10,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from vllm_adaskip.classifiers.adainfer.fit.check_layers import Look
 from vllm_adaskip.classifiers.adainfer.fit.cases import Cases
+from vllm_adaskip.classifiers.adainfer.fit.check_layers import Look
 
 FEATURES, COVERAGE = "features.png", "coverage.png"
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vllm_adaskip.classifiers.adainfer.rules import ExitRule
-from vllm_adaskip.classifiers.adainfer.fit.check_layers import Look, first_exits
 from vllm_adaskip.classifiers.adainfer.fit.base import ExitFit, Ints
 from vllm_adaskip.classifiers.adainfer.fit.cases import Cases, Floats
+from vllm_adaskip.classifiers.adainfer.fit.check_layers import Look, first_exits
+from vllm_adaskip.classifiers.adainfer.rules import ExitRule
 
 
 @dataclass(frozen=True)

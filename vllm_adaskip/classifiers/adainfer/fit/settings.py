@@ -7,8 +7,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from vllm_adaskip.classifiers.adainfer.fit.svm import Kernel
 from vllm_adaskip.classifiers.adainfer.fit.cases import Scope
+from vllm_adaskip.classifiers.adainfer.fit.svm import Kernel
 
 #: Fewer examples than this cannot be split five ways, and a fifth held back.
 EXAMPLES = 100

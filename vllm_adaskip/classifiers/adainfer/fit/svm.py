@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from vllm_adaskip.classifiers.adainfer.rules import Svm
 from vllm_adaskip.classifiers.adainfer.fit.artefact import write_artefact
 from vllm_adaskip.classifiers.adainfer.fit.base import (
     FOLDS,
@@ -27,6 +26,7 @@ from vllm_adaskip.classifiers.adainfer.fit.base import (
     least_cut,
 )
 from vllm_adaskip.classifiers.adainfer.fit.cases import Bools, Cases, Floats
+from vllm_adaskip.classifiers.adainfer.rules import Svm
 
 Kernel = Literal["rbf", "linear"]
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 
-from vllm_adaskip.classifiers.adainfer.rules import Threshold
 from vllm_adaskip.classifiers.adainfer.fit.base import (
     ExitFit,
     Ints,
@@ -21,6 +20,7 @@ from vllm_adaskip.classifiers.adainfer.fit.base import (
     least_cut,
 )
 from vllm_adaskip.classifiers.adainfer.fit.cases import Bools, Cases
+from vllm_adaskip.classifiers.adainfer.rules import Threshold
 
 
 class ThresholdFit(ExitFit):

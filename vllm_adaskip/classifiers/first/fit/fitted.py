@@ -15,17 +15,17 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from vllm_adaskip.classifiers.first.method import FirstOptions
 from vllm_adaskip.classifiers.first.fit.codebook import Scores, Weights, fit_codebook, plans_of
 from vllm_adaskip.classifiers.first.fit.lora import adapt, train_lora
-from vllm_adaskip.lab.fitting.quality import TaskQuality, answers_right, by_task
 from vllm_adaskip.classifiers.first.fit.routers import train_routers
 from vllm_adaskip.classifiers.first.fit.routing import Routing, prompt_scores
 from vllm_adaskip.classifiers.first.fit.settings import FirstSettings
 from vllm_adaskip.classifiers.first.fit.thresholds import at_target, share_skipped, with_thresholds
 from vllm_adaskip.classifiers.first.fit.training import Curve
+from vllm_adaskip.classifiers.first.method import FirstOptions
 from vllm_adaskip.classifiers.lora import FOLDER as LORA
 from vllm_adaskip.classifiers.plan import SkipPlan
+from vllm_adaskip.lab.fitting.quality import TaskQuality, answers_right, by_task
 from vllm_adaskip.lab.fitting.samples import Sample
 
 #: In the profile's folder until the fit is done, one for each phase.

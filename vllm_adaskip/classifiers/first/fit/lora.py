@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_adaskip.lab.fitting.samples import Batch
 from vllm_adaskip.classifiers.first.fit.gated import Gate, gated_loss
 from vllm_adaskip.classifiers.first.fit.training import Curve, Training
-from vllm_adaskip.lab.fitting.samples import Sample
+from vllm_adaskip.lab.fitting.samples import Batch, Sample
 
 
 def adapt(model: Any, rank: int, seed: int) -> Any:

@@ -22,13 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_adaskip.lab.fitting.samples import Batch
 from vllm_adaskip.classifiers.first.fit.gated import gated_loss
 from vllm_adaskip.classifiers.first.fit.routing import Routing
 from vllm_adaskip.classifiers.first.fit.settings import FirstSettings
 from vllm_adaskip.classifiers.first.fit.training import Curve, Training
 from vllm_adaskip.classifiers.first.routers import Routers
-from vllm_adaskip.lab.fitting.samples import Sample
+from vllm_adaskip.lab.fitting.samples import Batch, Sample
 
 
 def train_routers(

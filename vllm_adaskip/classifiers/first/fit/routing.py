@@ -15,11 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vllm_adaskip.classifiers.first.method import VOTE, FirstOptions
-from vllm_adaskip.lab.fitting.samples import Batch, batches_of
 from vllm_adaskip.classifiers.first.fit.gated import gated_logits
+from vllm_adaskip.classifiers.first.method import VOTE, FirstOptions
 from vllm_adaskip.classifiers.first.routers import Routers
-from vllm_adaskip.lab.fitting.samples import Sample
+from vllm_adaskip.lab.fitting.samples import Batch, Sample, batches_of
 
 #: Makes gates ``[rows]`` of a layer's scores ``[rows]``.
 Decide = Callable[[Tensor], Tensor]

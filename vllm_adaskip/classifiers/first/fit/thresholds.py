@@ -6,8 +6,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_adaskip.classifiers.first.method import FirstOptions
 from vllm_adaskip.classifiers.first.fit.codebook import Plans, Scores, Weights, plans_of
+from vllm_adaskip.classifiers.first.method import FirstOptions
 
 #: Thresholds in a calibration; `FirstOptions.resolved_threshold` interpolates between them.
 _POINTS = 48

@@ -13,8 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vllm_adaskip.lab.fitting.samples import Batch, batch_of
-from vllm_adaskip.lab.fitting.samples import Sample
+from vllm_adaskip.lab.fitting.samples import Batch, Sample, batch_of
 
 #: Steps between checkpoints.
 EVERY = 25
