@@ -32,7 +32,7 @@ TOKENS = 240
 def main(rounds: Annotated[int, typer.Option(min=3)] = 15) -> None:
     """Time methods that read prompts on the bundled model and on a larger shape."""
     from vllm_adaskip import bundled_model
-    from vllm_adaskip.lab.bench.profiles import untrained_first
+    from vllm_adaskip.lab.bench.engines import untrained_first
     from vllm_adaskip.lab.bench.shapes import Shape
 
     table = Table(

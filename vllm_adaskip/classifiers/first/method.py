@@ -13,7 +13,6 @@ from pydantic import Field
 
 from vllm_adaskip.classifiers.base import Classifier, MethodOptions, Observe, PromptStatistics
 from vllm_adaskip.classifiers.calibration import CalibratedOptions
-from vllm_adaskip.classifiers.first.codebook import nearest_within
 from vllm_adaskip.classifiers.gates import Lens
 from vllm_adaskip.classifiers.plan import DecoderShape, SkipPlan
 from vllm_adaskip.classifiers.regret import regrets
@@ -135,3 +134,16 @@ class First(Classifier):
 def _layers(layers: Sequence[int], num_layers: int) -> SkipPlan:
     bits = sum(1 << layer for layer in layers)
     return SkipPlan(num_layers, bits, bits)
+
+
+def nearest_within(allowed: SkipPlan, codebook: Sequence[SkipPlan]) -> SkipPlan | None:
+    """Give the codebook's plan nearest to ``allowed`` that leaves out nothing beyond it.
+
+    Nearest by sub-layers that differ; of equals the first. None: every plan goes beyond it.
+    """
+    within = [plan for plan in codebook if plan | allowed == allowed]
+    return max(within, key=_sub_layers, default=None)
+
+
+def _sub_layers(plan: SkipPlan) -> int:
+    return plan.attention.bit_count() + plan.mlp.bit_count()

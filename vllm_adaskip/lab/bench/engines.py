@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 from vllm_adaskip.classifiers import SkipPlan
@@ -135,3 +136,17 @@ def decode(
     taken = [batch.step() for _ in range(steps)]
     batch.end()
     return taken
+
+
+def untrained_first(folder: Path, model: str, width: int = 0) -> str:
+    """Write a profile for the model in a folder, with routers of so many hidden units."""
+    from transformers import AutoConfig
+
+    from vllm_adaskip.classifiers.first.routers import Routers
+    from vllm_adaskip.classifiers.profile import Profile, fingerprint
+
+    config = AutoConfig.from_pretrained(model).to_dict()
+    profile = Profile(method="first", model=model, fingerprint=fingerprint(config))
+    profile.save(folder)
+    Routers(config["num_hidden_layers"], config["hidden_size"], width).save(folder)
+    return str(folder)

@@ -13,9 +13,8 @@ from typing import Any
 
 from vllm_adaskip.classifiers import SkipPlan
 from vllm_adaskip.lab.bench.bound import nearly_dense
-from vllm_adaskip.lab.bench.engines import Arguments, decode, engine, following
+from vllm_adaskip.lab.bench.engines import Arguments, decode, engine, following, untrained_first
 from vllm_adaskip.lab.bench.plans import deal, distinct, shared
-from vllm_adaskip.lab.bench.profiles import untrained_first
 from vllm_adaskip.lab.bench.rounds import Run
 from vllm_adaskip.lab.bench.shapes import Shape
 

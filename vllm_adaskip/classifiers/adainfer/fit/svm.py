@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from vllm_adaskip.classifiers.adainfer.fit.artefact import write_artefact
 from vllm_adaskip.classifiers.adainfer.fit.base import (
     FOLDS,
     ExitFit,
@@ -27,6 +26,9 @@ from vllm_adaskip.classifiers.adainfer.fit.base import (
 )
 from vllm_adaskip.classifiers.adainfer.fit.cases import Bools, Cases, Floats
 from vllm_adaskip.classifiers.adainfer.rules import Svm
+
+#: What was trained, beside the profile; nothing that serves reads it.
+ARTEFACT = "training.skops"
 
 Kernel = Literal["rbf", "linear"]
 
@@ -122,3 +124,10 @@ def exported(machines: dict[int, Any], cuts: Floats) -> Svm:
         dual=tuple(np.ascontiguousarray(dual[0]) for _, dual in pairs),
         gamma=None if is_linear else np.full(len(svcs), _GAMMA),
     )
+
+
+def write_artefact(trained: object, folder: Path) -> None:
+    """Write objects of scikit-learn into a profile's folder."""
+    from skops.io import dump
+
+    dump(trained, folder / ARTEFACT)
