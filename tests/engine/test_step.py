@@ -56,6 +56,9 @@ def left(batch: list[Row], changes: list[tuple[int, int]]) -> tuple[Step, np.nda
     """A step some tokens of which leave out sub-layers above some, and what each token runs."""
     step, runs = step_of(batch), expected(batch)
     for seed, after in changes:
+        # All is read before, so that what is kept of it would show afterwards.
+        read = [step.part(sub_layer) for sub_layer in SUB_LAYERS]
+        assert len(read) == len(step.counted)
         draw = np.random.default_rng(seed)
         leaving = np.flatnonzero(draw.random(len(runs)) < 0.5)
         left_out = draw.random((len(leaving), 2 * LAYERS)) < draw.choice([0.3, 1.0])
@@ -81,6 +84,9 @@ def test_each_sub_layer_gets_exactly_its_tokens_in_order(
         assert positions(step, sub_layer) == want
         assert (step.part(sub_layer) is None) == (len(want) == len(runs))
         assert (step.part(sub_layer) is NOBODY) == (not want)
+        for other in SUB_LAYERS[:sub_layer]:  # one object for the same tokens, also after a cut
+            same = (runs[:, other] == runs[:, sub_layer]).all()
+            assert (step.part(other) is step.part(sub_layer)) == same
     assert step.is_dense == bool(runs.all())
 
 
@@ -167,10 +173,11 @@ def test_prompt_tokens_may_have_a_plan_of_their_own(both: list[tuple[Row, Row]])
 
 
 @settings(deadline=None)
-@given(batches)
-def test_knows_where_prompts_end(batch: list[Row]) -> None:
+@given(batches, cuts)
+def test_knows_where_prompts_end(batch: list[Row], changes: list[tuple[int, int]]) -> None:
     computed, query, prompt_lens = (np.array([row[i] for row in batch]) for i in range(3))
-    found_rows, ends = step_of(batch).prompt_ends(computed + query, prompt_lens)
+    step, _ = left(batch, changes)
+    found_rows, ends = step.prompt_ends(computed + query, prompt_lens)
     want = [
         (row, token)
         for token, (row, position, _) in enumerate(tokens_of(batch))
@@ -184,10 +191,13 @@ def test_knows_where_prompts_end(batch: list[Row]) -> None:
 def test_a_fork_leaves_its_original_as_it_was(batch: list[Row], seed: int) -> None:
     step = step_of(batch)
     before = [positions(step, sub_layer) for sub_layer in SUB_LAYERS]
+    runs, counted = step.runs.copy(), step.counted.copy()
     fork = step.fork()
     leaving = np.flatnonzero(np.random.default_rng(seed).random(step.num_tokens) < 0.5)
     fork.leave(leaving, np.ones((len(leaving), 2 * LAYERS), dtype=bool))
     assert [positions(step, sub_layer) for sub_layer in SUB_LAYERS] == before
+    # Parts and counts may be kept from before; what they are made from must be as it was too.
+    assert (step.runs == runs).all() and (step.counted == counted).all()
     for sub_layer in SUB_LAYERS:
         assert set(positions(fork, sub_layer)) == set(before[sub_layer]) - set(leaving.tolist())
 
