@@ -20,12 +20,12 @@ def fit(out: Path, *arguments: str) -> Result:
 
 
 def test_it_writes_a_profile_that_a_server_takes(tmp_path: Path, model: str) -> None:
-    arguments = ["--model", model, *FEW, "--scale", "--target-skip", "0.3", "--device", "cpu"]
+    arguments = ["--model", model, *FEW, "--target-skip", "0.3", "--device", "cpu"]
     done = fit(out := tmp_path / "profile", *arguments)
     assert done.exit_code == 0, done.output
     assert {path.name for path in out.iterdir()} == {"adaskip.json", "fit.json", "similarity.png"}
     profile = Profile.load(out)
-    assert (profile.method, profile.budget, profile.options) == ("similarity", 0.7, {"scale": True})
+    assert (profile.method, profile.budget, profile.options) == ("similarity", 0.7, {})
     assert AdaSkipConfig.parse({"profile": str(out)}).budget == 0.7
     for words in ("left out", "vllm serve", "adaskip eval"):
         assert words in done.output
