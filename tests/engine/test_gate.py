@@ -121,11 +121,20 @@ class Decoder(SkippingDecoder):
     batches: Any = None
 
     def run(self, stream: Stream, sub_layer: int) -> Stream:
-        whole = stream.update if stream.before is None else stream.update + stream.before
+        whole = self.whole(stream)
         for token in whole[:, 0].long().tolist():
             assert not self.ran[token] or self.ran[token][-1] < sub_layer
             self.ran[token].append(sub_layer)
-        return Stream(torch.zeros_like(whole), whole.clone())
+        update = torch.zeros_like(whole)
+        update[:, 1] = 1 << sub_layer
+        return Stream(update, whole)
+
+    def whole(self, stream: Stream) -> Tensor:
+        """Of each token shown its number, and what it ran; no token's share may be lost."""
+        whole = stream.update + (0 if stream.before is None else stream.before)
+        for token, ran in whole.long().tolist():
+            assert ran == sum(1 << one for one in self.ran[token])
+        return whole
 
     def run_attention(self, layer: int, positions: Tensor, stream: Stream) -> Stream:
         told = self.batches.parts[layer]
@@ -146,8 +155,7 @@ class Decoder(SkippingDecoder):
         return self.run(stream, 2 * layer + 1)
 
     def project_kv(self, layer: int, positions: Tensor, stream: Stream) -> tuple[Tensor, Tensor]:
-        whole = stream.update if stream.before is None else stream.update + stream.before
-        tokens = whole[:, 0].long()
+        tokens = self.whole(stream)[:, 0].long()
         assert positions.tolist() == tokens.tolist()
         for token in tokens.tolist():
             assert not self.ran[token] or self.ran[token][-1] < 2 * layer
@@ -191,9 +199,10 @@ def play(batch: list[Row], scope: Any, gate: Told, kv_fill: str) -> Any:
     decoder.ran = {token: [] for token in range(step.num_tokens)}
     runtime.fill.begin(step, may_change=runtime.gate.is_open)
     tokens = torch.arange(step.num_tokens)
-    window = Window(Stream(tokens[:, None].double(), None), tokens)
+    stream = torch.stack((tokens, torch.zeros_like(tokens)), dim=1).double()
+    window = Window(Stream(stream, None), tokens)
     decoder._run_sub_layers(step, window)
-    assert window.stream.update.shape[0] == step.num_tokens
+    assert decoder.whole(window.stream)[:, 0].tolist() == tokens.tolist()
     runtime.fill.finish()
     table.counts.add(step)
     runtime.gate.count(step)
@@ -429,3 +438,6 @@ def test_steps_without_candidates_are_what_they_were() -> None:
     assert not is_open([3, 1], [3, 9])  # a prompt, a dense sequence
     assert not is_open([1, 1], [5, 9])  # the warm-up
     assert is_open([1, 1], [6, 9])
+    assert not is_open([1], [3])  # what was open is closed again
+    table.remove(0)
+    assert not is_open([1, 1], [0, 9])

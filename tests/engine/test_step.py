@@ -22,7 +22,9 @@ rows = st.tuples(
     st.integers(1, 9),
     st.lists(st.booleans(), min_size=2 * LAYERS, max_size=2 * LAYERS),
 )
-batches = st.lists(rows, min_size=1, max_size=8)
+#: Rows that decode, as all do in most steps.
+decoding = st.tuples(st.integers(1, 6), st.just(1), st.just(1), rows.map(lambda row: row[3]))
+batches = st.one_of(*(st.lists(row, min_size=1, max_size=8) for row in (rows, decoding)))
 #: Of each token of a step: a seed for whether, and what, it leaves out in the middle.
 cuts = st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 2 * LAYERS - 2)), max_size=2)
 
