@@ -261,6 +261,14 @@ def test_explicit_plans_and_dense_requests_are_not_changed_but_count() -> None:
     assert state.table.live_plans == 2
 
 
+def test_a_plan_that_leaves_out_more_is_not_followed() -> None:
+    """Though it would add nothing to what the batch runs."""
+    state = state_of(1.0)
+    state.enter(31, {"adaskip_skip": [1, 2, 3, 4]}, [0], generated=0)
+    enter_and_decide(state, range(4))
+    assert not (state.table.skips[:4] == state.table.skips[31]).all(axis=1).any()
+
+
 def test_a_plan_that_the_method_never_gives_is_nobody_else_s() -> None:
     """The first layer is never left out by the method, but may be by a request's own plan."""
     state = state_of(1.0)

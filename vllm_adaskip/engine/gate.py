@@ -134,7 +134,7 @@ class StepGate:
             rows, tokens = step.prompt_ends(seq_lens, prompt_lens)
             return tokens[gated[rows]]
         assert self._gate is not None
-        past_warm_up = (seq_lens - prompt_lens)[step.row] - step.behind - self._gate.warm_up
+        past_warm_up = (seq_lens - prompt_lens)[step.row] - self._gate.warm_up
         count = np.clip(past_warm_up, 0, step.length) * (step.generated & gated[step.row])
         return ranges(step.starts + step.length - count, count)
 

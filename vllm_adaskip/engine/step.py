@@ -199,7 +199,7 @@ class Step:
     def prompt_ends(self, seq_lens: Ints, prompt_lens: Ints) -> tuple[Ints, Ints]:
         """Return the rows whose prompt becomes complete here, and their last prompt tokens."""
         ends = seq_lens[self.row] - self.behind == prompt_lens[self.row]
-        (spans,) = (ends & ~self.generated).nonzero()
+        (spans,) = ends.nonzero()
         return self.row[spans], (self.starts + self.length)[spans] - 1
 
     def leave(self, tokens: Ints, left_out: Bools) -> None:
@@ -214,7 +214,7 @@ class Step:
         if (self.length[spans] > 1).any():
             self._cut(tokens, left_out)
             spans = self.span_of(tokens)
-            self._columns, self._parts = {}, ["?"] * len(self._parts)
+            self._parts = ["?"] * len(self._parts)
         self.runs[spans] &= ~left_out
         self._counted = None
         for sub_layer in np.flatnonzero(left_out.any(axis=0)).tolist():
@@ -222,8 +222,8 @@ class Step:
 
     def _cut(self, tokens: Ints, left_out: Bools) -> None:
         """Cut spans so that the tokens of each leave out the same."""
-        fate = np.zeros((self.num_tokens, left_out.shape[1] + 1), dtype=np.bool_)
-        fate[tokens, :-1], fate[tokens, -1] = left_out, True
+        fate = np.zeros((self.num_tokens, left_out.shape[1]), dtype=np.bool_)
+        fate[tokens] = left_out
         span = np.repeat(np.arange(len(self.length)), self.length)
         opens = np.ones(self.num_tokens, dtype=np.bool_)
         opens[1:] = (span[1:] != span[:-1]) | np.any(fate[1:] != fate[:-1], axis=1)
