@@ -252,6 +252,7 @@ def test_each_request_s_own_vocabulary() -> None:
     logits = torch.tensor([[0.0, 9, 0], [0, 0, 0], [9, 1, 1], [0, 1, 9], [0, 3, 0]])
     exits = exits_of(gate, 0, np.arange(5), logits)
     assert exits.tolist() == [True, False, False, True, True]
+    assert exits_of(gate, 0, np.arange(2), logits[:2]).tolist() == [True, False]
 
 
 def made(profile: Path | None = None, **options: Any) -> AdaInfer:

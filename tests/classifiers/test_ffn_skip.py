@@ -172,6 +172,7 @@ def test_the_gate_closes_what_the_rule_says_step_after_step(
             found = gate.after(2 * layer + 1, asked, look)
             if found is not None:
                 assert not found[:, : 2 * layer + 2].any() and not found[:, 0::2].any()
+                assert not found[:, 2 * middle.stop :].any()
                 gone[watched[asked]] |= found
         left_out = [
             [layer for layer in middle[: len(middle) - planned] if gone[token, 2 * layer + 1]]

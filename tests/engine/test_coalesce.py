@@ -261,6 +261,15 @@ def test_explicit_plans_and_dense_requests_are_not_changed_but_count() -> None:
     assert state.table.live_plans == 2
 
 
+def test_a_dense_request_draws_nobody_beyond_the_budget() -> None:
+    """Its plan adds no weights and is regretted by nobody."""
+    state = state_of(1.0)
+    state.enter(31, {"adaskip": "off"}, [0], generated=0)
+    enter_and_decide(state, range(8))
+    for followed in state.table.skips[:8]:
+        assert SkipPlan.of_mask(followed).share(SHAPE) <= BUDGET
+
+
 def test_a_plan_that_the_method_never_gives_is_nobody_else_s() -> None:
     """The first layer is never left out by the method, but may be by a request's own plan."""
     state = state_of(1.0)
