@@ -262,8 +262,8 @@ def test_explicit_plans_and_dense_requests_are_not_changed_but_count() -> None:
 
 
 def test_a_dense_request_draws_nobody_beyond_the_budget() -> None:
-    """Its plan adds no weights and is regretted by nobody."""
-    state = state_of(1.0)
+    """Its plan adds no weights, and where others regret much nobody regrets it."""
+    state = state_of(0.01)
     state.enter(31, {"adaskip": "off"}, [0], generated=0)
     enter_and_decide(state, range(8))
     for followed in state.table.skips[:8]:
