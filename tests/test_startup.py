@@ -337,7 +337,7 @@ def test_the_allow_list_of_the_user_is_left_alone(tiny_llama: str) -> None:
 
 def test_an_engine_that_nobody_feeds_is_refused(tiny_llama: str) -> None:
     """As when our architecture is named but the config hook did not run."""
-    from vllm_adaskip.engine.compat import shared_state
+    from vllm_adaskip.engine.decide import shared_state
 
     with pytest.raises(RuntimeError, match="would ignore every plan"):
         shared_state(config(tiny_llama, **engine_args()))
