@@ -120,13 +120,15 @@ def test_what_ran_moves_with_its_sequence_and_stays_when_it_leaves() -> None:
     step = Step.of(np.arange(3), lengths, table.prompt_lens[:2], skips)
     table.counts.add_gated(step, table.gated[:2], lengths - 3)
     table.swap(0, 1)
+    step = Step.of(np.arange(3), lengths + 1, table.prompt_lens[:2], skips[::-1])
+    table.counts.add_gated(step, table.gated[:2], lengths - 2)
     table.move(1, 4)
     for leaves in (False, True):
         if leaves:
             table.remove(4)
-        for key, left_out in ((b"a", 1), (b"b", 0)):
+        for key, left_out in ((b"a", 2), (b"b", 0)):
             found = table.counts.of(key)
-            assert found is not None and found[0] == 1 and (found[1] == left_out).all()
+            assert found is not None and found[0] == 2 and (found[1] == left_out).all()
     # Whoever enters the row next is counted from nothing.
     table.add(4, SkipPlan(LAYERS), 3, gated=True)
     table.counts.enter(4, b"c", 0)
@@ -136,7 +138,7 @@ def test_what_ran_moves_with_its_sequence_and_stays_when_it_leaves() -> None:
     table.swap(0, 4)
     table.remove(4)
     found = table.counts.of(b"b")
-    assert found is not None and found[0] == 1
+    assert found is not None and found[0] == 2
 
 
 def test_every_change_of_a_row_raises_the_version() -> None:
