@@ -65,8 +65,7 @@ def ffn_skip(
         }
         if fit.begins(out, "ffn-skip", one, data, told):
             from vllm_adaskip.classifiers.ffn_skip.fit import fit_ffn_skip
-            from vllm_adaskip.lab.fitting.similarity import similarities
-            from vllm_adaskip.lab.fitting.similarity_plot import FILE, draw_similarities
+            from vllm_adaskip.lab.fitting.similarity import FILE, draw_similarities, similarities
 
             with fit.progress(len(one.samples)) as report:
                 report("loading the model", 0)

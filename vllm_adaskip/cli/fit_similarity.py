@@ -54,8 +54,7 @@ def similarity(
         options.inner(one.config["num_hidden_layers"])
         told = {**options.model_dump(), "target_skip": target_skip}
         if fit.begins(out, "similarity", one, data, told):
-            from vllm_adaskip.lab.fitting.similarity import similarities
-            from vllm_adaskip.lab.fitting.similarity_plot import FILE, draw_similarities
+            from vllm_adaskip.lab.fitting.similarity import FILE, draw_similarities, similarities
             from vllm_adaskip.lab.fitting.sub_layers import decoder_shape
 
             with fit.progress(len(one.samples)) as report:
