@@ -27,7 +27,10 @@ from vllm_adaskip.lab.bench.engines import alone
 alone()  # before torch is loaded, which reads the number of threads then
 
 
-def main(rounds: Annotated[int, typer.Option(min=3)] = 15) -> None:
+def main(
+    rounds: Annotated[int, typer.Option(min=3)] = 15,
+    large: Annotated[bool, typer.Option(help="Also time Llama-3.2-1B's shape.")] = True,
+) -> None:
     """Time prefills that stop after a quarter, half and three quarters of the layers."""
     from transformers import AutoConfig
 
@@ -39,16 +42,12 @@ def main(rounds: Annotated[int, typer.Option(min=3)] = 15) -> None:
         title=f"prefill of one-token requests, {TOKENS} tokens each (medians, quartiles)",
     )  # fmt: skip
     with TemporaryDirectory() as folder:
-        for model, name, prompts, parts, turns in (
-            (bundled_model(), "bundled", 16, (0.25, 0.5, 0.75), rounds),
-            (
-                Shape.of("llama-3.2-1b").write(Path(folder)),
-                "Llama-3.2-1B's shape",
-                2,
-                (0.5,),
-                max(3, rounds // 3),
-            ),
-        ):
+        cases: list[tuple[str, str, int, tuple[float, ...], int]]
+        cases = [(bundled_model(), "bundled", 16, (0.25, 0.5, 0.75), rounds)]
+        if large:
+            shape = Shape.of("llama-3.2-1b").write(Path(folder))
+            cases.append((shape, "Llama-3.2-1B's shape", 2, (0.5,), max(3, rounds // 3)))
+        for model, name, prompts, parts, turns in cases:
             layers = AutoConfig.from_pretrained(model).num_hidden_layers
             for run in (round(part * layers) for part in parts):
                 for how, options in ways(run).items():

@@ -29,7 +29,10 @@ alone()  # before torch is loaded, which reads the number of threads then
 TOKENS = 240
 
 
-def main(rounds: Annotated[int, typer.Option(min=3)] = 15) -> None:
+def main(
+    rounds: Annotated[int, typer.Option(min=3)] = 15,
+    large: Annotated[bool, typer.Option(help="Also time Llama-3.2-1B's shape.")] = True,
+) -> None:
     """Time methods that read prompts on the bundled model and on a larger shape."""
     from vllm_adaskip import bundled_model
     from vllm_adaskip.lab.bench.engines import untrained_first
@@ -40,11 +43,11 @@ def main(rounds: Annotated[int, typer.Option(min=3)] = 15) -> None:
         title=f"share of prefill, prompts of {TOKENS} tokens (medians, quartiles)",
     )  # fmt: skip
     with TemporaryDirectory() as folder:
-        large = Shape.of("llama-3.2-1b").write(Path(folder) / "model")
-        for model, name, prompts in (
-            (bundled_model(), "bundled, hidden size 192", 16),
-            (large, "Llama-3.2-1B's shape, 2048", 1),
-        ):
+        models = [(bundled_model(), "bundled, hidden size 192", 16)]
+        if large:
+            shape = Shape.of("llama-3.2-1b").write(Path(folder) / "model")
+            models.append((shape, "Llama-3.2-1B's shape, 2048", 1))
+        for model, name, prompts in models:
             for method, options in (
                 ("similarity", {"method": "similarity"}),
                 ("ffn-skip", {"method": "ffn-skip"}),

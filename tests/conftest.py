@@ -27,17 +27,6 @@ TINY_LAYERS = 8
 TINY_SHAPE = (TINY_LAYERS, 2 * 128 * 32 * (4 + 2), 3 * 128 * 256)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where several processes share the tests, keep a file's together, for they share engines.
-
-    Servers listen on the port that the docs name, so files that start one are kept together too.
-    """
-    for item in items:
-        module = getattr(item, "module", None)
-        group = "servers" if hasattr(module, "serving") else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A random Llama of 8 layers, no tokenizer."""

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +24,18 @@ URL = "http://127.0.0.1:8000"
 def serving(
     command: str, log: Path, ready: str | None = "/health"
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Start it, wait until it answers there (or not at all), and stop it as Ctrl-C would."""
+    """Start it, wait until it answers there (or not at all), and stop it as Ctrl-C would.
+
+    Servers listen on the port that the docs name, so processes that share the tests take turns.
+    """
+    with (Path(tempfile.gettempdir()) / "adaskip-tests.lock").open("w") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        with _started(command, log, ready) as process:
+            yield process
+
+
+@contextmanager
+def _started(command: str, log: Path, ready: str | None) -> Iterator[subprocess.Popen[bytes]]:
     with log.open("w") as out:
         process = subprocess.Popen(
             ["bash", "-c", f"exec {command}"],

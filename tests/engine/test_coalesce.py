@@ -269,6 +269,15 @@ def test_a_plan_that_leaves_out_more_is_not_followed() -> None:
     assert not (state.table.skips[:4] == state.table.skips[31]).all(axis=1).any()
 
 
+def test_a_dense_request_draws_nobody_beyond_the_budget() -> None:
+    """Its plan adds no weights, and where others regret much nobody regrets it."""
+    state = state_of(0.01)
+    state.enter(31, {"adaskip": "off"}, [0], generated=0)
+    enter_and_decide(state, range(8))
+    for followed in state.table.skips[:8]:
+        assert SkipPlan.of_mask(followed).share(SHAPE) <= BUDGET
+
+
 def test_a_plan_that_the_method_never_gives_is_nobody_else_s() -> None:
     """The first layer is never left out by the method, but may be by a request's own plan."""
     state = state_of(1.0)

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The table against a dict that is moved about in the plainest way."""
 
+from collections.abc import Callable
+
 import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from vllm_adaskip import SkipPlan
+from vllm_adaskip.engine.step import Step
 from vllm_adaskip.engine.table import SequenceTable, Undecided
 
 LAYERS, ROWS = 3, 6
@@ -105,3 +108,49 @@ def test_allowed_tokens_move_with_their_sequence() -> None:
     table.swap(0, 2)
     table.remove(4)
     assert table.allowed == {2: [8, 9]}
+
+
+def test_what_ran_moves_with_its_sequence_and_stays_when_it_leaves() -> None:
+    table = SequenceTable(LAYERS, ROWS)
+    for row, key in enumerate((b"a", b"b")):
+        table.add(row, SkipPlan(LAYERS), 3, gated=True)
+        table.counts.enter(row, key, 0)
+    skips = np.array([[True] * 2 * LAYERS, [False] * 2 * LAYERS])
+    lengths = np.array([4, 4])
+    step = Step.of(np.arange(3), lengths, table.prompt_lens[:2], skips)
+    table.counts.add_gated(step, table.gated[:2], lengths - 3)
+    table.swap(0, 1)
+    table.move(1, 4)
+    for leaves in (False, True):
+        if leaves:
+            table.remove(4)
+        for key, left_out in ((b"a", 1), (b"b", 0)):
+            found = table.counts.of(key)
+            assert found is not None and found[0] == 1 and (found[1] == left_out).all()
+    # Whoever enters the row next is counted from nothing.
+    table.add(4, SkipPlan(LAYERS), 3, gated=True)
+    table.counts.enter(4, b"c", 0)
+    found = table.counts.of(b"c")
+    assert found is not None and found[0] == 0 and not found[1].any()
+    # Rows that still hold a sequence move with it.
+    table.swap(0, 4)
+    table.remove(4)
+    found = table.counts.of(b"b")
+    assert found is not None and found[0] == 1
+
+
+def test_every_change_of_a_row_raises_the_version() -> None:
+    """By which the engine knows that a step it kept is stale."""
+    table, plan = SequenceTable(LAYERS, ROWS), SkipPlan(LAYERS)
+    changes: list[Callable[[], None]] = [
+        lambda: table.add(0, Undecided(b"", 0.5), 3),
+        lambda: table.follow(0, plan),
+        lambda: table.add(1, plan, 3),
+        lambda: table.swap(0, 1),
+        lambda: table.move(1, 2),
+        lambda: table.remove(2),
+    ]
+    for change in changes:
+        before = table.version
+        change()
+        assert table.version > before
