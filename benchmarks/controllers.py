@@ -23,6 +23,7 @@ from typing import Annotated, Any
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
 
 import numpy as np
+import skip_controllers as study
 import torch
 import typer
 from rich.console import Console
@@ -33,7 +34,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from vllm_adaskip import bundled_model
-from vllm_adaskip.lab.evaluation import controllers as study
 from vllm_adaskip.lab.testbed import score, tasks
 from vllm_adaskip.lab.testbed.batches import IGNORED
 

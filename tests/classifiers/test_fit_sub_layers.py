@@ -13,8 +13,7 @@ from reference import Reference
 from torch import Tensor
 
 from vllm_adaskip.classifiers.plan import SkipPlan
-from vllm_adaskip.lab.fitting.answers import answer_logits
-from vllm_adaskip.lab.fitting.samples import Sample, batch_of
+from vllm_adaskip.lab.fitting.samples import Sample, answer_logits, batch_of
 from vllm_adaskip.lab.fitting.sub_layers import DecoderError, decoder_layers, leaving_out, visited
 
 CPU = torch.device("cpu")

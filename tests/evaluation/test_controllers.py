@@ -5,18 +5,22 @@ from __future__ import annotations
 
 import itertools
 import random
+import sys
 from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
 from reference import Reference
 from transformers import DynamicCache, LlamaForCausalLM
 
-from vllm_adaskip.lab.evaluation import controllers as study
-from vllm_adaskip.lab.evaluation.controllers import Controllers, Prefix, Questions
 from vllm_adaskip.lab.testbed import network, tasks, tokenizer
 from vllm_adaskip.lab.testbed.batches import IGNORED
 
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+study = import_module("skip_controllers")
+Controllers, Prefix, Questions = study.Controllers, study.Prefix, study.Questions
 TOKENIZER = tokenizer.build()
 LAYERS, HIDDEN = 5, 64
 KINDS = list(itertools.product((False, True), (False, True)))

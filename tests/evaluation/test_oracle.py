@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from vllm_adaskip.cli.oracle import oracle as command
+from vllm_adaskip.cli.report import oracle as command
 from vllm_adaskip.lab.evaluation.oracle import Oracle, OracleError, Point, gather, groups, points
 from vllm_adaskip.lab.evaluation.results import Answer, Manifest, OraclePoint, Results, Setting
 

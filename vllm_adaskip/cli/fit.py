@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vllm_adaskip.bundled import bundled_model
@@ -21,8 +21,11 @@ from vllm_adaskip.classifiers.profile import FILE, Profile, fingerprint
 from vllm_adaskip.cli.run import console
 
 if TYPE_CHECKING:
+    from vllm_adaskip.classifiers.plan import DecoderShape
     from vllm_adaskip.lab.fitting.samples import Sample
+    from vllm_adaskip.lab.fitting.similarity import Similarities
 
+Settings = TypeVar("Settings", bound=BaseModel)
 fit = typer.Typer(help="Train what a method needs for one model, as a profile.")
 
 Out = Annotated[Path, typer.Option(help="Folder for the profile; a stopped fit goes on.")]
@@ -139,11 +142,19 @@ def save(out: Path, method: str, one: Subject, options: MethodOptions, **others:
     ).save(out)
 
 
-def refused(error: ValidationError) -> ValueError:
-    """Say which option of the command was wrong."""
-    wrong = error.errors(include_url=False)[0]
-    option = str(wrong["loc"][-1]).replace("_", "-")
-    return ValueError(f"--{option} {wrong['input']!r:.80}: {wrong['msg']}")
+def checked(kind: type[Settings], **told: Any) -> Settings:
+    """Return settings made of what the user set; call it before anything heavy is loaded.
+
+    Raises:
+        ValueError: the message names the option that was wrong.
+
+    """
+    try:
+        return kind.model_validate(told)
+    except ValidationError as error:
+        wrong = error.errors(include_url=False)[0]
+        option = str(wrong["loc"][-1]).replace("_", "-")
+        raise ValueError(f"--{option} {wrong['input']!r:.80}: {wrong['msg']}") from None
 
 
 @contextmanager
@@ -153,6 +164,24 @@ def progress(steps: int) -> Iterator[Callable[[str, int], None]]:
     with Progress(*columns, TimeRemainingColumn(), console=console) as shown:
         bar = shown.add_task("", total=steps)
         yield lambda what, done: shown.update(bar, description=what, advance=done)
+
+
+def measured(
+    one: Subject,
+    batch: int,
+    device: str,
+    check: Callable[[DecoderShape], None] = lambda shape: None,
+) -> tuple[Similarities, DecoderShape]:
+    """Load a model, unless `check` refuses its shape, and measure its sub-layers' similarities."""
+    from vllm_adaskip.lab.fitting.similarity import similarities
+    from vllm_adaskip.lab.fitting.sub_layers import decoder_shape
+
+    with progress(len(one.samples)) as report:
+        report("loading the model", 0)
+        model = loaded(one, device)
+        check(shape := decoder_shape(model))
+        found = similarities(model, one.samples, batch, lambda done: report("measuring", done))
+    return found, shape
 
 
 def how_to_go_on(one: Subject, out: Path) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from pydantic import ValidationError
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -59,7 +58,10 @@ def adainfer(
     The model stays as it is. Prints what each layer's look is worth, and held-back answers.
     """
     with plain_errors():
-        settings = _settings(
+        from vllm_adaskip.classifiers.adainfer.fit.settings import AdaInferSettings
+
+        settings = fit.checked(
+            AdaInferSettings,
             classifier=classifier,
             scope=scope,
             agreement=agreement,
@@ -83,16 +85,6 @@ def adainfer(
             Console().print(layers_table(fitted, cost, agreement))
             Console().print(tasks_table(fitted.tasks))
         fit.how_to_go_on(one, out)
-
-
-def _settings(**told: Any) -> AdaInferSettings:
-    """Check what the user set, before anything heavy is loaded."""
-    from vllm_adaskip.classifiers.adainfer.fit.settings import AdaInferSettings
-
-    try:
-        return AdaInferSettings(**told)
-    except ValidationError as error:
-        raise fit.refused(error) from None
 
 
 def _layers(text: str) -> list[int] | None:

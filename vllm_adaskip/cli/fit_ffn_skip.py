@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from pydantic import ValidationError
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -15,7 +14,7 @@ from vllm_adaskip.cli import fit
 from vllm_adaskip.cli.run import Model, console, plain_errors
 
 if TYPE_CHECKING:
-    from vllm_adaskip.classifiers.ffn_skip.fit import FfnSkipSettings, Fitted
+    from vllm_adaskip.classifiers.ffn_skip.fit import Fitted
     from vllm_adaskip.lab.fitting.similarity import Similarities
 
 
@@ -51,11 +50,17 @@ def ffn_skip(
     Nothing is trained. Prints how little each layer's MLP changes the stream, and draws it.
     """
     with plain_errors():
-        ends = {"keep_first": keep_first, "keep_last": keep_last}
-        settings = _settings(
-            target_skip,
-            {"scope": scope, "warm_up": warm_up, "max_skip": max_skip or None},
-            {end: None if layers == -1 else layers for end, layers in ends.items()},
+        from vllm_adaskip.classifiers.ffn_skip.fit import FfnSkipSettings, fit_ffn_skip
+        from vllm_adaskip.classifiers.ffn_skip.method import FfnSkipOptions
+
+        settings = fit.checked(
+            FfnSkipSettings,
+            target_skip=target_skip,
+            method=fit.checked(
+                FfnSkipOptions, scope=scope, warm_up=warm_up, max_skip=max_skip or None
+            ),
+            keep_first=None if keep_first == -1 else keep_first,
+            keep_last=None if keep_last == -1 else keep_last,
         )
         one = fit.subject(model, data, (prompt_column, answer_column), limit, batch, seed)
         settings.check(one.config["num_hidden_layers"])
@@ -64,16 +69,9 @@ def ffn_skip(
             **settings.method.model_dump(include={"scope", "warm_up", "max_skip"}),
         }
         if fit.begins(out, "ffn-skip", one, data, told):
-            from vllm_adaskip.classifiers.ffn_skip.fit import fit_ffn_skip
-            from vllm_adaskip.lab.fitting.similarity import similarities
-            from vllm_adaskip.lab.fitting.similarity_plot import FILE, draw_similarities
+            from vllm_adaskip.lab.fitting.similarity import FILE, draw_similarities
 
-            with fit.progress(len(one.samples)) as report:
-                report("loading the model", 0)
-                loaded = fit.loaded(one, device)
-                found = similarities(
-                    loaded, one.samples, batch, lambda done: report("measuring", done)
-                )
+            found, _ = fit.measured(one, batch, device)
             fitted = fit_ffn_skip(found, settings)
             middle = fitted.options.inner(len(fitted.by_layer))
             draw_similarities(found, middle, fitted.options.threshold, out)
@@ -82,20 +80,6 @@ def ffn_skip(
             Console().print(table(found, fitted))
             console.print(f"plot: {out / FILE}", markup=False, soft_wrap=True)
         fit.how_to_go_on(one, out)
-
-
-def _settings(
-    target: float, method: dict[str, Any], ends: dict[str, int | None]
-) -> FfnSkipSettings:
-    """Check what the user set, before anything heavy is loaded."""
-    from vllm_adaskip.classifiers.ffn_skip.fit import FfnSkipSettings
-    from vllm_adaskip.classifiers.ffn_skip.method import FfnSkipOptions
-
-    try:
-        options = FfnSkipOptions.model_validate(method)
-        return FfnSkipSettings(target_skip=target, method=options, **ends)
-    except ValidationError as error:
-        raise fit.refused(error) from None
 
 
 def table(found: Similarities, fitted: Fitted) -> Table:

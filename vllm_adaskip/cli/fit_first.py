@@ -4,10 +4,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from pydantic import ValidationError
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -16,7 +15,6 @@ from vllm_adaskip.cli import fit
 from vllm_adaskip.cli.run import Model, plain_errors
 
 if TYPE_CHECKING:
-    from vllm_adaskip.classifiers.first.fit.settings import FirstSettings
     from vllm_adaskip.lab.fitting.quality import TaskQuality
 
 
@@ -60,8 +58,14 @@ def first(
     A killed fit goes on with the same command.
     """
     with plain_errors():
-        settings = _settings(
-            reduce, keep_first, keep_last,
+        from vllm_adaskip.classifiers.first.fit.settings import FirstSettings
+        from vllm_adaskip.classifiers.first.method import FirstOptions
+
+        method = fit.checked(
+            FirstOptions, reduce=reduce, keep_first=keep_first, keep_last=keep_last
+        )
+        settings = fit.checked(
+            FirstSettings, method=method,
             steps=steps, batch=batch, lr=lr, penalty=penalty, regularise=regularise,
             ce_weight=ce_weight, router_width=router_width, target_skip=target_skip,
             codebook=codebook, lora_steps=lora_steps, lora_rank=lora_rank, lora_lr=lora_lr,
@@ -76,8 +80,8 @@ def first(
             **settings.method.model_dump(include={"reduce", "keep_first", "keep_last"}),
         }
         if fit.begins(out, "first", one, data, told):
-            from vllm_adaskip.classifiers.first.fit.curve import draw_curves
             from vllm_adaskip.classifiers.first.fit.fitted import CHECKPOINTS, fit_first
+            from vllm_adaskip.classifiers.first.fit.training import draw_curves
 
             with fit.progress(steps + lora_steps) as report:
                 report("loading the model", 0)
@@ -88,20 +92,6 @@ def first(
                 (out / name).unlink(missing_ok=True)
             Console().print(table(fitted.tasks))
         fit.how_to_go_on(one, out)
-
-
-def _settings(reduce: str, keep_first: int, keep_last: int, **others: Any) -> FirstSettings:
-    """Check what the user set, before anything heavy is loaded."""
-    from vllm_adaskip.classifiers.first.fit.settings import FirstSettings
-    from vllm_adaskip.classifiers.first.method import FirstOptions
-
-    try:
-        method = FirstOptions.model_validate(
-            {"reduce": reduce, "keep_first": keep_first, "keep_last": keep_last}
-        )
-        return FirstSettings(method=method, **others)
-    except ValidationError as error:
-        raise fit.refused(error) from None
 
 
 def table(tasks: Sequence[TaskQuality]) -> Table:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import typer
-from pydantic import ValidationError
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -44,27 +43,19 @@ def similarity(
     with plain_errors():
         from vllm_adaskip.classifiers.ends import EndsOptions
 
-        try:
-            options = EndsOptions(keep_first=keep_first, keep_last=keep_last)
-        except ValidationError as error:
-            raise fit.refused(error) from None
+        options = fit.checked(EndsOptions, keep_first=keep_first, keep_last=keep_last)
         if not 0 < target_skip < 1:
             raise ValueError(f"--target-skip {target_skip:g}; allowed: between 0 and 1")
         one = fit.subject(model, data, (prompt_column, answer_column), limit, batch, seed)
         options.inner(one.config["num_hidden_layers"])
         told = {**options.model_dump(), "target_skip": target_skip}
         if fit.begins(out, "similarity", one, data, told):
-            from vllm_adaskip.lab.fitting.similarity import similarities
-            from vllm_adaskip.lab.fitting.similarity_plot import FILE, draw_similarities
-            from vllm_adaskip.lab.fitting.sub_layers import decoder_shape
+            from vllm_adaskip.lab.fitting.similarity import FILE, draw_similarities
 
-            with fit.progress(len(one.samples)) as report:
-                report("loading the model", 0)
-                loaded = fit.loaded(one, device)
-                options.check(1 - target_skip, shape := decoder_shape(loaded), "similarity")
-                found = similarities(
-                    loaded, one.samples, batch, lambda done: report("measuring", done)
-                )
+            found, shape = fit.measured(
+                one, batch, device,
+                lambda shape: options.check(1 - target_skip, shape, "similarity"),
+            )  # fmt: skip
             left_out = often(found, options, 1 - target_skip, shape)
             draw_similarities(found, options.inner(shape.num_layers), None, out)
             metrics = {"examples": len(one.samples)}

@@ -5,10 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from pydantic import ValidationError
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -52,15 +51,15 @@ def static(
     with the same command.
     """
     with plain_errors():
-        settings = _settings(
-            search=search, unit=unit, target_skip=target_skip,
+        from vllm_adaskip.classifiers.static.fit import LOSSES, StaticSettings, draw_search
+
+        settings = fit.checked(
+            StaticSettings, search=search, unit=unit, target_skip=target_skip,
             keep_first=keep_first, keep_last=keep_last, seed=seed,
         )  # fmt: skip
         one = fit.subject(model, data, (prompt_column, answer_column), limit, batch, seed)
         settings.count(one.config["num_hidden_layers"])
         if fit.begins(out, "static", one, data, settings.model_dump()):
-            from vllm_adaskip.classifiers.static.fit import LOSSES, draw_search
-
             found, shape = _searched(out, one, settings, batch, device)
             if settings.search == "greedy":
                 draw_search(found.steps, unit, out)
@@ -71,16 +70,6 @@ def static(
             (out / LOSSES).unlink()
             Console().print(table(found, shape))
         fit.how_to_go_on(one, out)
-
-
-def _settings(**told: Any) -> StaticSettings:
-    """Check what the user set, before anything heavy is loaded."""
-    from vllm_adaskip.classifiers.static.fit import StaticSettings
-
-    try:
-        return StaticSettings(**told)
-    except ValidationError as error:
-        raise fit.refused(error) from None
 
 
 def _searched(

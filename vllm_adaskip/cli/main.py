@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ``adaskip`` command: each subcommand is one file beside this."""
+"""The ``adaskip`` command: its subcommands are in the files beside this."""
 
 from __future__ import annotations
 
@@ -7,11 +7,8 @@ import typer
 
 from vllm_adaskip.cli import ablate_adainfer, ablate_ffn_skip, ablate_first
 from vllm_adaskip.cli.ablate import ablate
-from vllm_adaskip.cli.bench import bench
-from vllm_adaskip.cli.bench_curves import curves
-from vllm_adaskip.cli.bench_guard import guard
+from vllm_adaskip.cli.bench import bench, curves, guard, server
 from vllm_adaskip.cli.bench_regimes import regimes
-from vllm_adaskip.cli.bench_server import server
 from vllm_adaskip.cli.demo import demo
 from vllm_adaskip.cli.doctor import doctor
 from vllm_adaskip.cli.eval import evaluate
@@ -21,10 +18,8 @@ from vllm_adaskip.cli.fit_ffn_skip import ffn_skip
 from vllm_adaskip.cli.fit_first import first
 from vllm_adaskip.cli.fit_similarity import similarity
 from vllm_adaskip.cli.fit_static import static
-from vllm_adaskip.cli.oracle import oracle
-from vllm_adaskip.cli.publish import publish
-from vllm_adaskip.cli.report import report
-from vllm_adaskip.cli.serve import serve
+from vllm_adaskip.cli.report import oracle, report
+from vllm_adaskip.cli.serve import publish, serve
 from vllm_adaskip.cli.sweep import sweep
 from vllm_adaskip.cli.tune import tune
 

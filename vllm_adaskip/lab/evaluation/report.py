@@ -13,9 +13,8 @@ from importlib.resources import files
 from jinja2 import Environment, StrictUndefined
 
 from vllm_adaskip.lab.data.metrics import PERPLEXITY
-from vllm_adaskip.lab.evaluation.drawing import looks_of
 from vllm_adaskip.lab.evaluation.heat import fixed_plans, sweeps, varying_plans
-from vllm_adaskip.lab.evaluation.plots import in_page_style, plots
+from vllm_adaskip.lab.evaluation.plots import in_page_style, looks_of, plots
 from vllm_adaskip.lab.evaluation.recommend import (
     Recommendation,
     losses,

@@ -12,8 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from vllm_adaskip.classifiers.plan import SkipPlan
-from vllm_adaskip.lab.fitting.answers import answer_logits, answer_loss
-from vllm_adaskip.lab.fitting.samples import IGNORED, Sample, batches_of
+from vllm_adaskip.lab.fitting.samples import IGNORED, Sample, answer_logits, answer_loss, batches_of
 from vllm_adaskip.lab.fitting.sub_layers import leaving_out, visited
 
 Bools = NDArray[np.bool_]

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts with their right answers, as tokens, and in the batches a model is fed with."""
+"""Prompts with their right answers, in the batches a model is fed with, and what it says then."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from vllm_adaskip.lab.data.items import DataError, Item
 
@@ -96,3 +98,28 @@ def batches_of(
     for start in range(0, len(order), size):
         places = order[start : start + size]
         yield places, batch_of([samples[place] for place in places], device)
+
+
+def answer_logits(model: Any, batch: Batch) -> Tensor:
+    """Give logits ``[rows, tokens - 1 or fewer, vocabulary]`` for the last of `Batch.labels`."""
+    wanted = inspect.signature(model.forward).parameters
+    first = int(batch.answer.any(0).int().argmax())
+    inputs = {
+        "input_ids": batch.ids,
+        "attention_mask": batch.real.long(),
+        "position_ids": batch.positions,
+        "use_cache": False,
+        # The logits of a prompt would take more memory than all else.
+        "logits_to_keep": batch.ids.shape[1] - first + 1,
+    }
+    output = model(**{name: each for name, each in inputs.items() if name in wanted})
+    logits: Tensor = output.logits[:, first - 1 - batch.ids.shape[1] : -1]
+    return logits
+
+
+def answer_loss(batch: Batch, logits: Tensor) -> Tensor:
+    """Give the mean cross-entropy of the answers' tokens, from `answer_logits`."""
+    labels = batch.labels[:, -logits.shape[1] :]
+    return functional.cross_entropy(
+        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED
+    )

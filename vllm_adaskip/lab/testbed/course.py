@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is trained when: learning rate, lengths, and the shares of the tasks."""
+"""What is trained when, and a quick check of what is learned."""
 
-from vllm_adaskip.lab.testbed import tasks
+import torch
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from vllm_adaskip.lab.testbed import network, tasks
+from vllm_adaskip.lab.testbed.batches import Packer
 
 # How much of the training a task gets while it is not learned.
 WEIGHTS = {
@@ -39,3 +43,33 @@ def shares(progress: float, learned: dict[str, float]) -> dict[str, float]:
     result["copy"] = total * (0.5 * fading + 0.02)
     result["gloss"] = total * 0.25 * fading
     return result
+
+
+@torch.no_grad()
+def exact_match(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, task: str, seed: int, n: int
+) -> float:
+    """Share of `n` questions of the tune split answered right."""
+    packer, stream = Packer(tokenizer, 96), iter(tasks.samples(task, "tune", seed, n))
+    asked = right = 0
+    while True:
+        batch = packer.batch(stream, rows=16)
+        answers = batch.labels >= 0
+        if not answers.any():
+            return right / asked
+        gates = torch.ones(len(model.model.layers), *batch.ids.shape)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = network.forward(model, batch.ids, batch.positions, batch.segments, gates)
+        wrong = (logits.argmax(-1) != batch.labels) & answers
+        row = torch.arange(len(batch.ids))[:, None] * batch.ids.shape[1]
+        sample = row + batch.segments
+        asked_here = torch.unique(sample[answers])
+        asked += len(asked_here)
+        right += len(asked_here) - len(torch.unique(sample[wrong]))
+
+
+def exact_matches(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int, n: int
+) -> dict[str, float]:
+    """Check every task."""
+    return {task: exact_match(model, tokenizer, task, seed, n) for task in tasks.TASKS}

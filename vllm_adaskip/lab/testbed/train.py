@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from vllm_adaskip.lab.testbed import batches, course, network, picture, probe, tokenizer
+from vllm_adaskip.lab.testbed import batches, course, network, picture, tokenizer
 
 SEGMENT_LENGTH = 96
 
@@ -124,7 +124,7 @@ class Trainer:
         end are within the check's noise, and its learning rate has come down. The rest is saved to
         resume from.
         """
-        matches = probe.exact_matches(
+        matches = course.exact_matches(
             self.model, self.tokenizer, self.options.seed, self.options.questions
         )
         self.record.matches.append({"step": self.record.steps, **matches})

@@ -21,8 +21,7 @@ from torch import Tensor
 
 from vllm_adaskip.classifiers.adainfer.fit.head import FinalHead
 from vllm_adaskip.classifiers.adainfer.gate import features
-from vllm_adaskip.lab.fitting.answers import answer_logits
-from vllm_adaskip.lab.fitting.samples import Batch, Sample, batches_of
+from vllm_adaskip.lab.fitting.samples import Batch, Sample, answer_logits, batches_of
 from vllm_adaskip.lab.fitting.sub_layers import visited
 
 Floats = NDArray[np.float64]

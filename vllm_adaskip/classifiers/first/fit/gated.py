@@ -20,8 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_adaskip.lab.fitting.answers import answer_logits, answer_loss
-from vllm_adaskip.lab.fitting.samples import Batch
+from vllm_adaskip.lab.fitting.samples import Batch, answer_logits, answer_loss
 from vllm_adaskip.lab.fitting.sub_layers import decoder_layers
 
 #: Gates ``[rows]`` of a layer, from its index and the stream before it ``[rows, tokens, hidden]``.

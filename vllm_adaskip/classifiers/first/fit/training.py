@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training a few parameters, with checkpoints from which it goes on as if never stopped."""
+"""Training of a few parameters, which goes on from checkpoints as if never stopped; its picture."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vllm_adaskip.lab.fitting.samples import Batch, Sample, batch_of
 
+FILE = "curve.png"
+#: Share of what a step adds to the running mean, which is drawn over the steps.
+_SHARE = 0.1
 #: Steps between checkpoints.
 EVERY = 25
 #: Gives the terms of the loss by name.
@@ -110,3 +114,25 @@ class Training:
                 state.setdefault(int(number), {})[key] = value
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def draw_curves(curves: Mapping[str, Curve], folder: Path) -> None:
+    """Draw the phases side by side."""
+    figure = Figure(figsize=(5.6 * len(curves), 3.6), layout="constrained")
+    for axes, (phase, terms) in zip(figure.subplots(1, len(curves), squeeze=False)[0],
+                                    curves.items(), strict=True):  # fmt: skip
+        for name, values in terms.items():
+            (line,) = axes.plot(_smooth(values), label=name)
+            axes.plot(values, color=line.get_color(), alpha=0.25, linewidth=0.7)
+        axes.set(title=phase, xlabel="step", ylabel="part of the loss", ylim=(0, None))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+    figure.savefig(folder / FILE, dpi=110)
+
+
+def _smooth(values: list[float]) -> list[float]:
+    mean, smooth = values[0], []
+    for value in values:
+        mean += _SHARE * (value - mean)
+        smooth.append(mean)
+    return smooth
