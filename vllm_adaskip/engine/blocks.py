@@ -75,7 +75,7 @@ class MarkingScheduler(MarkedBlocks):
         return block_mark(self._planner, params.extra_args, request.num_prompt_tokens)
 
     def is_lasting(self, mark: Mark) -> bool:
-        """Tell whether a preempted request may find the blocks with its mark again."""
+        """Return whether a preempted request may find the blocks with its mark again."""
         return mark is not unfindable
 
     def _may_stop_early(self, request: Request) -> bool:

@@ -43,7 +43,7 @@ class KvFill:
         """Take the K/V that a layer's own projection makes of tokens that leave it out."""
 
     def leave(self, layer: int, tokens: Ints, left_out: Bools) -> None:
-        """Give tokens K/V in layers above ``layer`` that they leave out from here on.
+        """Fill K/V of tokens in layers above ``layer`` that they leave out from here on.
 
         At once, because later tokens of the same sequence may be in the step and run them.
 

@@ -79,8 +79,8 @@ class StepGate:
         self._past_prompt = seq_lens - self._table.prompt_lens[: len(seq_lens)]
         self._tokens = self._candidates(step, seq_lens, gated)
         spans = step.span_of(self._tokens)
-        whole = np.ones_like(step.runs[spans])
-        self._planned = whole if self.scope == "answer" else step.runs[spans]
+        if self._gates_attention:
+            self._deepest = self._planned_depths(step.runs[spans])
         if self._gate is None or not len(self._tokens):
             return
         self.is_open = True
@@ -126,7 +126,13 @@ class StepGate:
         counts.add_gated(step, self._table.gated[:rows], self._past_prompt)
         if self._gates_attention:
             runs = step.runs[step.span_of(self._tokens)]
-            counts.add_exits(_depths(runs), _depths(self._planned))
+            counts.add_exits(_depths(runs), self._deepest)
+
+    def _planned_depths(self, runs: Bools) -> Ints:
+        """Return how deep tokens would go unasked; a prompt that its plan stops has exited."""
+        if self.scope == "answer":
+            return np.full(len(runs), self._table.num_layers)
+        return _depths(runs)
 
     def _candidates(self, step: Step, seq_lens: Ints, gated: Bools) -> Ints:
         prompt_lens = self._table.prompt_lens[: len(seq_lens)]

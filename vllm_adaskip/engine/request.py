@@ -128,7 +128,7 @@ class Wanted:
     gate: Scope | None = None
 
     def is_gated(self, one_answer: bool) -> bool:
-        """Tell whether that holds for a request, which asks for one token or not."""
+        """Return whether that holds for a request, which asks for one token or not."""
         return self.gate == "token" or (self.gate == "answer" and one_answer)
 
 

@@ -137,7 +137,7 @@ def _layers(layers: Sequence[int], num_layers: int) -> SkipPlan:
 
 
 def nearest_within(allowed: SkipPlan, codebook: Sequence[SkipPlan]) -> SkipPlan | None:
-    """Give the codebook's plan nearest to ``allowed`` that leaves out nothing beyond it.
+    """Return the codebook's plan nearest to ``allowed`` that leaves out nothing beyond it.
 
     Nearest by sub-layers that differ; of equals the first. None: every plan goes beyond it.
     """

@@ -118,7 +118,7 @@ class KnownLosses:
             self._known = json.loads(self._path.read_text())
 
     def __call__(self, plan: SkipPlan) -> float:
-        """Give a plan's loss."""
+        """Return a plan's loss."""
         if (name := str(plan)) not in self._known:
             self._known[name] = self._loss(plan)
             (part := self._path.with_suffix(".part")).write_text(json.dumps(self._known))

@@ -44,7 +44,7 @@ class MarkedBlocks(Scheduler):
 
     @abstractmethod
     def is_lasting(self, mark: Mark) -> bool:
-        """Tell whether a request that comes back after preemption has the same mark again."""
+        """Return whether a request that comes back after preemption has the same mark again."""
 
     def keep_apart(self, may_leave_holes: Callable[[Request], bool]) -> None:
         """Keep the last step of the prompts of some requests out of the prefix cache."""

@@ -146,7 +146,7 @@ def plots(
     looks: dict[str, Look],
     oracle: Sequence[OraclePoint],
 ) -> Iterable[tuple[str, Markup]]:
-    """Give title and SVG of each plot."""
+    """Return title and SVG of each plot."""
     rest = (looks, advice.setting)
     if summary.dense.score:
         whole = summary.dense.score.mean
@@ -197,7 +197,7 @@ def plots(
 
 
 def _frontiers(points: Iterable[OraclePoint]) -> dict[tuple[str, str], list[OraclePoint]]:
-    """Give the oracles' lines; one of perplexity has no place among scores."""
+    """Return the oracles' lines; one of perplexity has no place among scores."""
     lines: dict[tuple[str, str], list[OraclePoint]] = {}
     for point in sorted(points, key=lambda point: point.layers):
         if point.metric != PERPLEXITY:

@@ -93,7 +93,7 @@ def batch_of(samples: Sequence[Sample], device: torch.device) -> Batch:
 def batches_of(
     samples: Sequence[Sample], size: int, device: torch.device
 ) -> Iterator[tuple[list[int], Batch]]:
-    """Give all samples in batches of little padding, with their places in ``samples``."""
+    """Return all samples in batches of little padding, with their places in ``samples``."""
     order = sorted(range(len(samples)), key=lambda place: len(samples[place].ids))
     for start in range(0, len(order), size):
         places = order[start : start + size]
@@ -101,7 +101,7 @@ def batches_of(
 
 
 def answer_logits(model: Any, batch: Batch) -> Tensor:
-    """Give logits ``[rows, tokens - 1 or fewer, vocabulary]`` for the last of `Batch.labels`."""
+    """Return logits ``[rows, tokens - 1 or fewer, vocabulary]`` for the last of `Batch.labels`."""
     wanted = inspect.signature(model.forward).parameters
     first = int(batch.answer.any(0).int().argmax())
     inputs = {
@@ -118,7 +118,7 @@ def answer_logits(model: Any, batch: Batch) -> Tensor:
 
 
 def answer_loss(batch: Batch, logits: Tensor) -> Tensor:
-    """Give the mean cross-entropy of the answers' tokens, from `answer_logits`."""
+    """Return the mean cross-entropy of the answers' tokens, from `answer_logits`."""
     labels = batch.labels[:, -logits.shape[1] :]
     return functional.cross_entropy(
         logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED

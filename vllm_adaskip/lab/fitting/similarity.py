@@ -120,6 +120,6 @@ def draw_similarities(
 
 
 def _bottom(found: Similarities) -> float:
-    """Give where the axis ends, so that an outlier at an end does not flatten the rest."""
+    """Return where the axis ends, so that an outlier at an end does not flatten the rest."""
     means = np.concatenate([found.prompts.mean(0), found.tokens.mean(0)])
     return float(np.quantile(means, 0.1)) - 0.05
