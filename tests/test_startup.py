@@ -142,9 +142,7 @@ def test_a_set_up_we_cannot_serve_is_refused_with_the_option_to_change(
         assert word in str(refusal.value)
 
 
-def test_model_runner_v2_may_run_compiled(
-    tiny_llama: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_model_runner_v2_may_run_compiled(tiny_llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vllm.config.vllm.HAS_TRITON", True)
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
     vllm_config = config(tiny_llama, **engine_args())

@@ -51,4 +51,4 @@ def test_a_forced_runner_that_we_do_not_feed(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
     assert findings()["model runner"].mend == "set VLLM_USE_V2_MODEL_RUNNER=0"
     monkeypatch.setattr("vllm.triton_utils.HAS_TRITON", True)
-    assert findings()["model runner"].mend == "serve with --enforce-eager"
+    assert not findings()["model runner"].mend

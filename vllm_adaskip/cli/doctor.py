@@ -122,7 +122,7 @@ def _runner() -> Iterator[Finding]:
 
     forced = os.environ.get("VLLM_USE_V2_MODEL_RUNNER")
     second = forced == "1" or (HAS_TRITON and forced != "0")
-    mend = "serve with --enforce-eager" if HAS_TRITON else "set VLLM_USE_V2_MODEL_RUNNER=0"
+    mend = "" if HAS_TRITON or not second else "set VLLM_USE_V2_MODEL_RUNNER=0"
     on_cpu = current_platform.is_cpu()
     yield Finding(
         "platform", current_platform.device_name, "" if on_cpu else "never tried, see docs/gpu.md"
@@ -130,7 +130,7 @@ def _runner() -> Iterator[Finding]:
     yield Finding(
         "model runner",
         f"{'V2' if second else 'V1'} (Triton {'found' if HAS_TRITON else 'not found'})",
-        mend if second else "",
+        mend,
     )
 
 

@@ -60,12 +60,11 @@ def _twin(module: Module) -> Module:
 
 def _kernel(op: nn.Module) -> Forward | None:
     """Give what an op should run by itself; None: as it is, or no op."""
-    if current_platform.is_cpu():
-        if type(op) is RMSNorm and op.variance_size_override is None:
-            return _cpu_norm(op)
-        if isinstance(op, SiluAndMul):
-            plain: Forward = op.forward_native
-            return plain
+    if type(op) is RMSNorm and op.variance_size_override is None:
+        return _norm(op)
+    if current_platform.is_cpu() and isinstance(op, SiluAndMul):
+        plain: Forward = op.forward_native
+        return plain
     if isinstance(op, RMSNorm | RotaryEmbedding | SiluAndMul):
         return _dispatched(op)
     return None
@@ -80,7 +79,7 @@ def _dispatched(op: CustomOp) -> Forward:
     return chosen
 
 
-def _cpu_norm(op: RMSNorm) -> Forward:
+def _norm(op: RMSNorm) -> Forward:
     """Norm ``[..., hidden]``; with a residual both are written in place, as vLLM does on a GPU."""
 
     def forward(x: Tensor, residual: Tensor | None = None) -> Any:

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.attention import Attention
@@ -34,7 +34,7 @@ class KvCache:
         self._joint_slots: Tensor | None = None
         self._is_bound = False
         #: Of several layers that K/V were written into: each with the places of its own.
-        self._grouped: WeakKeyDictionary[Tensor, list[tuple[int, Tensor]]] = WeakKeyDictionary()
+        self._grouped: Any = WeakTensorKeyDictionary()
 
     @property
     def device(self) -> torch.device:
