@@ -7,13 +7,14 @@ import json
 import os
 import pickle
 import re
+import shlex
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from readme import ROOT
+from readme import ROOT, blocks
 from transformers import AutoConfig
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.exceptions import VLLMValidationError
@@ -109,6 +110,20 @@ def test_the_log_says_that_shared_plans_depend_on_the_batch(
         config(tiny_llama, **engine_args(method="similarity", budget=0.6, coalesce=coalesce))
     told = [text for text in said if "coalesce" in text]
     assert len(told) == 1 and "0.25" in told[0] and "depends on who is in the batch" in told[0]
+
+
+@pytest.mark.parametrize("asked", [True, False, None])
+def test_the_log_says_where_asynchronous_scheduling_is_switched_off(
+    tiny_llama: str, monkeypatch: pytest.MonkeyPatch, asked: bool | None
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("vllm_adaskip.startup.logger.warning", said.append)
+    found = config(tiny_llama, async_scheduling=asked, **engine_args())
+    assert found.scheduler_config.async_scheduling is False
+    assert ["--async-scheduling is switched off" in text for text in said] == [True] * bool(asked)
+    said.clear()
+    config(tiny_llama, async_scheduling=asked, enable_prefix_caching=False, **engine_args())
+    assert not said
 
 
 @pytest.mark.parametrize(
@@ -385,6 +400,15 @@ def test_the_form_of_the_docs_reads_the_options(tiny_llama: str) -> None:
     assert found.model_config.architecture == "AdaSkipLlamaForCausalLM"
     (feeder,) = found.model_config.logits_processors
     assert planner_of(found).facts.method == "exit" and "V1Feeder" in feeder
+
+
+def test_the_command_of_the_readme_for_lm_eval_runs_our_class(tiny_llama: str) -> None:
+    (command,) = [text for text in blocks("text") if text.startswith("lm_eval")]
+    model_args = json.loads(shlex.split(command)[-1])
+    del model_args["pretrained"]
+    model_args["additional_config"]["adaskip"]["layers"] = 4  # the tiny model has eight
+    found = config(tiny_llama, **model_args)
+    assert planner_of(found).facts.method_options == {"layers": 4}
 
 
 @pytest.mark.parametrize("others", [{"method": "x", "layers": 1}, {"somebody_elses": {}}, {}])

@@ -84,8 +84,14 @@ def prepare(vllm_config: VllmConfig) -> None:
     )
     vllm_config.parallel_config.worker_extension_cls = _WORKER_EXTENSION
     if vllm_config.cache_config.enable_prefix_caching:
-        vllm_config.scheduler_config.scheduler_cls = _SCHEDULER
-        vllm_config.scheduler_config.async_scheduling = False  # as that scheduler is
+        scheduler = vllm_config.scheduler_config
+        if scheduler.async_scheduling:  # None by default: vLLM decides later
+            logger.warning(
+                "vllm-adaskip: --async-scheduling is switched off, because the scheduler that "
+                "keeps blocks under plans apart is synchronous; --no-enable-prefix-caching "
+                "does without it"
+            )
+        scheduler.scheduler_cls, scheduler.async_scheduling = _SCHEDULER, False
     options = "".join(f", {key} {_shown(value)}" for key, value in config.method_options.items())
     logger.info(
         "vllm-adaskip: %s, method %s%s, profile %s, budget %g, kv_fill %s",
