@@ -142,17 +142,20 @@ def test_a_loop_that_ends_while_counters_run_says_nothing(
     caplog: pytest.LogCaptureFixture, recwarn: Any, seconds: float, answers: bool
 ) -> None:
     """As a server's loop does at SIGINT and SIGTERM: it cancels what still runs."""
-    client: Any = Client()
-    if answers:
-        client.answer = answered
 
-    async def serve() -> None:
-        client.counting = metrics.start_metrics(client)
-        await asyncio.sleep(seconds)
+    def serve_and_stop() -> None:
+        client: Any = Client()
+        if answers:
+            client.answer = answered
 
-    asyncio.run(serve())
-    assert client.counting.cancelled()
-    del client
+        async def serve() -> None:
+            client.counting = metrics.start_metrics(client)
+            await asyncio.sleep(seconds)
+
+        asyncio.run(serve())
+        assert client.counting.cancelled()
+
+    serve_and_stop()
     gc.collect()
     assert not caplog.records and not [str(each.message) for each in recwarn]
 
