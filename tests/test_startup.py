@@ -116,14 +116,14 @@ def test_the_log_says_that_shared_plans_depend_on_the_batch(
 def test_the_log_says_where_asynchronous_scheduling_is_switched_off(
     tiny_llama: str, monkeypatch: pytest.MonkeyPatch, asked: bool | None
 ) -> None:
-    said: list[str] = []
-    monkeypatch.setattr("vllm_adaskip.startup.logger.warning", said.append)
-    found = config(tiny_llama, async_scheduling=asked, **engine_args())
-    assert found.scheduler_config.async_scheduling is False
-    assert ["--async-scheduling is switched off" in text for text in said] == [True] * bool(asked)
-    said.clear()
-    config(tiny_llama, async_scheduling=asked, enable_prefix_caching=False, **engine_args())
-    assert not said
+    for cached in (True, False):
+        said: list[str] = []
+        monkeypatch.setattr("vllm_adaskip.startup.logger.warning", said.append)
+        options = {"async_scheduling": asked, "enable_prefix_caching": cached}
+        found = config(tiny_llama, **options, **engine_args())
+        assert found.scheduler_config.async_scheduling is False
+        assert len(said) == bool(asked)
+        assert all("--async-scheduling is switched off" in text for text in said)
 
 
 @pytest.mark.parametrize(
@@ -161,14 +161,32 @@ def test_a_set_up_we_cannot_serve_is_refused_with_the_option_to_change(
         assert word in str(refusal.value)
 
 
-def test_model_runner_v2_must_run_eagerly(tiny_llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_runner_v2_may_run_compiled(tiny_llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vllm.config.vllm.HAS_TRITON", True)
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-    with pytest.raises(ValueError, match="--enforce-eager"):
-        config(tiny_llama, **engine_args())
-    vllm_config = config(tiny_llama, enforce_eager=True, **engine_args())
+    vllm_config = config(tiny_llama, **engine_args())
     (check,) = vllm_config.model_config.logits_processors
     assert "RequestCheck" in check and not vllm_config.scheduler_config.async_scheduling
+
+
+@pytest.mark.parametrize(
+    ("variables", "kwargs", "word"),
+    [
+        ({"VLLM_USE_BREAKABLE_CUDAGRAPH": "1"}, {}, "unset VLLM_USE_BREAKABLE_CUDAGRAPH"),
+        ({}, {"compilation_config": {"mode": 1}}, "mode 1 of -cc"),
+    ],
+)
+def test_what_would_run_whole_steps_without_us_is_refused(
+    tiny_llama: str,
+    monkeypatch: pytest.MonkeyPatch,
+    variables: dict[str, str],
+    kwargs: dict[str, Any],
+    word: str,
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=word):
+        config(tiny_llama, **kwargs, **engine_args())
 
 
 def test_before_0_32_the_front_end_is_told_of_a_check_that_the_runner_does_not_see(

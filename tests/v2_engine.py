@@ -22,8 +22,13 @@ def run_job(
     prompts: list[list[int]],
     extra_args: list[dict[str, Any] | None],
     max_tokens: int,
+    graphs: bool = False,
 ) -> dict[str, Any]:
-    """Run one batch, greedy, on an engine of its own with our ``options``."""
+    """Run one batch, greedy, on an engine of its own with our ``options``.
+
+    With ``graphs``, a tape takes the place of each CUDA graph.
+    """
+    from tape import capture_on_tapes
     from vllm import LLM, SamplingParams
     from vllm.exceptions import VLLMValidationError
 
@@ -39,6 +44,8 @@ def run_job(
         **{"kv_cache_memory_bytes": 64 << 20, "max_model_len": 256, **engine},
         **engine_args(**options),
     )
+    if graphs:
+        llm.collective_rpc(capture_on_tapes)
     config = llm.llm_engine.vllm_config
     given: dict[str, Any] = {
         "is_v2": config.use_v2_model_runner,

@@ -70,6 +70,8 @@ class AdaSkipConfig(BaseModel):
             what is set beside it goes before it.
         coalesce: how far a decided plan may leave what the prompt asks for, so that the sequences
             of a batch share plans; in [0, 1], 0: not at all. See docs/coalesce.md.
+        graph_plans: plans that requests will name, each in the form of ``adaskip_skip``. Where
+            vLLM uses CUDA graphs, steps in which all sequences follow one of them get one.
         untested_accelerator: serve on an accelerator, where nobody has run this yet.
 
     """
@@ -81,6 +83,7 @@ class AdaSkipConfig(BaseModel):
     kv_fill: Literal["copy", "project", "none"] = "none"
     profile: str | None = None
     coalesce: float = Field(default=0.0, ge=0, le=1)
+    graph_plans: list[list[int | str]] = []
     untested_accelerator: bool = False
 
     @field_validator("method")
@@ -156,6 +159,7 @@ class AdaSkipConfig(BaseModel):
             kv_fill=self.kv_fill,
             profile=self.profile,
             coalesce=self.coalesce,
+            graph_plans=self.graph_plans,
         )
         try:
             Planner(facts)

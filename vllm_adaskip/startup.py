@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from vllm import envs
+from vllm.config import CompilationMode
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
@@ -27,6 +29,7 @@ logger = init_logger("vllm.adaskip")
 
 _ENGINE = "vllm_adaskip.engine"
 _SCHEDULER = f"{_ENGINE}.blocks.MarkingScheduler"
+_ASYNC_SCHEDULER = f"{_ENGINE}.blocks.AsyncMarkingScheduler"
 _WORKER_EXTENSION = f"{_ENGINE}.counts.AdaSkipWorkerExtension"
 #: Of a model's config: what changes the attention of layers that else look like a family's.
 _UNTRIED: dict[str, tuple[object, str]] = {
@@ -83,15 +86,12 @@ def prepare(vllm_config: VllmConfig) -> None:
         check=naming.class_path(f"{_ENGINE}.v2", "RequestCheck", facts),
     )
     vllm_config.parallel_config.worker_extension_cls = _WORKER_EXTENSION
+    if current_platform.is_cpu() and vllm_config.scheduler_config.async_scheduling:
+        logger.warning(  # asked for: where nobody says anything it is None until later
+            "vllm-adaskip: --async-scheduling is switched off, as everywhere on the CPU backend"
+        )
     if vllm_config.cache_config.enable_prefix_caching:
-        scheduler = vllm_config.scheduler_config
-        if scheduler.async_scheduling:  # None by default: vLLM decides later
-            logger.warning(
-                "vllm-adaskip: --async-scheduling is switched off, because the scheduler that "
-                "keeps blocks under plans apart is synchronous; --no-enable-prefix-caching "
-                "does without it"
-            )
-        scheduler.scheduler_cls, scheduler.async_scheduling = _SCHEDULER, False
+        _name_scheduler(vllm_config)
     options = "".join(f", {key} {_shown(value)}" for key, value in config.method_options.items())
     logger.info(
         "vllm-adaskip: %s, method %s%s, profile %s, budget %g, kv_fill %s",
@@ -117,11 +117,19 @@ def _shown(value: object) -> str:
     return str(value)
 
 
+def _name_scheduler(vllm_config: VllmConfig) -> None:
+    """Name the scheduler that marks blocks; asynchronous on accelerators, unless users say no."""
+    scheduler = vllm_config.scheduler_config
+    if current_platform.is_cpu() or scheduler.async_scheduling is False:
+        scheduler.scheduler_cls, scheduler.async_scheduling = _SCHEDULER, False
+    else:
+        scheduler.scheduler_cls = _ASYNC_SCHEDULER
+
+
 def _unsupported(vllm_config: VllmConfig) -> Iterator[str]:
     """Say, for each set-up that we cannot serve, which option to change."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    if vllm_config.use_v2_model_runner and not model.enforce_eager:
-        yield "under Model Runner V2 skip plans run eagerly only; add --enforce-eager"
+    yield from _graphs_that_hide_the_step(vllm_config)
     if (stages := parallel.pipeline_parallel_size) > 1:
         yield f"pipeline parallel is not supported; set --pipeline-parallel-size {stages} to 1"
     if parallel.prefill_context_parallel_size * parallel.decode_context_parallel_size > 1:
@@ -154,8 +162,8 @@ def _unsupported(vllm_config: VllmConfig) -> Iterator[str]:
     for key, (usual, what) in _UNTRIED.items():
         if (value := getattr(model.hf_text_config, key, usual)) not in (usual, None):
             yield f"{what} has not been tested ({key} is {value!r:.80}); use a model without it"
-    scheduler = vllm_config.scheduler_config.scheduler_cls
-    if scheduler and scheduler != _SCHEDULER and vllm_config.cache_config.enable_prefix_caching:
+    scheduler, ours = vllm_config.scheduler_config.scheduler_cls, (_SCHEDULER, _ASYNC_SCHEDULER)
+    if scheduler and scheduler not in ours and vllm_config.cache_config.enable_prefix_caching:
         yield (
             f"--scheduler-cls {scheduler!r} would share blocks under plans with everybody; remove "
             "it, or add --no-enable-prefix-caching"
@@ -163,6 +171,14 @@ def _unsupported(vllm_config: VllmConfig) -> Iterator[str]:
     extension = parallel.worker_extension_cls
     if extension and extension != _WORKER_EXTENSION:
         yield f"--worker-extension-cls {extension!r} takes the place of ours; remove it"
+
+
+def _graphs_that_hide_the_step(vllm_config: VllmConfig) -> Iterator[str]:
+    """Say which set-ups would run whole steps without asking us, and so silently dense."""
+    if envs.VLLM_USE_BREAKABLE_CUDAGRAPH:
+        yield "breakable CUDA graphs would ignore plans; unset VLLM_USE_BREAKABLE_CUDAGRAPH"
+    if vllm_config.compilation_config.mode == CompilationMode.STOCK_TORCH_COMPILE:
+        yield "mode 1 of -cc compiles around plans; leave it out, or add --enforce-eager"
 
 
 def unsupported_accelerator(

@@ -77,6 +77,8 @@ class Told(Gate):
 class Cache:
     """Who has K/V where: ``(layer, token) -> (layer, token)`` it is of."""
 
+    device = torch.device("cpu")
+
     def __init__(self, tokens: int) -> None:
         self.kept: dict[tuple[int, int], list[int]] = {}
         self._tokens = tokens

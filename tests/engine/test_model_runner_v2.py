@@ -33,6 +33,7 @@ BAD = {"adaskip_skip": [TINY_LAYERS]}
 SIMILARITY = {"method": "similarity", "budget": 0.6}
 GATED = {"threshold": 0.9, "warm_up": 2}
 CHECKS, TOP_PROB, GAP = [1, 2, 4, 6], 0.04, 0.01
+SHARED = [2, "attn:4", "mlp:5"]
 EXITS = {"method": "adainfer", "check_layers": CHECKS, "top_prob": TOP_PROB, "gap": GAP}
 
 
@@ -55,6 +56,14 @@ JOBS: dict[str, dict[str, Any]] = {
     "gated": job({"method": "ffn-skip", "scope": "token", **GATED}, [None] * 7),
     "exits": job({**EXITS, "scope": "token", "kv_fill": "copy"}, [None] * 7),
     "answers": job(EXITS, [None] * 7, max_tokens=1),
+    **{
+        f"graphs, {fill}": job(
+            {"kv_fill": fill, "graph_plans": [SHARED]},
+            [*planned(4, 3), *[{"adaskip_skip": SHARED}] * 7, *[None] * 7],
+            graphs=True,
+        )
+        for fill in ("none", "copy", "project")
+    },
 }
 
 
@@ -95,6 +104,19 @@ def by_plan(reference: Reference, kv_fill: str) -> Callable[..., list[int]]:
 def test_mixed_plans_and_prompts_in_chunks(ran: dict[str, Any], reference: Reference) -> None:
     assert len(ran["mixed"]["tokens"]) == 11
     check(JOBS["mixed"], ran["mixed"], by_plan(reference, "project"))
+
+
+@pytest.mark.parametrize("fill", ["none", "copy", "project"])
+def test_steps_under_one_plan_replay_its_graph_and_dense_ones_theirs(
+    ran: dict[str, Any], reference: Reference, fill: str
+) -> None:
+    """On a tape in a graph's stead, padded; other steps of the same engine run the loop."""
+    job, got = JOBS[f"graphs, {fill}"], ran[f"graphs, {fill}"]
+    check(job, got, by_plan(reference, fill))
+    assert got["report"]["graphs"]["plans"] == 2
+    # Seventeen requests in rows of six: of some 34 decode steps a few see plans that differ.
+    assert 8 < got["report"]["graphs"]["replayed"] < got["report"]["decode_tokens"] / 4
+    assert got["report"]["decode_tokens"] == len(got["tokens"]) * (job["max_tokens"] - 1)
 
 
 def test_a_bad_request_is_refused_in_the_front_end_and_nobody_notices(ran: dict[str, Any]) -> None:

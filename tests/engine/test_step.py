@@ -150,7 +150,7 @@ def test_copies_come_from_the_nearest_attention_that_ran(
                 want.add((below[-1] if below else ran[0], token, layer))
     chosen = np.array(generated, dtype=np.int64)
     ran_of = runs[chosen][:, 0::2]
-    copies, got, start = Copies.of(step, chosen, ~ran_of, ran_of), set(), 0
+    copies, got, start = Copies.of(step, chosen, ~ran_of, ran_of, torch.device("cpu")), set(), 0
     for source, places in copies.sources.items():
         kept = [token for token in generated if runs[token, 2 * source]]
         for index, place in enumerate(places.tolist(), start):

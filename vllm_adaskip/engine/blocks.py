@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from vllm_adaskip.classifiers import Classifier, SkipPlan
-from vllm_adaskip.engine.compat.scheduler import Mark, MarkedBlocks
+from vllm_adaskip.engine.compat.scheduler import AsyncScheduler, Mark, MarkedBlocks
 from vllm_adaskip.engine.naming import planner_of
 from vllm_adaskip.engine.request import Planner, is_one_answer
 
@@ -83,6 +83,10 @@ class MarkingScheduler(MarkedBlocks):
         if params is None or not is_one_answer(params):
             return False
         return self._planner.wanted(params.extra_args).is_gated(one_answer=True)
+
+
+class AsyncMarkingScheduler(MarkingScheduler, AsyncScheduler):
+    """The same where vLLM schedules a step before it knows the last one's tokens."""
 
 
 def leaves_holes(plan: SkipPlan, kv_fill: str) -> bool:

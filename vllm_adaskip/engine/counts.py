@@ -118,7 +118,8 @@ def report(state: SkipState) -> dict[str, Any]:
     ``*_run[l]`` counts generated tokens that went through sub-layer l; ``plans`` is
     `SkipState.plans`; ``coalesced`` counts decisions that others in the batch changed. Where a
     method lets tokens exit, ``exits[l]`` counts those, or with scope ``answer`` the requests, that
-    stopped after layer l.
+    stopped after layer l. Where CUDA graphs hold plans, ``graphs`` says how many plans, dense among
+    them, and how many steps replayed one.
     """
     table, facts = state.table, state.planner.facts
     counts, run = table.counts, table.counts.run.tolist()
@@ -135,6 +136,8 @@ def report(state: SkipState) -> dict[str, Any]:
         "live_plans": table.live_plans,
         "coalesced": state.coalesced,
     }
+    if (graphs := state.graphs) is not None:
+        found["graphs"] = {"plans": len(graphs.plans), "replayed": graphs.replayed}
     if state.planner.classifier.gates_attention:
         found["exits"] = counts.exits.tolist()
     return found

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import blake2b
 from logging import getLogger
 from operator import ne
@@ -21,7 +21,10 @@ from vllm_adaskip.engine.step import Ints
 from vllm_adaskip.engine.table import SequenceTable, Undecided
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from vllm.config import VllmConfig
+
+    from vllm_adaskip.engine.graphs import GraphBook
 
 logger = getLogger("vllm.adaskip")
 
@@ -44,6 +47,8 @@ class SkipState:
         lengths: of the forward that comes next, ``query_start_loc`` ``[rows + 1]`` and
             ``seq_lens`` ``[rows]``, from a feeder that knows them; None for a warm-up.
         is_told_lengths: whether the feeder does; if not, they stand in attention metadata.
+        replay: of the forward that comes next, what runs it as a graph; None: there is none.
+        graphs: the engine's graphs; None: it has none.
         plans: sequences that entered, by plan: ``dense``, ``skipping``, or ``gated`` where the
             method may leave out more, token by token. Sequences that wait for a plan are in none.
         coalesced: decisions so far that others in the batch changed, see `engine/coalesce.py`.
@@ -55,6 +60,8 @@ class SkipState:
         self.is_told_lengths = is_told_lengths
         self.coalesced = 0
         self.lengths: tuple[Ints, Ints] | None = None
+        self.replay: Callable[[], Tensor] | None = None
+        self.graphs: GraphBook | None = None
         self.table = SequenceTable(planner.facts.shape.num_layers, capacity)
         self.plans = {"dense": 0, "skipping": 0, "gated": 0}
         self.memo: LRUCache[Undecided, SkipPlan] = LRUCache(_REMEMBERED)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -84,6 +85,7 @@ class Copies:
             in the order of ``sources``.
         tokens: int64 ``[copies]``, position in the step.
 
+    All on the device of the cache, so that a step that stays copies nothing from the host.
     """
 
     sources: dict[int, Tensor]
@@ -91,7 +93,9 @@ class Copies:
     tokens: Tensor
 
     @classmethod
-    def of(cls, step: Step, tokens: Ints, wanted: Bools, ran: Bools) -> Copies:
+    def of(
+        cls, step: Step, tokens: Ints, wanted: Bools, ran: Bools, device: torch.device
+    ) -> Copies:
         """Return the copies for tokens.
 
         Args:
@@ -99,6 +103,7 @@ class Copies:
             tokens: ``[tokens]`` positions.
             wanted: ``[tokens, num_layers]`` where K/V are to be written.
             ran: ``[tokens, num_layers]`` where there are any; a token without is left out.
+            device: of the cache.
 
         """
         wanted = wanted & ran.any(axis=1, keepdims=True)
@@ -110,12 +115,14 @@ class Copies:
         order = np.argsort(source, kind="stable")
         source, layers, tokens = source[order], layers[order], tokens[at[order]]
         sources = {
-            layer: torch.from_numpy(
-                np.searchsorted(_generated(step, layer).positions, tokens[source == layer])
-            )
+            layer: np.searchsorted(_generated(step, layer).positions, tokens[source == layer])
             for layer in np.unique(source).tolist()
         }
-        return cls(sources, torch.from_numpy(layers), torch.from_numpy(tokens))
+        return cls(
+            {layer: torch.from_numpy(rows).to(device) for layer, rows in sources.items()},
+            torch.from_numpy(layers).to(device),
+            torch.from_numpy(tokens).to(device),
+        )
 
 
 class CopyFill(KvFill):
@@ -130,7 +137,8 @@ class CopyFill(KvFill):
         super().__init__(attention, cache)
         self._step: Step | None = None
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
-        self._planned: tuple[Step | None, Copies | None] = None, None
+        #: What was planned for each step that lives.
+        self._planned: WeakKeyDictionary[Step, Copies] = WeakKeyDictionary()
         keep_keys_and_values(attention, self._keep)
 
     def begin(self, step: Step, *, may_change: bool) -> None:
@@ -155,7 +163,7 @@ class CopyFill(KvFill):
             self._written = np.zeros((step.num_tokens, left_out.shape[1]), dtype=np.bool_)
         left_out = left_out & ~self._written[tokens]  # a gate may say the same again
         ran = step.runs[step.span_of(tokens), 0::2] & (np.arange(left_out.shape[1]) <= layer)
-        self._write(Copies.of(step, tokens, left_out, ran))
+        self._write(Copies.of(step, tokens, left_out, ran, self.cache.device))
         self._written[tokens] |= left_out & ran.any(axis=1, keepdims=True)
 
     def finish(self) -> None:
@@ -169,20 +177,20 @@ class CopyFill(KvFill):
         """Return what is planned and not written yet; the same while the step stays."""
         step = self._step
         assert step is not None
-        known, copies = self._planned
-        if copies is None or known is not step or self._written is not None:
+        copies = self._planned.get(step)
+        if copies is None or self._written is not None:
             tokens = step.tokens(step.generated).positions
             ran = step.runs[step.span_of(tokens), 0::2]
             wanted = ~ran if self._written is None else ~(ran | self._written[tokens])
-            copies = Copies.of(step, tokens, wanted, ran)
-            self._planned = step, copies
+            copies = Copies.of(step, tokens, wanted, ran, self.cache.device)
+            self._planned[step] = copies
         return copies
 
     def _write(self, copies: Copies) -> None:
         if not copies.sources:
             return
         found = [
-            tuple(each[rows.to(each.device)] for each in self._kept[layer])
+            tuple(each[rows] for each in self._kept[layer])
             for layer, rows in copies.sources.items()
         ]
         key, value = (torch.cat(each) for each in zip(*found, strict=True))

@@ -10,7 +10,7 @@ passing on both halves. Most of vLLM's layers carry it so, with the sum fused in
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -147,7 +147,7 @@ class SkipRuntime:
         self._version = -1
 
     def begin(self) -> Step | None:
-        """Plan the forward that starts now; None when stock vLLM's own may run.
+        """Plan the forward that starts now; None when stock vLLM's own may run, or a graph.
 
         Costs a few operations on small arrays. A step is kept as long as all rows decode and
         none changes, which in steady decoding is so.
@@ -163,7 +163,8 @@ class SkipRuntime:
         self.reader.begin(step, seq_lens, metadata.block_table)
         self.gate.begin(step, seq_lens)
         self.step = step.fork() if self.gate.is_open else step
-        if self._is_dense and not (self.reader.is_open or self.gate.is_open):
+        is_observed = self.reader.is_open or self.gate.is_open
+        if self.state.replay is not None or (self._is_dense and not is_observed):
             self._count()
             return None
         self.fill.begin(self.step, may_change=self.gate.is_open)
@@ -298,14 +299,52 @@ class SkippingDecoder(nn.Module):
         inputs_embeds: Tensor | None = None,
     ) -> Any:
         """Return what the LM head takes, ``[tokens, width]``."""
-        step = self.adaskip.begin()
+        adaskip = self.adaskip
+        step = adaskip.begin()
+        if (replay := adaskip.state.replay) is not None:
+            adaskip.state.replay = None
+            return replay()
         if step is None:
             return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds)
+        # What vLLM adds for its graphs lies behind the step's own tokens, and belongs to nobody.
+        real = slice(step.num_tokens)
+        input_ids = None if input_ids is None else input_ids[real]
+        inputs_embeds = None if inputs_embeds is None else inputs_embeds[real]
+        output = self._run(step, input_ids, positions[real], inputs_embeds)
+        adaskip.end()
+        return output
+
+    def body(self, step: Step) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return what a graph of a step holds, in which all tokens follow one plan.
+
+        It takes ``[tokens]`` input ids and positions and returns what `forward` does. What it
+        makes on its first call and needs again stays as long as the step.
+        """
+
+        def run(input_ids: Tensor, positions: Tensor) -> Tensor:
+            if step.is_dense:
+                output: Tensor = super(SkippingDecoder, self).forward(input_ids, positions)
+                return output
+            adaskip = self.adaskip
+            adaskip.fill.begin(step, may_change=False)
+            output = self._run(step, input_ids, positions, None)
+            adaskip.fill.finish()
+            return output
+
+        return run
+
+    def _run(
+        self,
+        step: Step,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        inputs_embeds: Tensor | None,
+    ) -> Tensor:
+        """Run a step's tokens through what they do not leave out."""
         embedded = self.embed(input_ids, positions, inputs_embeds)
         window = Window(Stream(embedded, None), positions)
         with self.adaskip.running(step):
             self._run_sub_layers(step, window)
-        self.adaskip.end()
         return self.finish(window.stream)
 
     def _run_sub_layers(self, step: Step, window: Window) -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from vllm_adaskip.classifiers import (
@@ -23,6 +23,7 @@ from vllm_adaskip.classifiers import (
 )
 from vllm_adaskip.classifiers.hub import located
 from vllm_adaskip.classifiers.plan import shown
+from vllm_adaskip.engine.graphs import MOST_PLANS
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -92,6 +93,7 @@ class EngineFacts:
     """The model's depth and the server's options, already checked; they travel as JSON.
 
     ``profile``, a folder or hub id, is where a method finds its tensors, in every process.
+    ``graph_plans`` are plans that requests will name, in the form of `SkipPlan.parse`.
     """
 
     shape: DecoderShape
@@ -101,6 +103,7 @@ class EngineFacts:
     kv_fill: str = "none"
     profile: str | None = None
     coalesce: float = 0.0
+    graph_plans: Sequence[Sequence[int | str]] = field(default_factory=list)  # as JSON has it
 
     def to_json(self) -> str:
         """Write the facts as JSON text."""
@@ -140,6 +143,8 @@ class Planner:
     front end can refuse what a worker would refuse.
 
     Attributes:
+        known_plans: that sequences are likely to follow: the method's one plan, those of option
+            ``graph_plans``, and the method's codebook; without dense, `MOST_PLANS` in all at most.
         refused: requests that `admit` has refused in this process, by `RequestError.reason`.
 
     """
@@ -164,6 +169,7 @@ class Planner:
                 f"cannot say how much worse another plan is; allowed: 0, or method {able}"
             )
         self._default = self._decided(facts.budget)
+        self.known_plans = self._known_plans()
         self.refused = dict.fromkeys(REASONS, 0)
 
     def admit(self, extra_args: Mapping[str, Any] | None) -> None:
@@ -198,6 +204,19 @@ class Planner:
             return self._decided(min(args.budget, self.facts.budget))
         except PlanError as error:
             raise RequestError("adaskip_budget", str(error)) from None
+
+    def _known_plans(self) -> list[SkipPlan]:
+        num_layers = self.facts.shape.num_layers
+        named = [SkipPlan.parse(one, num_layers) for one in self.facts.graph_plans]
+        first = [*dict.fromkeys(plan for plan in (self._default.plan, *named) if plan)]
+        first = [plan for plan in first if not plan.is_dense]
+        if len(first) >= MOST_PLANS:
+            raise ValueError(
+                f"graph_plans: {len(named)} plans; allowed: {MOST_PLANS} with dense and the "
+                "method's own, as each gets CUDA graphs of its own"
+            )
+        more = (plan for plan in self.classifier.codebook if not plan.is_dense)
+        return [*dict.fromkeys([*first, *more])][: MOST_PLANS - 1]
 
     def _decided(self, budget: float) -> Wanted:
         """Let the method decide at once, unless it reads the prompt."""

@@ -10,16 +10,20 @@ batch (as under V1, where that is so anyway), so the rows are put into the batch
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
+from vllm_adaskip.classifiers import SkipPlan
 from vllm_adaskip.engine import naming
+from vllm_adaskip.engine.compat.graphs import PlanGraphs, Shared
 from vllm_adaskip.engine.compat.model_state import (
     DefaultModelState,
     batch_lengths,
     generated,
-    no_cuda_graphs,
+    no_full_graphs,
 )
 from vllm_adaskip.engine.decide import shared_state
+from vllm_adaskip.engine.graphs import Entry, GraphBook
 from vllm_adaskip.engine.request import is_one_answer
 from vllm_adaskip.engine.table import SequenceTable
 
@@ -70,13 +74,19 @@ class BatchOrder:
 class AdaSkipModelState(DefaultModelState):
     """Mirrors Model Runner V2's requests into the engine's sequence table.
 
-    Eager: what a step runs is decided in Python on the host, so no CUDA graph may hold it.
+    What a step runs is decided in Python on the host, so no graph of the runner's may hold it: a
+    dense step runs vLLM's piecewise graphs, a planned one the loop. Steps whose rows decode under
+    one plan that is known when the engine starts replay a graph of ours, see `GraphBook`.
     """
 
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, *args, **kwargs)
         self._state = shared_state(vllm_config)
-        self._order = BatchOrder(self._state.table, vllm_config.scheduler_config.max_num_seqs)
+        most_rows = vllm_config.scheduler_config.max_num_seqs
+        self._order = BatchOrder(self._state.table, most_rows)
+        self._most_rows = most_rows
+        self._graphs: dict[SkipPlan, PlanGraphs] = {}
+        self._shared: Shared | None = None
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         """Put a request into a row that enters, or comes back after preemption.
@@ -109,6 +119,45 @@ class AdaSkipModelState(DefaultModelState):
         self._order.arrange(input_batch.req_ids)
         self._state.lengths = batch_lengths(input_batch)
 
+    def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
+        """Drop graphs that vLLM had captured to measure their memory; the cache is another now."""
+        super().initialize_kv_cache(*args, **kwargs)
+        self._graphs, self._shared = {}, None
+
+    def capture_inner_cudagraphs(self, *runner: Any) -> None:
+        """Capture a graph of each plan that is known now, for each size; from 0.32 on."""
+        planner, table = self._state.planner, self._state.table
+        book = GraphBook(planner.known_plans, table.num_layers, self._most_rows)
+        self._graphs = {}
+        self._shared = Shared(self.vllm_config, book.sizes, super().prepare_attn, *runner)
+        for plan in book.plans:
+            bodies = cache(lambda size, plan=plan: self.model.body(book.step(Entry(plan, size))))
+            self._graphs[plan] = graphs = PlanGraphs(self._shared)
+            graphs.capture(bodies)
+        self._state.graphs = book
+
+    def prepare_attn(self, input_batch: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Choose the graph of the forward that comes next, and prepare for it, or for none."""
+        state = self._state
+        state.replay = None
+        if (entry := self._entry()) is None:
+            metadata: dict[str, Any] = super().prepare_attn(input_batch, *args, **kwargs)
+            return metadata
+        assert self._shared is not None
+        state.replay = partial(self._graphs[entry.plan].replay, entry.size)
+        return self._shared.refresh(input_batch, entry.size)
+
+    def _entry(self) -> Entry | None:
+        """Return the graph for the batch that `preprocess_state` told of; None: there is none."""
+        book, lengths, table = self._state.graphs, self._state.lengths, self._state.table
+        if book is None or lengths is None or not self._graphs:  # a warm-up has no lengths
+            return None
+        starts, seq_lens = lengths
+        rows = len(seq_lens)
+        entry = book.entry(table.skips[:rows], starts[1:], seq_lens, table.prompt_lens[:rows])
+        book.replayed += entry is not None
+        return entry
+
     def get_additional_cg_support(self) -> tuple[Any, str | None]:
-        """Tell the runner that no step may be in a CUDA graph."""
-        return no_cuda_graphs()
+        """Tell the runner that none of its graphs may hold a whole step."""
+        return no_full_graphs()

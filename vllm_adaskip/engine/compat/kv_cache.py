@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -32,6 +33,14 @@ class KvCache:
         self._joint: Tensor | None = None
         self._joint_slots: Tensor | None = None
         self._is_bound = False
+        #: Of several layers that K/V were written into: each with the places of its own.
+        self._grouped: WeakKeyDictionary[Tensor, list[tuple[int, Tensor]]] = WeakKeyDictionary()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the cache is."""
+        device: torch.device = self._layers[0].kv_cache.device
+        return device
 
     @property
     def geometry(self) -> tuple[int, int]:
@@ -60,9 +69,16 @@ class KvCache:
         if self._joint is not None and self._joint_slots is not None:
             self._update(0, self._joint, key, value, slots + self._joint_slots[layers])
             return
-        for layer in sorted(set(layers.tolist())):
-            chosen = layers == layer
-            self.write(layer, key[chosen], value[chosen], slots[chosen])
+        for layer, places in self._places(layers):
+            self.write(layer, key[places], value[places], slots[places])
+
+    def _places(self, layers: Tensor) -> list[tuple[int, Tensor]]:
+        """Return each layer among ``[tokens]`` layers, with the places of its tokens."""
+        if (found := self._grouped.get(layers)) is None:
+            own = set(layers.tolist())
+            found = [(layer, (layers == layer).nonzero()[:, 0]) for layer in sorted(own)]
+            self._grouped[layers] = found
+        return found
 
     def _update(self, layer: int, cache: Tensor, key: Tensor, value: Tensor, slots: Tensor) -> None:
         attention: Any = self._layers[layer]
@@ -72,7 +88,10 @@ class KvCache:
         )
 
     def _join(self) -> None:
-        """Find the view over all layers, once the cache is bound; None if there is none."""
+        """Find the view over all layers, once the cache is bound; None if there is none.
+
+        None on accelerators, where graphs pad steps with slots below 0, which no shift may move.
+        """
         self._is_bound = True
         caches = [layer.kv_cache for layer in self._layers]
         first = caches[0]
@@ -85,7 +104,12 @@ class KvCache:
             for cache in caches
         )
         scales = {(layer._k_scale_float, layer._v_scale_float) for layer in self._layers}
-        if not alike or len(scales) > 1 or (offsets % step != offsets[0] % step).any():
+        if (
+            first.device.type != "cpu"
+            or not alike
+            or len(scales) > 1
+            or (offsets % step != offsets[0] % step).any()
+        ):
             return
         shift = (offsets - offsets.min()) // step  # in blocks
         size = int(shift.max()) + blocks

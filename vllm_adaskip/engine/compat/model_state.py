@@ -15,7 +15,7 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from vllm_adaskip.engine.step import Ints
 
-__all__ = ["DefaultModelState", "batch_lengths", "generated", "no_cuda_graphs"]
+__all__ = ["DefaultModelState", "batch_lengths", "generated", "no_full_graphs"]
 
 
 def batch_lengths(batch: Any) -> tuple[Ints, Ints]:
@@ -34,6 +34,9 @@ def generated(request: Any) -> int:
     return len(request.prefill_token_ids) - len(request.prompt_token_ids)
 
 
-def no_cuda_graphs() -> tuple[AttentionCGSupport, str | None]:
-    """Return what a model state answers that must run eagerly."""
+def no_full_graphs() -> tuple[AttentionCGSupport, str | None]:
+    """Return what a model state answers whose forward must be called at each step.
+
+    vLLM then keeps to piecewise graphs, of the model's compiled pieces.
+    """
     return AttentionCGSupport.NEVER, "vllm-adaskip"

@@ -8,6 +8,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 if TYPE_CHECKING:
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     Hasher = Callable[[Request], list[BlockHash]]
+
+__all__ = ["AsyncScheduler", "Mark", "MarkedBlocks"]
 
 #: Returns the mark of one more block.
 Mark = Callable[[], bytes]
@@ -35,7 +38,7 @@ class MarkedBlocks(Scheduler):
     ``allocate_slots`` with ``delay_cache_blocks``, made for blocks from elsewhere). Remove when a
     request can bring a salt for the blocks past its prompt, and can be kept out of the
     prefix cache from a token on. The base is the synchronous scheduler, which is vLLM's own on
-    the CPU; elsewhere asynchronous scheduling is switched off.
+    the CPU; `AsyncScheduler` goes behind it elsewhere.
     """
 
     @abstractmethod

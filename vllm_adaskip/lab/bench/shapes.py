@@ -43,6 +43,17 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 32_000,
         "tie_word_embeddings": False,
     },
+    "llama-3.1-8b": {
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 14_336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 128_256,
+        "tie_word_embeddings": False,
+    },
     "opt-1.3b": {
         "model_type": "opt",
         "hidden_size": 2048,
