@@ -68,9 +68,9 @@ from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 from vllm_adaskip.plugin import register
 stock = dict(ModelRegistry.models), dict(MODELS_CONFIG_MAP)
 register()
-parser = EngineArgs.add_cli_args
+built = EngineArgs.add_cli_args, EngineArgs.create_engine_config
 register()
-assert EngineArgs.add_cli_args is parser
+assert built == (EngineArgs.add_cli_args, EngineArgs.create_engine_config)
 for before, after in zip(stock, (ModelRegistry.models, MODELS_CONFIG_MAP)):
     assert all(after[name] is value for name, value in before.items())
     print(sorted(set(after) - set(before)))

@@ -32,6 +32,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     log = tmp_path_factory.mktemp("server") / "log"
     with serving(block("vllm serve"), log):
         yield str(log)
+    assert "never retrieved" not in log.read_text()
 
 
 def shell(command: str) -> str:

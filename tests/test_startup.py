@@ -7,13 +7,14 @@ import json
 import os
 import pickle
 import re
+import shlex
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from readme import ROOT
+from readme import ROOT, blocks
 from transformers import AutoConfig
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.exceptions import VLLMValidationError
@@ -21,8 +22,12 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_adaskip import DecoderShape, engine_args
 from vllm_adaskip.config import AdaSkipConfig, ConfigError
+from vllm_adaskip.engine.naming import planner_of
 from vllm_adaskip.engine.request import Planner
 from vllm_adaskip.startup import unsupported_accelerator
+
+OPTION = "--additional-config"
+OVERRIDE = '{"architectures": ["AdaSkipLlamaForCausalLM"]}'
 
 
 def config(model: str, **kwargs: Any) -> Any:
@@ -105,6 +110,20 @@ def test_the_log_says_that_shared_plans_depend_on_the_batch(
         config(tiny_llama, **engine_args(method="similarity", budget=0.6, coalesce=coalesce))
     told = [text for text in said if "coalesce" in text]
     assert len(told) == 1 and "0.25" in told[0] and "depends on who is in the batch" in told[0]
+
+
+@pytest.mark.parametrize("asked", [True, False, None])
+def test_the_log_says_where_asynchronous_scheduling_is_switched_off(
+    tiny_llama: str, monkeypatch: pytest.MonkeyPatch, asked: bool | None
+) -> None:
+    for cached in (True, False):
+        said: list[str] = []
+        monkeypatch.setattr("vllm_adaskip.startup.logger.warning", said.append)
+        options = {"async_scheduling": asked, "enable_prefix_caching": cached}
+        found = config(tiny_llama, **options, **engine_args())
+        assert found.scheduler_config.async_scheduling is False
+        assert len(said) == bool(asked)
+        assert all("--async-scheduling is switched off" in text for text in said)
 
 
 @pytest.mark.parametrize(
@@ -335,6 +354,102 @@ def test_bad_arguments_are_usage_errors(
     complaint = capsys.readouterr().err
     for word in words:
         assert word in complaint
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--plugin", "adaskip", OPTION, '{"method": "exit", "layers": 6}'], ["layers, method"]),
+        (["--plugin", "adaskip", f"{OPTION}.method", "exit"], ['{"adaskip": {"method": ...}}']),
+        ([OPTION, '{"adaskip": {"method": "exit"}, "layers": 6}'], ["nobody reads layers"]),
+        ([OPTION, '{"AdaSkip": {"method": "exit", "layers": 6}}'], ["'AdaSkip'", "'adaskip'"]),
+        ([f"{OPTION}.vllm_adaskip.method", "exit"], ["'vllm_adaskip'", "'adaskip'"]),
+        ([f"{OPTION}.adskip.method", "exit"], ["'adskip'", "'adaskip'"]),
+        (["--plugin", "adaskip", "--config=server.yaml"], ["--config server.yaml"]),
+    ],
+)
+def test_options_in_the_wrong_place_are_usage_errors(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], words: list[str]
+) -> None:
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    parser.add_argument("--config")  # as a server's has
+    with pytest.raises(SystemExit):
+        parser.parse_args(arguments)
+    complaint = capsys.readouterr().err
+    for word in words:
+        assert word in complaint
+
+
+OURS = {"adaskip": {"method": "exit", "layers": 6}}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"additional_config": OURS}, ["LlamaForCausalLM", "engine_args", OVERRIDE]),
+        ({"additional_config": {"Ada-Skip": {}}}, ["'Ada-Skip'", "'adaskip'"]),
+        (
+            {"hf_overrides": json.loads(OVERRIDE), "additional_config": OURS["adaskip"]},
+            ["nobody reads layers, method", '{"adaskip": {"layers": ...}}'],
+        ),
+        (
+            {"hf_overrides": json.loads(OVERRIDE), "additional_config": {"ADASKIP": {}}},
+            ["'ADASKIP'", "'adaskip'"],
+        ),
+    ],
+)
+def test_an_engine_with_options_of_ours_that_nobody_would_read_is_refused(
+    tiny_llama: str, options: dict[str, Any], words: list[str]
+) -> None:
+    with pytest.raises(ValueError) as refusal:
+        config(tiny_llama, **options)
+    for word in words:
+        assert word in str(refusal.value)
+
+
+def test_so_is_one_whose_family_we_do_not_have(tiny_llama: str, tmp_path: Path) -> None:
+    gemma = {"architectures": ["GemmaForCausalLM"], "model_type": "gemma", "head_dim": 32}
+    with pytest.raises(ValueError, match=r"GemmaForCausalLM.*remove them.*LlamaForCausalLM"):
+        config(variant(tiny_llama, tmp_path, **gemma), additional_config=OURS)
+
+
+def test_the_form_of_the_docs_reads_the_options(tiny_llama: str) -> None:
+    found = config(tiny_llama, hf_overrides=json.loads(OVERRIDE), additional_config=OURS)
+    assert found.model_config.architecture == "AdaSkipLlamaForCausalLM"
+    (feeder,) = found.model_config.logits_processors
+    assert planner_of(found).facts.method == "exit" and "V1Feeder" in feeder
+
+
+def test_the_command_of_the_readme_for_lm_eval_runs_our_class(tiny_llama: str) -> None:
+    (command,) = [text for text in blocks("text") if text.startswith("lm_eval")]
+    model_args = json.loads(shlex.split(command)[-1])
+    del model_args["pretrained"]
+    model_args["additional_config"]["adaskip"]["layers"] = 4  # the tiny model has eight
+    found = config(tiny_llama, **model_args)
+    assert planner_of(found).facts.method_options == {"layers": 4}
+
+
+@pytest.mark.parametrize("others", [{"method": "x", "layers": 1}, {"somebody_elses": {}}, {}])
+def test_additional_config_of_others_is_left_alone(tiny_llama: str, others: Any) -> None:
+    assert config(tiny_llama, additional_config=others).additional_config == others
+
+
+def test_engine_args_does_not_override_options_that_stand_in_additional_config() -> None:
+    with pytest.raises(ConfigError, match="'adaskip' is not allowed there"):
+        engine_args(additional_config=OURS)
+    with pytest.raises(ConfigError, match="nobody reads layers, method"):
+        engine_args(additional_config=OURS["adaskip"])
+    assert engine_args(additional_config={"a": 1}, method="exit", layers=6)[
+        "additional_config"
+    ] == {"a": 1, **OURS}
+
+
+def test_an_allow_list_without_the_plugin_is_named(
+    tiny_llama: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    with pytest.raises(ValueError, match=r"VLLM_PLUGINS is 'other'.*add adaskip"):
+        config(tiny_llama, **engine_args())
 
 
 def test_asking_lets_the_report_endpoint_load_and_keeps_the_other_plugins(

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import difflib
+import os
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -11,12 +13,49 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from vllm_adaskip.classifiers import METHODS, DecoderShape
 from vllm_adaskip.classifiers.hub import located
+from vllm_adaskip.classifiers.plan import shown
 from vllm_adaskip.classifiers.profile import Profile, ProfileError
 from vllm_adaskip.engine.request import EngineFacts, Planner
+
+#: The key of ``additional_config`` under which our options stand.
+LEVEL = "adaskip"
 
 
 class ConfigError(ValueError):
     """An option that is not allowed; the message names it, its value and what is allowed."""
+
+
+def asks(additional_config: object) -> bool:
+    """Return whether an engine's ``additional_config`` has options of ours.
+
+    Raises:
+        ConfigError: they stand under a name that is nearly ``adaskip``, where nobody reads them.
+
+    """
+    if not isinstance(additional_config, Mapping):
+        return False
+    for key in additional_config:
+        if key != LEVEL and _is_nearly_ours(str(key)):
+            raise ConfigError(
+                f"additional_config: nobody reads {shown(key)}; allowed: {LEVEL!r}, an object "
+                "with our options"
+            )
+    return LEVEL in additional_config
+
+
+def _is_nearly_ours(key: str) -> bool:
+    letters = re.sub("[^a-z]", "", key[:80].lower())
+    return LEVEL in letters or bool(difflib.get_close_matches(letters, [LEVEL], cutoff=0.8))
+
+
+def check_allow_list() -> None:
+    """Refuse a process in which vLLM may not load this plugin (`ConfigError`)."""
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and LEVEL not in allowed.split(","):
+        raise ConfigError(
+            f"VLLM_PLUGINS is {allowed!r:.200}, so vLLM does not load vllm-adaskip; add adaskip to "
+            "it, or unset it"
+        )
 
 
 class AdaSkipConfig(BaseModel):
@@ -71,6 +110,25 @@ class AdaSkipConfig(BaseModel):
         except ValidationError as error:
             raise ConfigError(_explain(error, options)) from None
         return config
+
+    @classmethod
+    def of(cls, additional_config: object) -> AdaSkipConfig:
+        """Read the options of an engine that runs our class from its ``additional_config``.
+
+        Raises:
+            ConfigError: as `parse`; or options of ours stand beside ``adaskip``, not under it.
+
+        """
+        if not isinstance(additional_config, Mapping):
+            raise ConfigError(f"additional_config: {shown(additional_config)} is no JSON object")
+        asks(additional_config)
+        methods = (method.Options.model_fields for method in METHODS.values())
+        if misplaced := sorted({*cls.model_fields}.union(*methods) & additional_config.keys()):
+            raise ConfigError(
+                f"additional_config: nobody reads {', '.join(misplaced)} there; options of ours "
+                f'stand one level deeper: {{"{LEVEL}": {{"{misplaced[0]}": ...}}}}'
+            )
+        return cls.parse(additional_config.get(LEVEL, {}))
 
     @property
     def method_options(self) -> dict[str, Any]:

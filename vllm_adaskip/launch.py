@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_adaskip.config import AdaSkipConfig
+from vllm_adaskip.config import LEVEL, AdaSkipConfig, ConfigError, asks, check_allow_list
 from vllm_adaskip.engine.compat import is_probe
 from vllm_adaskip.model_executors.registry import FAMILIES, family_of
 
@@ -31,6 +31,7 @@ class UseAdaSkip:
             _update(hf_config, self.user)
         if is_probe(hf_config):
             return hf_config
+        check_allow_list()
         architectures = getattr(hf_config, "architectures", None) or []
         families = [family for name in architectures if (family := family_of(name))]
         if not families:
@@ -67,11 +68,15 @@ def engine_args(
         options: the server's options, such as ``method="static", skip=[5, 6]``.
 
     Raises:
-        ConfigError: an unknown option or a value that is not allowed.
+        ConfigError: an unknown option, a value that is not allowed, or options of ours that
+            stand in ``additional_config``.
 
     """
-    AdaSkipConfig.parse(options)
-    return {
-        "hf_overrides": UseAdaSkip(hf_overrides),
-        "additional_config": {**(additional_config or {}), "adaskip": options},
-    }
+    theirs = dict(additional_config or {})
+    if asks(theirs):
+        raise ConfigError(
+            f"additional_config: {LEVEL!r} is not allowed there; give its options to engine_args"
+        )
+    additional = {**theirs, LEVEL: options}
+    AdaSkipConfig.of(additional)
+    return {"hf_overrides": UseAdaSkip(hf_overrides), "additional_config": additional}

@@ -2,7 +2,8 @@
 """Entry point ``vllm.general_plugins``: vLLM calls `register` in every process.
 
 Registering changes nothing for engines that do not ask for us: it names our
-architectures, a config hook for these alone, and one argument of the parser.
+architectures, a config hook for these alone, and one argument of the parser. An engine that
+brings our options and does not ask for us is refused.
 """
 
 from __future__ import annotations
@@ -30,13 +31,14 @@ def register() -> None:
 def _register() -> None:
     from vllm import ModelRegistry
 
-    from vllm_adaskip.engine.compat import extend_parser, register_config_hook
+    from vllm_adaskip.engine.compat import check_engines, extend_parser, register_config_hook
     from vllm_adaskip.model_executors.registry import FAMILIES
-    from vllm_adaskip.startup import prepare
+    from vllm_adaskip.startup import check_class, prepare
 
     for family in FAMILIES.values():
         ModelRegistry.register_model(family.architecture, family.target)
         register_config_hook(family.architecture, prepare)
+    check_engines(check_class)
     extend_parser(_add_arguments, _finish)
 
 
@@ -53,16 +55,16 @@ def _add_arguments(parser: Any) -> None:
 
 def _finish(args: Namespace) -> None:
     """Turn the plugin on where it was asked for, by name or by bringing its options."""
-    from vllm_adaskip.config import AdaSkipConfig
+    from vllm_adaskip.config import AdaSkipConfig, asks
     from vllm_adaskip.launch import UseAdaSkip
 
     additional = getattr(args, "additional_config", None) or {}
-    if getattr(args, "plugin", None) != NAME and NAME not in additional:
+    if not asks(additional) and getattr(args, "plugin", None) != NAME:
         return
-    if not isinstance(additional, dict):
-        raise ValueError(f"--additional-config: {additional!r:.80} is no JSON object")
-    AdaSkipConfig.parse(additional.setdefault(NAME, {}))
-    args.additional_config = additional
+    if getattr(args, "config", None):  # vLLM takes it away where it reads the file
+        raise ValueError(f"--config={args.config} is not read; write --config {args.config}")
+    AdaSkipConfig.of(additional)
+    args.additional_config = {NAME: {}, **additional}
     if not isinstance(args.hf_overrides, UseAdaSkip):
         args.hf_overrides = UseAdaSkip(args.hf_overrides or None)
     _allow_report_endpoint()

@@ -16,11 +16,11 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from vllm_adaskip.classifiers import Classifier
-from vllm_adaskip.config import AdaSkipConfig
+from vllm_adaskip.config import LEVEL, AdaSkipConfig, ConfigError, asks
 from vllm_adaskip.engine import naming
 from vllm_adaskip.engine.compat import name_feeder
 from vllm_adaskip.engine.request import Planner
-from vllm_adaskip.model_executors.registry import family_of
+from vllm_adaskip.model_executors.registry import FAMILIES, family_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -39,6 +39,28 @@ _UNTRIED: dict[str, tuple[object, str]] = {
 }
 
 
+def check_class(vllm_config: VllmConfig) -> None:
+    """Refuse an engine that brings our options but runs a stock class, which ignores them.
+
+    Raises:
+        ConfigError: such an engine, or options under a name that is nearly ours.
+
+    """
+    model = vllm_config.model_config
+    if not asks(vllm_config.additional_config) or model is None:
+        return
+    family = family_of(model.architecture)
+    if family is None or family.architecture != model.architecture:
+        mend = f"remove them, or use a model of one of these: {', '.join(FAMILIES)}"
+        if family:
+            override = f'hf_overrides={{"architectures": ["{family.architecture}"]}}'
+            mend = f"use LLM(model, **vllm_adaskip.engine_args(...)), or add {override}"
+        raise ConfigError(
+            f"additional_config has options under {LEVEL!r}, but this engine would run "
+            f"{model.architecture} and ignore them; {mend}"
+        )
+
+
 def prepare(vllm_config: VllmConfig) -> None:
     """Check an engine's config and add what skipping needs: feeder and worker extension.
 
@@ -46,7 +68,8 @@ def prepare(vllm_config: VllmConfig) -> None:
         ValueError: a set-up that is not supported, or options that do not fit the model.
 
     """
-    config = AdaSkipConfig.parse(vllm_config.additional_config.setdefault("adaskip", {}))
+    config = AdaSkipConfig.of(vllm_config.additional_config)
+    vllm_config.additional_config.setdefault(LEVEL, {})
     model = vllm_config.model_config
     family = family_of(model.architecture)
     assert family is not None
@@ -63,6 +86,10 @@ def prepare(vllm_config: VllmConfig) -> None:
         check=naming.class_path(f"{_ENGINE}.v2", "RequestCheck", facts),
     )
     vllm_config.parallel_config.worker_extension_cls = _WORKER_EXTENSION
+    if current_platform.is_cpu() and vllm_config.scheduler_config.async_scheduling:
+        logger.warning(  # asked for: where nobody says anything it is None until later
+            "vllm-adaskip: --async-scheduling is switched off, as everywhere on the CPU backend"
+        )
     if vllm_config.cache_config.enable_prefix_caching:
         _name_scheduler(vllm_config)
     options = "".join(f", {key} {_shown(value)}" for key, value in config.method_options.items())

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_adaskip import DecoderShape, SkipPlan
 from vllm_adaskip.classifiers import PlanError
+from vllm_adaskip.classifiers.plan import shown
 
 LAYERS = 12
 SHAPE = DecoderShape(LAYERS, attention_parameters=1, mlp_parameters=3)
@@ -64,6 +68,8 @@ def test_prints_ranges(entries: list[int | str], text: str) -> None:
         ([10**5000], ["beyond 64 bits", "layers 0 to 11"]),
         (list(range(LAYERS)), ["all 24 sub-layers"]),
         ([f"{kind}:{layer}" for kind in ("attn", "mlp") for layer in range(LAYERS)], ["all 24"]),
+        ([5] * 25, ["25 entries", "at most 24"]),
+        ([[10**5000]], ["beyond 64 bits"]),
     ],
 )
 def test_refuses_what_is_no_plan_and_says_what_is_allowed(
@@ -74,6 +80,37 @@ def test_refuses_what_is_no_plan_and_says_what_is_allowed(
     for word in words:
         assert word in str(refusal.value)
     assert len(str(refusal.value)) < 400
+
+
+def test_as_many_entries_as_sub_layers_are_allowed() -> None:
+    assert SkipPlan.parse([5] * 2 * LAYERS, LAYERS).entries() == [5]
+
+
+class Untouched(Sequence[int]):
+    """A list so long that nobody may look into it."""
+
+    def __len__(self) -> int:
+        return 4_000_000
+
+    def __getitem__(self, index: Any) -> Any:
+        raise AssertionError("looked into")
+
+
+def test_a_plan_that_is_too_long_is_refused_before_any_work() -> None:
+    with pytest.raises(PlanError, match="4000000 entries"):
+        SkipPlan.parse(Untouched(), LAYERS)
+
+
+def test_a_message_looks_at_no_more_of_a_value_than_it_shows() -> None:
+    looked = []
+
+    class Entry:
+        def __repr__(self) -> str:
+            looked.append(self)
+            return "entry"
+
+    assert len(shown([Entry()] * 100_000)) <= 80 and 0 < len(looked) < 100
+    assert shown("x" * 10**6).startswith("'xxx") and shown([5, "attn:7"]) == "[5, 'attn:7']"
 
 
 def test_is_immutable_and_plans_of_two_depths_do_not_mix() -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,31 @@ def test_a_file_that_is_no_profile_is_refused_by_name(
         Profile.load(tmp_path)
     for word in (FILE, *words):
         assert word in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", [FILE, "routers.safetensors", "lora/adapter_config.json"])
+def test_a_pipe_in_place_of_a_file_is_refused_and_not_waited_for(tmp_path: Path, name: str) -> None:
+    PROFILE.save(tmp_path)
+    path = tmp_path / name
+    path.unlink(missing_ok=True)
+    path.parent.mkdir(exist_ok=True)
+    os.mkfifo(path)
+    with pytest.raises(ConfigError, match=rf"{path.name}: no regular file"):
+        AdaSkipConfig.parse({"profile": str(tmp_path)})
+    if name == FILE:
+        with pytest.raises(ProfileError, match="no regular file"):
+            Profile.load(tmp_path)
+
+
+def test_a_device_is_no_profile_and_a_link_to_one_is(tmp_path: Path) -> None:
+    PROFILE.save(tmp_path / "real")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / FILE).symlink_to(tmp_path / "real" / FILE)  # as a hub's cache has it
+    assert AdaSkipConfig.parse({"profile": str(tmp_path / "linked")}).method == "static"
+    (tmp_path / "linked" / FILE).unlink()
+    (tmp_path / "linked" / FILE).symlink_to("/dev/zero")
+    with pytest.raises(ConfigError, match="no regular file"):
+        AdaSkipConfig.parse({"profile": str(tmp_path / "linked")})
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:

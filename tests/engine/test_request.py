@@ -64,6 +64,22 @@ def test_refusal_names_key_value_and_what_is_allowed(
         assert word in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    "args",
+    [
+        {"adaskip": [0] * 10**6},
+        {"adaskip_budget": "x" * 10**6},
+        {"adaskip_budget": [10**5000]},
+        {"adaskip_skip": [0] * 10**6},
+        {"adaskip_" + "x" * 10**6: 1},
+    ],
+)
+def test_a_huge_argument_has_a_short_refusal(args: dict[str, Any]) -> None:
+    with pytest.raises(RequestError) as refusal:
+        NONE.wanted(args)
+    assert len(str(refusal.value)) < 400
+
+
 def test_admission_counts_what_it_refuses_by_the_argument_that_is_wrong() -> None:
     planner = Planner(NONE.facts)
     allowed = [None, {"adaskip": "off"}, {"adaskip_skip": [1]}, {"somebody_elses": 1}]

@@ -36,6 +36,10 @@ GPU: dict[str, Any] = {
         ({"accelerator_type": "L4"}, ["accelerator_type", "'L4'", "gpu"]),
         ({"engine_kwargs": {"model": "m"}}, ["engine_kwargs", "model"]),
         ({"engine_kwargs": {"eager": True}}, ["eager"]),
+        (
+            {"engine_kwargs": {"additional_config": {"adaskip": {"method": "none"}}}},
+            ["additional_config", "'adaskip'"],
+        ),
         ({"accelerator": "gpu"}, ["untested_accelerator", "docs/gpu.md"]),
         ({**GPU, "engine_kwargs": {}}, ["enforce_eager"]),
         ({**GPU, "accelerator_type": "L5"}, ["L5"]),

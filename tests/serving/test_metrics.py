@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
@@ -133,6 +134,30 @@ def test_of_several_server_processes_one_asks_and_each_counts_refusals() -> None
     page = page_after(client)
     assert client.asked == 0
     assert REFUSED in page
+
+
+@pytest.mark.parametrize("seconds", [0, 0.05])
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_loop_that_ends_while_counters_run_says_nothing(
+    caplog: pytest.LogCaptureFixture, recwarn: Any, seconds: float, answers: bool
+) -> None:
+    """As a server's loop does at SIGINT and SIGTERM: it cancels what still runs."""
+
+    def serve_and_stop() -> None:
+        client: Any = Client()
+        if answers:
+            client.answer = answered
+
+        async def serve() -> None:
+            client.counting = metrics.start_metrics(client)
+            await asyncio.sleep(seconds)
+
+        asyncio.run(serve())
+        assert client.counting.cancelled()
+
+    serve_and_stop()
+    gc.collect()
+    assert not caplog.records and not [str(each.message) for each in recwarn]
 
 
 def test_without_vllms_statistics_there_are_none_of_ours() -> None:

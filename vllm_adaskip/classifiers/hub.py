@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-from vllm_adaskip.classifiers.profile import FILE, Profile, ProfileError
+from vllm_adaskip.classifiers.profile import FILE, Profile, ProfileError, refuse_special
 
 #: What a profile may hold; nothing else is downloaded or published, pickles in particular.
 CONTENTS = [FILE, "*.safetensors", "lora/adapter_config.json", "lora/*.safetensors"]
@@ -18,11 +18,12 @@ def located(name: str) -> Path:
     """Give the folder of a profile, downloaded if it is a hub id (``org/name``, ``org/name@tag``).
 
     Raises:
-        ProfileError: neither a folder nor a hub id, or the hub does not give it.
+        ProfileError: neither a folder nor a hub id, the hub does not give it, or what it should
+            hold is no regular file.
 
     """
     if os.path.isdir(name):  # unlike Path, which takes "" for "." and raises if it is too long
-        return Path(name)
+        return _of_files(Path(name))
     match = _HUB_ID.fullmatch(name)
     if match is None:
         raise ProfileError(
@@ -38,6 +39,14 @@ def located(name: str) -> Path:
         raise ProfileError(f"profile {name!r:.200}: no such folder, and the hub: {error}") from None
 
 
+def _of_files(folder: Path) -> Path:
+    """Return a profile's folder if all that is read of it, or published, are regular files."""
+    for pattern in CONTENTS:
+        for path in folder.glob(pattern):
+            refuse_special(path)
+    return folder
+
+
 def publish(folder: Path, repo: str, *, private: bool = False) -> str:
     """Put a profile into a hub repository, made if there is none, with a card; give its address.
 
@@ -49,7 +58,7 @@ def publish(folder: Path, repo: str, *, private: bool = False) -> str:
     """
     from huggingface_hub import HfApi
 
-    card = _card(Profile.load(folder), repo)
+    card = _card(Profile.load(_of_files(folder)), repo)
     api = HfApi()
     address = api.create_repo(repo, private=private, exist_ok=True)
     api.upload_folder(

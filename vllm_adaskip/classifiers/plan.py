@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -55,20 +56,25 @@ class SkipPlan:
         """Read ``[5, 6, "attn:7", "mlp:8"]``: whole layers as ints, sub-layers as strings.
 
         Raises:
-            PlanError: not a list, an entry of another form, a layer that does not exist,
-                or a plan that leaves out every sub-layer.
+            PlanError: not a list, more entries than sub-layers, an entry of another form, a
+                layer that does not exist, or a plan that leaves out every sub-layer.
 
         """
         if isinstance(entries, str | bytes) or not isinstance(entries, Sequence):
             raise PlanError(
-                f"{_shorten(entries)} is no skip plan; allowed: a list, each entry {_FORMS}"
+                f"{shown(entries)} is no skip plan; allowed: a list, each entry {_FORMS}"
+            )
+        if len(entries) > 2 * num_layers:
+            raise PlanError(
+                f"a skip plan of {len(entries)} entries is not allowed; allowed: at most "
+                f"{2 * num_layers}, the sub-layers of this model's {num_layers} layers"
             )
         attention = mlp = 0
         for entry in entries:
             kind, layer = _parse_entry(entry)
             if not 0 <= layer < num_layers:
                 raise PlanError(
-                    f"{_shorten(entry)} names a decoder layer that does not exist; "
+                    f"{shown(entry)} names a decoder layer that does not exist; "
                     f"this model has layers 0 to {num_layers - 1}"
                 )
             attention |= (kind != "mlp") << layer
@@ -76,7 +82,7 @@ class SkipPlan:
         plan = cls(num_layers, attention, mlp)
         if plan.skips_everything:
             raise PlanError(
-                f"{_shorten(entries)} leaves out all {2 * num_layers} sub-layers; "
+                f"{shown(entries)} leaves out all {2 * num_layers} sub-layers; "
                 "at least one must run"
             )
         return plan
@@ -144,13 +150,25 @@ def _parse_entry(entry: object) -> tuple[str, int]:
         return "layer", entry
     if isinstance(entry, str) and (match := _SUB_LAYER.fullmatch(entry)):
         return match[1], int(match[2])
-    raise PlanError(f"{_shorten(entry)} is no part of a skip plan; allowed: {_FORMS}")
+    raise PlanError(f"{shown(entry)} is no part of a skip plan; allowed: {_FORMS}")
 
 
-def _shorten(value: object) -> str:
-    if isinstance(value, int) and value.bit_length() > 64:
-        return "an integer beyond 64 bits"  # its repr may take long, or be refused by Python
-    text = repr(value)
+class _Short(reprlib.Repr):
+    """Looks at no more of a value than it shows, so that a huge one costs nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlist = self.maxtuple = self.maxdict = 20
+        self.maxstring = self.maxother = 80
+
+    def repr_int(self, x: int, level: int) -> str:
+        """Leave out large numbers: their digits may take long, or be refused by Python."""
+        return "an integer beyond 64 bits" if x.bit_length() > 64 else repr(x)
+
+
+def shown(value: object) -> str:
+    """Return a value as an error's message shows it, in 80 characters at most."""
+    text = _Short().repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 

@@ -34,6 +34,12 @@ class ProfileError(ValueError):
     """A profile that cannot be used; the message names the file and what is wrong."""
 
 
+def refuse_special(path: Path) -> None:
+    """Refuse a pipe or a device (`ProfileError`): whoever opens or reads it may wait for ever."""
+    if path.exists() and not path.is_file():
+        raise ProfileError(f"{path}: no regular file; a profile is a folder of regular files")
+
+
 def fingerprint(hf_config: Mapping[str, Any]) -> str:
     """Give a short digest of a model's config: two decoders of one shape share it."""
     facts = {key: hf_config.get(key) for key in _IDENTITY}
@@ -71,10 +77,12 @@ class Profile(BaseModel):
         """Read a folder.
 
         Raises:
-            ProfileError: no such file, too large, no JSON, a key or value not allowed.
+            ProfileError: no such file, no regular file, too large, no JSON, a key or value
+                not allowed.
 
         """
         path = folder / FILE
+        refuse_special(path)
         try:
             if path.stat().st_size > LARGEST:
                 raise ProfileError(f"{path}: larger than {LARGEST} bytes; this is no profile")

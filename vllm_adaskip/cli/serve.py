@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from vllm_adaskip.cli.run import console, plain_errors
+from vllm_adaskip.config import check_allow_list
 
 
 def serve(
@@ -19,21 +20,50 @@ def serve(
 ) -> None:
     """Serve MODEL (default: the bundled one); all further options are `vllm serve`'s own.
 
-    Binds to 127.0.0.1 unless --host says otherwise.
+    Binds to 127.0.0.1 unless --host, or the file of --config, says otherwise.
     """
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
-    os.execv(sys.executable, [*command, *serve_arguments(model, context.args)])
+    with plain_errors():
+        check_allow_list()
+        arguments = serve_arguments([model, *context.args] if model else context.args)
+    os.execv(sys.executable, [sys.executable, "-m", "vllm.entrypoints.cli.main", *arguments])
 
 
-def serve_arguments(model: str, extra: list[str]) -> list[str]:
-    """Give the arguments of the `vllm` command."""
+def serve_arguments(written: list[str]) -> list[str]:
+    """Return the arguments of the `vllm` command: ours only where the user wrote none.
+
+    As for vLLM, the model stands first, or under ``--model``, or in the file of ``--config``.
+    """
     from vllm_adaskip.bundled import bundled_model
 
-    if model.startswith("-"):  # the model was left out and the first option took its place
-        model, extra = "", [model, *extra]
-    has_host = any(argument.split("=")[0] == "--host" for argument in extra)
-    host = [] if has_host else ["--host", "127.0.0.1"]
-    return ["serve", model or bundled_model(), "--plugin", "adaskip", *host, *extra]
+    # vLLM takes no notice of a file that is named by --config=FILE.
+    written = [part for each in written for part in _split(each, "--config")]
+    named = {each.partition("=")[0] for each in written} | _named_in_file(written)
+    model: list[str] = []
+    if written and not written[0].startswith("-"):
+        model, written = written[:1], written[1:]
+    elif "--model" not in named:
+        model = [bundled_model()]
+    host = [] if "--host" in named else ["--host", "127.0.0.1"]
+    return ["serve", *model, "--plugin", "adaskip", *host, *written]
+
+
+def _split(argument: str, option: str) -> list[str]:
+    """Return ``--option=value`` as two arguments, and any other as it is."""
+    return argument.split("=", 1) if argument.startswith(f"{option}=") else [argument]
+
+
+def _named_in_file(written: list[str]) -> set[str]:
+    """Return the options in the file of ``--config``; of one that is wrong vLLM says so."""
+    if "--config" not in written[:-1]:
+        return set()
+    import yaml
+
+    path = Path(written[written.index("--config") + 1])
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return set()
+    return {f"--{key}" for key in found} if isinstance(found, dict) else set()
 
 
 def publish(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from vllm_adaskip.classifiers import (
@@ -22,6 +22,7 @@ from vllm_adaskip.classifiers import (
     SkipPlan,
 )
 from vllm_adaskip.classifiers.hub import located
+from vllm_adaskip.classifiers.plan import shown
 from vllm_adaskip.engine.graphs import MOST_PLANS
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class RequestError(ValueError):
     """
 
     def __init__(self, key: str, problem: str) -> None:
-        super().__init__(f"{key}: {problem}")
+        super().__init__(f"{key[:80]}: {problem}")
         self.reason = key if key in KEYS else UNKNOWN
 
 
@@ -72,7 +73,7 @@ class RequestArgs:
                 raise RequestError(key, f"unknown argument{_nearest(key)}; allowed: {_listed()}")
         switch = ours.get("adaskip", "on")
         if switch not in ("on", "off"):
-            raise RequestError("adaskip", f"{switch!r:.80} is not allowed; allowed: 'on', 'off'")
+            raise RequestError("adaskip", f"{shown(switch)} is not allowed; allowed: 'on', 'off'")
         if switch == "off" and len(ours) > 1:
             others = " and ".join(sorted(ours.keys() - {"adaskip"}))
             raise RequestError("adaskip", f"'off' means dense and does not go with {others}")
@@ -102,7 +103,7 @@ class EngineFacts:
     kv_fill: str = "none"
     profile: str | None = None
     coalesce: float = 0.0
-    graph_plans: Sequence[Sequence[int | str]] = ()
+    graph_plans: Sequence[Sequence[int | str]] = field(default_factory=list)  # as JSON has it
 
     def to_json(self) -> str:
         """Write the facts as JSON text."""
@@ -245,7 +246,7 @@ def _is_ours(key: object) -> bool:
 
 
 def _nearest(key: str) -> str:
-    near = difflib.get_close_matches(key.lower(), KEYS, n=1, cutoff=0.0)
+    near = difflib.get_close_matches(key[:80].lower(), KEYS, n=1, cutoff=0.0)
     return f" (did you mean {near[0]}?)"
 
 
@@ -259,7 +260,7 @@ def _budget(value: object) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
         raise RequestError(
             "adaskip_budget",
-            f"{value!r:.80} is not allowed; allowed: a number in (0, 1], the "
+            f"{shown(value)} is not allowed; allowed: a number in (0, 1], the "
             "largest share of decoder compute the plan may keep",
         )
     return float(value)

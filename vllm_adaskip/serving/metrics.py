@@ -26,7 +26,7 @@ logger = init_logger("vllm.adaskip")
 PERIOD: Final = 5.0
 
 
-def start_metrics(client: EngineClient) -> asyncio.Future[list[None]] | None:
+def start_metrics(client: EngineClient) -> asyncio.Task[None] | None:
     """Count from now on, for an engine of ours, in the event loop that serves it.
 
     `vllm serve` does so by itself. Who builds a server of their own calls this once a process,
@@ -35,10 +35,15 @@ def start_metrics(client: EngineClient) -> asyncio.Future[list[None]] | None:
     if (counter := counter_class(client)) is None:
         return None
     counters = ServerCounters(counter, str(client.model_config.served_model_name))
-    shown = [_show_refused(client, counters)]
-    if speaks_for_workers(client):
-        shown.append(_show_reports(client, counters))
-    return asyncio.gather(*shown)
+    return asyncio.create_task(_show(client, counters))
+
+
+async def _show(client: EngineClient, counters: ServerCounters) -> None:
+    """Show all figures. A task, because a loop that ends cancels those without a word."""
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(_show_refused(client, counters))
+        if speaks_for_workers(client):
+            tasks.create_task(_show_reports(client, counters))
 
 
 async def _show_refused(client: EngineClient, counters: ServerCounters) -> None:

@@ -2,8 +2,9 @@
 """Every vLLM name that vLLM does not document, in one place.
 
 Each carries *since* (first release it was seen in, of those we support, 0.26 to 0.33) and
-*remove when*. Nothing here changes vLLM but `extend_parser`, which wraps the argument
-parser's builder once. The other modules are imported where they are used.
+*remove when*. Nothing here changes vLLM but `extend_parser` and `check_engines`, which wrap the
+builders of the argument parser and of an engine's config, once each. The other modules are
+imported where they are used.
 """
 
 from vllm_adaskip.engine.compat.admission import name_feeder
@@ -14,6 +15,7 @@ from vllm_adaskip.engine.compat.forward import (
     step_lengths,
 )
 from vllm_adaskip.engine.compat.startup import (
+    check_engines,
     enable_amx,
     extend_parser,
     is_probe,
@@ -22,6 +24,7 @@ from vllm_adaskip.engine.compat.startup import (
 
 __all__ = [
     "SubBatches",
+    "check_engines",
     "enable_amx",
     "extend_parser",
     "is_probe",

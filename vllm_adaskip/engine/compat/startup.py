@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,6 +61,28 @@ def extend_parser(
 
     add_cli_args._adaskip = True  # type: ignore[attr-defined]
     EngineArgs.add_cli_args = staticmethod(add_cli_args)
+
+
+def check_engines(check: Callable[[VllmConfig], None]) -> None:
+    """Have ``check`` look at the config of every engine, whatever its architecture.
+
+    It may refuse the engine (`ValueError`); no model is loaded yet.
+    Safe to call twice. Since 0.26. Remove when plugins may check any engine's config.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    create = EngineArgs.create_engine_config
+    if getattr(create, "_adaskip", False):
+        return
+
+    @wraps(create)
+    def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmConfig:
+        vllm_config = create(self, *args, **kwargs)
+        check(vllm_config)
+        return vllm_config
+
+    create_engine_config._adaskip = True  # type: ignore[attr-defined]
+    EngineArgs.create_engine_config = create_engine_config
 
 
 def is_probe(hf_config: Any) -> bool:
