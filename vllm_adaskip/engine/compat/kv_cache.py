@@ -74,7 +74,8 @@ class KvCache:
 
     def _places(self, layers: Tensor) -> list[tuple[int, Tensor]]:
         """Return each layer among ``[tokens]`` layers, with the places of its tokens."""
-        if (found := self._grouped.get(layers)) is None:
+        found: list[tuple[int, Tensor]] | None = self._grouped.get(layers)
+        if found is None:
             own = set(layers.tolist())
             found = [(layer, (layers == layer).nonzero()[:, 0]) for layer in sorted(own)]
             self._grouped[layers] = found
