@@ -27,6 +27,7 @@ SETTINGS: list[Setting] = [
     *decided("similarity", {}, [0.8]),
 ]
 ROUNDS, MAX_TOKENS = 2, 8
+TIMED = Timed(batch=2, tokens=4)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def items() -> list[Item]:
 
 def run(results: Results, items: list[Item]) -> int:
     """Do what is left; give how much that was."""
-    work = Work.left(results, SETTINGS, items, ROUNDS)
+    work = Work.left(results, SETTINGS, items, ROUNDS, TIMED)
     steps = work.steps
     reported: list[int] = []
 
@@ -55,7 +56,7 @@ def run(results: Results, items: list[Item]) -> int:
         items,
         work,
         max_tokens=MAX_TOKENS,
-        timed=Timed(batch=2, tokens=4),
+        timed=TIMED,
         report=report,
         distributed_executor_backend="uni",
         **engine,
@@ -123,8 +124,13 @@ def test_perplexity_is_that_of_the_reference_answer_under_the_plan(
     assert worse  # the plans do tell
 
 
+def test_another_batch_is_timed_anew(results: Results, items: list[Item]) -> None:
+    other = Work.left(results, SETTINGS, items, ROUNDS, Timed(batch=3, tokens=4))
+    assert other.rounds == {one.name: [0, 1] for one in SETTINGS[1:]}
+
+
 def test_a_killed_run_goes_on_where_it_was(results: Results, items: list[Item]) -> None:
-    assert Work.left(results, SETTINGS, items, ROUNDS).steps == 0
+    assert Work.left(results, SETTINGS, items, ROUNDS, TIMED).steps == 0
     path: Path = results.folder / "answers.jsonl"
     whole = results.read(Answer)
     path.write_bytes(path.read_bytes()[:-20])  # killed while it wrote the last line

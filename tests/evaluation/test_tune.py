@@ -9,7 +9,7 @@ import pytest
 
 from vllm_adaskip.lab.data.items import Item
 from vllm_adaskip.lab.evaluation.results import Answer
-from vllm_adaskip.lab.evaluation.tune import choose, halves, trials, upper_bound
+from vllm_adaskip.lab.evaluation.tune import check, choose, halves, trials, upper_bound
 
 ITEMS = [Item(f"{task}/{n}", task, "p", ("r",), "exact_match") for task in "ab" for n in range(200)]
 
@@ -72,3 +72,28 @@ def test_a_promise_is_broken_at_most_as_often_as_said() -> None:
         given = [*answers("dense", 0.0, 1.0, 0), *answers("x", 0.055, 0.5, 10 + seed)]
         broken += choose(trials(given, ["x"], first, second, 0.05), 0.05, {}) is not None
     assert broken / repeats < 0.1
+
+
+@pytest.mark.parametrize(
+    ("numbers", "metric", "max_drop", "words"),
+    [
+        (1, "exact_match", 0.5, "2 items, no task with two"),
+        (2, "perplexity", 0.5, "only perplexities"),
+        (20, "exact_match", 0.1, r"20 held-out items .* at least 29 held-out .* 0\.14 or more"),
+        (20, "exact_match", 0.0, r"20 held-out items .* allowed: --max-drop 0\.14 or more"),
+    ],
+)
+def test_what_the_items_cannot_decide_is_refused(
+    numbers: int, metric: str, max_drop: float, words: str
+) -> None:
+    items = [Item(f"{t}/{n}", t, "p", ("r",), metric) for t in "ab" for n in range(numbers)]
+    with pytest.raises(ValueError, match=words):
+        check(*halves(items, 0), max_drop)
+
+
+def test_as_many_items_as_are_asked_for_are_enough() -> None:
+    items = [Item(f"a/{n}", "a", "p", ("r",), "exact_match") for n in range(58)]
+    check(*halves(items, 0), 0.1)
+    with pytest.raises(ValueError, match="at least 29 held-out"):
+        check(*halves(items[:56], 0), 0.1)
+    assert upper_bound([0.0] * 29) <= 0.1

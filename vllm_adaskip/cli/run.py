@@ -19,7 +19,12 @@ from vllm_adaskip.bundled import bundled_model
 from vllm_adaskip.lab.data.items import Item
 from vllm_adaskip.lab.data.sources import load_items
 from vllm_adaskip.lab.evaluation import settings as known
-from vllm_adaskip.lab.evaluation.manifest import new_manifest, start_or_resume
+from vllm_adaskip.lab.evaluation.manifest import (
+    asking,
+    metrics_of,
+    new_manifest,
+    start_or_resume,
+)
 from vllm_adaskip.lab.evaluation.results import Answer, Manifest, Results, Setting, Timing
 
 if TYPE_CHECKING:
@@ -104,9 +109,12 @@ def asked(
 
 def described(model: str, data: dict[str, Any], seed: int, **engine: Any) -> Manifest:
     """Describe the run that starts now, with no settings yet; ``engine``: vLLM's options."""
+    path = model or bundled_model()
+    if path == bundled_model():  # too small to share a step among threads
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     return new_manifest(
         command=" ".join(["adaskip", *sys.argv[1:]]),
-        model=model or bundled_model(),
+        model=path,
         data=data,
         engine=engine,
         settings=[],
@@ -170,16 +178,16 @@ def answer_and_time(
     batch: int,
 ) -> None:
     """Start a run under these settings, or do what is left of it, with a progress bar."""
-    manifest = start_or_resume(results, manifest.model_copy(update={"settings": settings}))
+    told: dict[str, str | int | bool] = {"metric": metrics_of(items), "max_tokens": max_tokens}
+    manifest = start_or_resume(results, asking(manifest, settings, items, **told))
     # In one process, so that an engine dies with the command; unless the user wants otherwise.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    if manifest.model == bundled_model():  # too small to share a step among threads
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
     from vllm_adaskip.lab.evaluation.runner import Timed, Work, evaluate
 
-    work = Work.left(results, settings, items, rounds)
+    timed = Timed(batch, max_tokens)
+    work = Work.left(results, settings, items, rounds, timed)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
         bar = progress.add_task("", total=work.steps)
@@ -190,7 +198,7 @@ def answer_and_time(
             items,
             work,
             max_tokens=max_tokens,
-            timed=Timed(batch, max_tokens),
+            timed=timed,
             report=lambda what, done: progress.update(bar, description=what, advance=done),
             **manifest.engine,
         )

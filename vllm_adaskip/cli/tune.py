@@ -52,11 +52,13 @@ def tune(
         method, plans = ["similarity"], ["uniform", "exit"]
     with run.plain_errors():
         from vllm_adaskip.lab.evaluation.recommend import serve_command
-        from vllm_adaskip.lab.evaluation.tune import choose, halves, trials
+        from vllm_adaskip.lab.evaluation.tune import check, choose, halves, trials
 
         if not 0 <= max_drop < 1:
             raise ValueError(f"--max-drop {max_drop:g}; allowed: a number in [0, 1)")
         items, source = run.asked(data, limit, seed, metric, lm_eval_path)
+        first, second = halves(items, seed)
+        check(first, second, max_drop)
         manifest = run.described(
             model, source, seed, max_model_len=max_model_len, enforce_eager=enforce_eager
         )
@@ -67,7 +69,6 @@ def tune(
             results, manifest, settings, items,
             max_tokens=max_tokens, rounds=rounds, batch=batch,
         )  # fmt: skip
-        first, second = halves(items, seed)
         names = [one.name for one in settings[1:]]
         done = trials(results.read(Answer), names, first, second, max_drop)
         speed = _speed(results)

@@ -130,6 +130,8 @@ class Manifest(Record):
         data: what the items came from, and how many.
         engine: vLLM's options that were not its defaults; empty where vLLM did not run.
         settings: by name, in the order of tables.
+        inputs: what else decides a number, by name: digests of the model's files, of the questions
+            and of profiles, the metric, the length of answers.
         versions: of Python and the packages that matter.
 
     """
@@ -143,6 +145,7 @@ class Manifest(Record):
     data: dict[str, Any]
     engine: dict[str, Any] = {}
     settings: list[Setting]
+    inputs: dict[str, str | int | bool] = {}
     seed: int
     versions: dict[str, str]
     hardware: dict[str, Any]

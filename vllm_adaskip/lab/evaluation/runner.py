@@ -19,6 +19,14 @@ Report = Callable[[str, int], None]
 
 
 @dataclass(frozen=True)
+class Timed:
+    """How settings are timed: sequences in the batch, and tokens that each generates."""
+
+    batch: int
+    tokens: int
+
+
+@dataclass(frozen=True)
 class Work:
     """What is still to be done of a run.
 
@@ -33,11 +41,18 @@ class Work:
 
     @classmethod
     def left(
-        cls, results: Results, settings: Sequence[Setting], items: Sequence[Item], rounds: int
+        cls,
+        results: Results,
+        settings: Sequence[Setting],
+        items: Sequence[Item],
+        rounds: int,
+        timed: Timed,
     ) -> Work:
         """Compare with what the results hold already."""
         answered = {(one.setting, one.item) for one in results.read(Answer)}
-        timed = {(one.setting, one.round) for one in results.read(Timing)}
+        timed = {
+            (one.setting, one.round) for one in results.read(Timing) if one.batch == timed.batch
+        }
         names = [one.name for one in settings]
         return cls(
             {name: [one for one in items if (name, one.item) not in answered] for name in names},
@@ -53,16 +68,8 @@ class Work:
         return sum(map(len, self.answers.values())) + sum(map(len, self.rounds.values()))
 
     def of(self, setting: Setting) -> int:
-        """Give the same for one setting."""
+        """Return the same for one setting."""
         return len(self.answers[setting.name]) + len(self.rounds.get(setting.name, ()))
-
-
-@dataclass(frozen=True)
-class Timed:
-    """How settings are timed: sequences in the batch, and tokens that each generates."""
-
-    batch: int
-    tokens: int
 
 
 def evaluate(
@@ -101,7 +108,7 @@ def evaluate(
 
 
 def _in_turn(members: Sequence[Setting], work: Work) -> Iterator[tuple[int, Setting]]:
-    """Give rounds and settings so that the machine's drift falls on all settings alike."""
+    """Return rounds and settings so that the machine's drift falls on all settings alike."""
     rounds = sorted({one for setting in members for one in work.rounds.get(setting.name, ())})
     for round_ in rounds:
         order = [one for one in members if round_ in work.rounds.get(one.name, ())]

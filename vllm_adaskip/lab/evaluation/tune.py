@@ -9,6 +9,7 @@ passed is taken, the chance that its true loss is larger than allowed is at most
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -58,8 +59,32 @@ def halves(items: Sequence[Item], seed: int) -> tuple[list[Item], list[Item]]:
     )
 
 
+def check(first: Sequence[Item], second: Sequence[Item], max_drop: float) -> None:
+    """Refuse, before anything is run, items by which no setting can be chosen.
+
+    Raises:
+        ValueError: a half without scores, or too few items for any bound to be within the loss.
+
+    """
+    order, test = (sum(one.metric != PERPLEXITY for one in half) for half in (first, second))
+    if not order + test:
+        raise ValueError("no item has a score, only perplexities; allowed: metrics with points")
+    if not order or not test:
+        raise ValueError(
+            f"{order + test} items, no task with two: one half of each task orders the settings, "
+            "the other tests them; allowed: at least two items of a task"
+        )
+    if (least := _unseen(test, CONFIDENCE)) > max_drop:
+        needed = math.ceil(math.log(1 - CONFIDENCE) / math.log(1 - max_drop)) if max_drop else None
+        more = f"at least {needed} held-out items (a larger --limit), or " if needed else ""
+        raise ValueError(
+            f"{test} held-out items cannot show a loss of at most {max_drop:g}, even if none is "
+            f"lost; allowed: {more}--max-drop {math.ceil(1000 * least) / 1000:g} or more"
+        )
+
+
 def losses(answers: Sequence[Answer], setting: str, items: Sequence[Item]) -> list[float]:
-    """Give dense score minus a setting's score, of each of the items with a score."""
+    """Return dense score minus a setting's score, of each of the items with a score."""
     score = {(one.setting, one.item): one.score for one in answers}
     return [
         score["dense", item.item] - score[setting, item.item]
@@ -69,13 +94,13 @@ def losses(answers: Sequence[Answer], setting: str, items: Sequence[Item]) -> li
 
 
 def upper_bound(values: Sequence[float], confidence: float = CONFIDENCE, seed: int = 0) -> float:
-    """Give the one-sided upper bound of the mean of losses in [-1, 1].
+    """Return the one-sided upper bound of the mean of losses in [-1, 1].
 
     By bootstrap; but where no loss was seen among n items resampling sees none either, and
     then the bound is the chance of a loss that n items would miss, ``1 - (1 - c) ** (1 / n)``.
     """
     losses_ = np.asarray(values, dtype=np.float64)
-    unseen = 1.0 - float((1.0 - confidence) ** (1.0 / len(losses_)))
+    unseen = _unseen(len(losses_), confidence)
     if not (losses_ > 0).any():
         return unseen
     interval = bootstrap(
@@ -89,6 +114,11 @@ def upper_bound(values: Sequence[float], confidence: float = CONFIDENCE, seed: i
         rng=np.random.default_rng(seed),
     ).confidence_interval
     return max(float(interval.high), unseen)
+
+
+def _unseen(items: int, confidence: float) -> float:
+    """Return the chance of a loss that so many items would all miss."""
+    return 1.0 - float((1.0 - confidence) ** (1.0 / items))
 
 
 def trials(
@@ -116,7 +146,7 @@ def trials(
 
 
 def choose(done: Sequence[Trial], max_drop: float, speed: Mapping[str, float]) -> Trial | None:
-    """Give the fastest that passed; by compute kept where times are missing. None: nobody did.
+    """Return the fastest that passed; by compute kept where times are missing. None: nobody did.
 
     Args:
         done: from `trials`.
