@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from vllm_adaskip import bundled_profile
+from vllm_adaskip import bundled_model, bundled_profile
 from vllm_adaskip.classifiers.profile import Profile
 from vllm_adaskip.cli.main import app
 from vllm_adaskip.config import AdaSkipConfig
@@ -77,8 +78,59 @@ def test_tune_writes_a_profile_that_a_server_takes(folder: Path) -> None:
 
 def test_tune_writes_nothing_where_nothing_qualifies(folder: Path) -> None:
     out = folder / "none"
-    said = adaskip("tune", "--out", out, *SMALL, "--max-drop", 0, "--plans", "exit", status=1)
+    cut = [*SMALL, "--budget", 0.2, "--plans", "exit"]
+    said = adaskip("tune", "--out", out, *cut, "--max-drop", 0.3, status=1)
     assert "no profile" in said and not out.exists()
+
+
+def test_tune_refuses_one_item_a_task_before_a_model_is_loaded(folder: Path) -> None:
+    said = adaskip("tune", "--out", folder / "one", *SMALL, "--limit", 1, status=2)
+    assert "at least two items of a task" in said and not (folder / "one-runs").exists()
+
+
+def a_copy(folder: Path) -> Path:
+    """Copy the bundled model with other weights of the same shape."""
+    copy = Path(shutil.copytree(bundled_model(), folder))
+    content = bytearray((copy / "model.safetensors").read_bytes())
+    content[-1000] ^= 1
+    (copy / "model.safetensors").write_bytes(content)
+    return copy
+
+
+def test_tune_does_not_take_the_runs_of_another_model(folder: Path) -> None:
+    """Even where the profile was removed: its runs lie beside it."""
+    asked = ["tune", "--out", folder / "none", *SMALL, "--plans", "exit", "--max-drop", 0.3]
+    said = adaskip(*asked, "--model", a_copy(folder / "copy"), status=2)
+    assert "none-runs holds another run" in said and "its model files is" in said
+
+
+def test_eval_does_not_give_old_scores_of_a_new_file(folder: Path, tmp_path: Path) -> None:
+    """A stranger's commands: the reference was wrong, was mended, and the score stayed."""
+    data, prompt = tmp_path / "d.jsonl", "sum : 7 2 + 4 1 = ? answer :"
+    asked = [
+        "--rounds",
+        0,
+        "--plans",
+        "uniform",
+        "--budget",
+        0.8,
+        "--enforce-eager",
+        "--data",
+        data,
+    ]
+
+    def say(reference: str) -> None:
+        data.write_text(json.dumps({"prompt": prompt, "reference": reference}) + "\n")
+
+    say("wrong")
+    assert "0.000" in adaskip("eval", *asked, "--out", tmp_path / "r")
+    say("1 1 3")
+    said = adaskip("eval", *asked, "--out", tmp_path / "r", status=2)
+    assert "its questions is" in said and "1.000" not in said
+    said = adaskip("eval", *asked, "--out", tmp_path / "r2", "--max-tokens", 8)
+    assert "1.000" in said
+    said = adaskip("eval", *asked, "--out", tmp_path / "r2", status=2)
+    assert "its max_tokens is 8, not 32" in said
 
 
 def test_sweep(folder: Path) -> None:

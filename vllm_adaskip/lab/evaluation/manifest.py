@@ -20,8 +20,10 @@ from vllm_adaskip.lab.data.items import Item
 from vllm_adaskip.lab.evaluation.results import Manifest, Results, ResultsError, Setting
 
 #: Packages that decide answers and scores.
-_DECIDING = ("vllm-adaskip", "vllm", "torch", "transformers", "tokenizers")
-_DECIDING += ("lm-eval", "rouge-score", "sacrebleu")
+_DECIDING = (
+    *("vllm-adaskip", "vllm", "torch", "transformers", "tokenizers"),
+    *("lm-eval", "rouge-score", "sacrebleu"),
+)
 _OTHERS = ("numpy", "scipy")
 #: Of the hardware, what decides times; the operating system's release does not.
 _MACHINE = ("processor", "cores", "threads", "accelerators")

@@ -50,16 +50,12 @@ class Work:
     ) -> Work:
         """Compare with what the results hold already."""
         answered = {(one.setting, one.item) for one in results.read(Answer)}
-        timed = {
-            (one.setting, one.round) for one in results.read(Timing) if one.batch == timed.batch
-        }
+        known = [one for one in results.read(Timing) if one.batch == timed.batch]
+        done = {(one.setting, one.round) for one in known}
         names = [one.name for one in settings]
         return cls(
             {name: [one for one in items if (name, one.item) not in answered] for name in names},
-            {
-                name: [one for one in range(rounds) if (name, one) not in timed]
-                for name in names[1:]
-            },
+            {name: [one for one in range(rounds) if (name, one) not in done] for name in names[1:]},
         )
 
     @property
