@@ -42,6 +42,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 PROFILE = bundled_profile("first")
 SMALL = ["--limit", 4, "--rounds", 2, "--batch", 4, "--enforce-eager", "--budget", 0.75]
 
+TUNE = ["--limit", 4, "--rounds", 3, "--batch", 4, "--enforce-eager"]
+CUT = [*TUNE, "--plans", "exit", "--budget", 0.2, "--max-drop", 0.3]
+
 
 def test_eval_oracle_and_report(folder: Path) -> None:
     out = folder / "run"
@@ -51,7 +54,9 @@ def test_eval_oracle_and_report(folder: Path) -> None:
     results = Results(out)
     assert [one.name for one in results.manifest().settings] == names
     assert len(results.read(Answer)) == len(names) * 9 * 4
-    assert len(results.read(Timing)) == (len(names) - 1) * 2
+    assert {(one.setting, one.round) for one in results.read(Timing)} >= {
+        (name, round_) for name in names[1:] for round_ in range(2)
+    }
     assert "uniform 9/12" in table and "75%" in table
     assert results.manifest().engine == {"max_model_len": 512, "enforce_eager": True}
     summary = summarise(results.manifest(), results.read(Answer), [])
@@ -68,7 +73,16 @@ def test_eval_oracle_and_report(folder: Path) -> None:
 
 def test_tune_writes_a_profile_that_a_server_takes(folder: Path) -> None:
     out = folder / "tuned"
-    said = adaskip("tune", "--out", out, *SMALL, "--max-drop", 0.99, "--profile", PROFILE)
+    asked = ["--max-drop", 0.9, "--profile", PROFILE, "--budget", 0.75]
+    results = Results(folder / "tuned-runs")
+    command = [Path(sys.executable).with_name("adaskip"), "tune", "--out", out, *TUNE, *asked]
+    subprocess.run([*map(str, command)], check=False, capture_output=True)
+    steady = [
+        one.model_copy(update={"seconds": 0.9, "dense_seconds": 1.0})
+        for one in results.read(Timing)
+    ]
+    results.replace(Timing, steady)  # this machine may be busy; the choice is what is tested
+    said = adaskip("tune", "--out", out, *TUNE, *asked)
     assert f"adaskip.profile {out}" in said and "--enforce-eager" in said
     found = Profile.load(out)
     assert found.method == "first" and "held_out_loss_bound_95" in found.metrics
@@ -78,13 +92,12 @@ def test_tune_writes_a_profile_that_a_server_takes(folder: Path) -> None:
 
 def test_tune_writes_nothing_where_nothing_qualifies(folder: Path) -> None:
     out = folder / "none"
-    cut = [*SMALL, "--budget", 0.2, "--plans", "exit"]
-    said = adaskip("tune", "--out", out, *cut, "--max-drop", 0.3, status=1)
+    said = adaskip("tune", "--out", out, *CUT, status=1)
     assert "no profile" in said and not out.exists()
 
 
 def test_tune_refuses_one_item_a_task_before_a_model_is_loaded(folder: Path) -> None:
-    said = adaskip("tune", "--out", folder / "one", *SMALL, "--limit", 1, status=2)
+    said = adaskip("tune", "--out", folder / "one", *TUNE, "--limit", 1, status=2)
     assert "at least two items of a task" in said and not (folder / "one-runs").exists()
 
 
@@ -99,8 +112,8 @@ def a_copy(folder: Path) -> Path:
 
 def test_tune_does_not_take_the_runs_of_another_model(folder: Path) -> None:
     """Even where the profile was removed: its runs lie beside it."""
-    asked = ["tune", "--out", folder / "none", *SMALL, "--plans", "exit", "--max-drop", 0.3]
-    said = adaskip(*asked, "--model", a_copy(folder / "copy"), status=2)
+    copy = a_copy(folder / "copy")
+    said = adaskip("tune", "--out", folder / "none", *CUT, "--model", copy, status=2)
     assert "none-runs holds another run" in said and "its model files is" in said
 
 

@@ -48,6 +48,8 @@ def evaluate(
     if not (method or profile or plans or skip):
         method, plans = ["similarity"], ["uniform", "random", "exit"]
     with run.plain_errors():
+        from vllm_adaskip.lab.evaluation.doubt import doubts
+
         items, source = run.asked(data, limit, seed, metric, lm_eval_path)
         manifest = run.described(
             model, source, seed, max_model_len=max_model_len, enforce_eager=enforce_eager
@@ -62,7 +64,9 @@ def evaluate(
             results, manifest, settings, items,
             max_tokens=max_tokens, rounds=rounds, batch=batch,
         )  # fmt: skip
-        Console().print(table(run.summarised(results)))
+        summary = run.summarised(results)
+        Console().print(table(summary))
+        run.say_doubts(doubts(summary))
     run.console.print(f"results: {out}; a page of them: adaskip report {out}")
 
 

@@ -25,13 +25,23 @@ from vllm_adaskip.lab.evaluation.manifest import (
     new_manifest,
     start_or_resume,
 )
-from vllm_adaskip.lab.evaluation.results import Answer, Manifest, Results, Setting, Timing
+from vllm_adaskip.lab.evaluation.results import (
+    Answer,
+    Manifest,
+    Question,
+    Results,
+    Setting,
+    Timing,
+)
 
 if TYPE_CHECKING:
+    from vllm_adaskip.lab.evaluation.doubt import Doubts
     from vllm_adaskip.lab.evaluation.summary import Summary
 
 #: Shares of compute to compare where the user names none.
 BUDGETS = [0.9, 0.75, 0.6]
+#: Times the rounds that were asked for, at most, where times vary.
+MORE = 3
 console = Console(stderr=True)
 
 Model = Annotated[str, typer.Option(help="Path or hub id; the bundled model if left out.")]
@@ -179,14 +189,17 @@ def answer_and_time(
 ) -> None:
     """Start a run under these settings, or do what is left of it, with a progress bar."""
     told: dict[str, str | int | bool] = {"metric": metrics_of(items), "max_tokens": max_tokens}
+    manifest = manifest.model_copy(update={"rounds": rounds})
     manifest = start_or_resume(results, asking(manifest, settings, items, **told))
+    if len(results.read(Question)) < len(items):
+        results.replace(Question, map(as_question, items))
     # In one process, so that an engine dies with the command; unless the user wants otherwise.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from vllm_adaskip.lab.evaluation.runner import Timed, Work, evaluate
 
-    timed = Timed(batch, max_tokens)
+    timed = Timed(batch, max_tokens, most=MORE * rounds)
     work = Work.left(results, settings, items, rounds, timed)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
@@ -202,6 +215,20 @@ def answer_and_time(
             report=lambda what, done: progress.update(bar, description=what, advance=done),
             **manifest.engine,
         )
+
+
+def as_question(item: Item) -> Question:
+    """Return an item as it is stored beside its answers."""
+    return Question(item=item.item, prompt=item.prompt, references=list(item.references))
+
+
+def say_doubts(found: Doubts) -> None:
+    """Print what speaks against the numbers of a run."""
+    all_of_them = [*found.run, *(one for each in found.settings.values() for one in each)]
+    if all_of_them:
+        console.print("what speaks against these numbers:", style="bold")
+    for one in all_of_them:
+        console.print(f"- {one.text}", markup=False, soft_wrap=True, highlight=False)
 
 
 def summarised(results: Results) -> Summary:

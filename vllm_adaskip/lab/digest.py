@@ -25,8 +25,9 @@ def of_data(value: Any) -> str:
 
 
 def of_items(items: Sequence[Item]) -> str:
-    """Return the digest of questions in their order: all fields but the metric."""
-    names = [one.name for one in fields(items[0]) if one.compare and one.name != "metric"]
+    """Return the digest of questions in their order, without how answers are scored."""
+    scoring = ("metric", "labels")
+    names = [one.name for one in fields(items[0]) if one.compare and one.name not in scoring]
     return of_data([[getattr(item, name) for name in names] for item in items])
 
 

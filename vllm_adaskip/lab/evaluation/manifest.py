@@ -17,6 +17,7 @@ from vllm_adaskip.classifiers.hub import CONTENTS, located
 from vllm_adaskip.classifiers.profile import fingerprint
 from vllm_adaskip.lab import digest
 from vllm_adaskip.lab.data.items import Item
+from vllm_adaskip.lab.evaluation.doubt import chance
 from vllm_adaskip.lab.evaluation.results import Manifest, Results, ResultsError, Setting
 
 #: Packages that decide answers and scores.
@@ -73,7 +74,12 @@ def asking(
     for name in {str(one.options["profile"]) for one in settings if "profile" in one.options}:
         inputs[f"profile {name}"] = digest.of_folder(located(name), CONTENTS)
     return manifest.model_copy(
-        update={"settings": list(settings), "inputs": manifest.inputs | inputs}
+        update={
+            "settings": list(settings),
+            "inputs": manifest.inputs | inputs,
+            "chance": chance(items),
+            "asked": len(items),
+        }
     )
 
 
@@ -112,6 +118,9 @@ def start_or_resume(results: Results, manifest: Manifest) -> Manifest:
             "model": manifest.model,  # the same files, perhaps no longer in the earlier place
             "engine": earlier.engine or manifest.engine,
             "inputs": earlier.inputs | manifest.inputs,
+            "chance": manifest.chance,
+            "asked": manifest.asked,
+            "rounds": max(earlier.rounds, manifest.rounds),
             "settings": list(known.values()),
         }
     )

@@ -76,6 +76,14 @@ class Answer(Record):
     left_out: list[float] | None = None
 
 
+class Question(Record):
+    """One item as it was asked, to be read beside its answers (``questions.jsonl``)."""
+
+    item: str
+    prompt: str
+    references: list[str]
+
+
 class Timing(Record):
     """One timed batch, and the same batch dense right before or after (``timings.jsonl``)."""
 
@@ -132,6 +140,9 @@ class Manifest(Record):
         settings: by name, in the order of tables.
         inputs: what else decides a number, by name: digests of the model's files, of the questions
             and of profiles, the metric, the length of answers.
+        chance: by task, the mean score of the best constant answer, where labels repeat.
+        asked: how many items each setting is to answer.
+        rounds: how many rounds of each setting are to be timed.
         versions: of Python and the packages that matter.
 
     """
@@ -146,6 +157,9 @@ class Manifest(Record):
     engine: dict[str, Any] = {}
     settings: list[Setting]
     inputs: dict[str, str | int | bool] = {}
+    chance: dict[str, float] = {}
+    asked: int | None = None
+    rounds: int = 0
     seed: int
     versions: dict[str, str]
     hardware: dict[str, Any]
@@ -155,6 +169,7 @@ class Manifest(Record):
 #: Record type -> the file that holds it.
 FILES: dict[type[Record], str] = {
     Answer: "answers.jsonl",
+    Question: "questions.jsonl",
     Timing: "timings.jsonl",
     SweepCell: "sweep.jsonl",
     OraclePoint: "oracle.jsonl",

@@ -15,14 +15,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import bootstrap
 
 from vllm_adaskip.lab.data.items import Item
 from vllm_adaskip.lab.data.metrics import PERPLEXITY
+from vllm_adaskip.lab.evaluation.quality import unseen, upper_bound
 from vllm_adaskip.lab.evaluation.results import Answer
 
 CONFIDENCE = 0.95
-RESAMPLES = 9_999
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ def check(first: Sequence[Item], second: Sequence[Item], max_drop: float) -> Non
             f"{order + test} items, no task with two: one half of each task orders the settings, "
             "the other tests them; allowed: at least two items of a task"
         )
-    if (least := _unseen(test, CONFIDENCE)) > max_drop:
+    if (least := unseen(test, CONFIDENCE)) > max_drop:
         needed = math.ceil(math.log(1 - CONFIDENCE) / math.log(1 - max_drop)) if max_drop else None
         more = f"at least {needed} held-out items (a larger --limit), or " if needed else ""
         raise ValueError(
@@ -91,34 +90,6 @@ def losses(answers: Sequence[Answer], setting: str, items: Sequence[Item]) -> li
         for item in items
         if item.metric != PERPLEXITY
     ]
-
-
-def upper_bound(values: Sequence[float], confidence: float = CONFIDENCE, seed: int = 0) -> float:
-    """Return the one-sided upper bound of the mean of losses in [-1, 1].
-
-    By bootstrap; but where no loss was seen among n items resampling sees none either, and
-    then the bound is the chance of a loss that n items would miss, ``1 - (1 - c) ** (1 / n)``.
-    """
-    losses_ = np.asarray(values, dtype=np.float64)
-    unseen = _unseen(len(losses_), confidence)
-    if not (losses_ > 0).any():
-        return unseen
-    interval = bootstrap(
-        (losses_,),
-        np.mean,
-        confidence_level=confidence,
-        alternative="less",
-        n_resamples=RESAMPLES,
-        method="percentile",
-        vectorized=True,
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return max(float(interval.high), unseen)
-
-
-def _unseen(items: int, confidence: float) -> float:
-    """Return the chance of a loss that so many items would all miss."""
-    return 1.0 - float((1.0 - confidence) ** (1.0 / items))
 
 
 def trials(
@@ -138,7 +109,7 @@ def trials(
         trial = Trial(name, expected[name], kept[name])
         if not failed:
             held_out = losses(answers, name, second)
-            bound = upper_bound(held_out)
+            bound = upper_bound(held_out, CONFIDENCE)
             trial = Trial(name, expected[name], kept[name], float(np.mean(held_out)), bound)
             failed = bound > max_drop
         done.append(trial)
@@ -146,17 +117,20 @@ def trials(
 
 
 def choose(done: Sequence[Trial], max_drop: float, speed: Mapping[str, float]) -> Trial | None:
-    """Return the fastest that passed; by compute kept where times are missing. None: nobody did.
+    """Return the fastest that passed, if it is faster than dense; None: there is none.
+
+    Times decide nothing about losses, so that any of those that passed may be taken.
 
     Args:
         done: from `trials`.
         max_drop: the largest loss allowed.
-        speed: setting -> time against dense, smaller is faster.
+        speed: setting -> time against dense, smaller is faster; of settings whose numbers are in
+            doubt there is none.
 
     """
     passed = [one for one in done if one.bound is not None and one.bound <= max_drop]
-    faster = [one for one in passed if speed.get(one.setting, one.kept) < 1]
-    return min(faster, key=lambda one: speed.get(one.setting, one.kept), default=None)
+    faster = [one for one in passed if speed.get(one.setting, 1) < 1]
+    return min(faster, key=lambda one: speed[one.setting], default=None)
 
 
 def _kept(answers: Sequence[Answer], items: set[str]) -> dict[str, float]:
