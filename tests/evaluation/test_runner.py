@@ -130,6 +130,30 @@ def test_perplexity_is_that_of_the_reference_answer_under_the_plan(
     assert worse  # the plans do tell
 
 
+def test_the_whole_model_says_of_planned_answers_what_the_reference_says(
+    results: Results, items: list[Item]
+) -> None:
+    reference, judge = Reference(bundled_model()), Judge(bundled_model())
+    tokenizer = AutoTokenizer.from_pretrained(bundled_model())
+    prompts = {item.item: item.prompt for item in items if item.metric == "exact_match"}
+    disagreed = 0
+    for one in results.read(Answer):
+        if one.item not in prompts:
+            assert one.agreement is None and one.surprise is None  # given, not generated
+            continue
+        prompt = tokenizer.encode(prompts[one.item])
+        tokens, _ = reference.generate(prompt, one.skip, one.tokens)
+        whole = judge.logits(prompt, [], tokens).log_softmax(-1)
+        chosen = whole.gather(-1, torch.tensor(tokens)[:, None])[:, 0]
+        gaps = whole.max(-1).values - chosen
+        assert one.surprise == pytest.approx(gaps.mean().item(), rel=1e-3, abs=1e-5)
+        assert one.agreement == pytest.approx((gaps <= 0).float().mean().item())
+        if one.setting == "dense":
+            assert one.agreement == 1 and one.surprise == 0
+        disagreed += one.agreement < 1
+    assert disagreed  # the plans do tell
+
+
 def test_another_batch_is_timed_anew(results: Results, items: list[Item]) -> None:
     other = Work.left(results, SETTINGS, items, ROUNDS, Timed(batch=3, tokens=4))
     assert other.rounds == {one.name: [0, 1] for one in SETTINGS[1:]}

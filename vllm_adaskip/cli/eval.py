@@ -76,6 +76,13 @@ def table(summary: Summary) -> Table:
         "setting", "compute kept", "score", "loss to dense", "time against dense",
         title="95 % bootstrap intervals, paired by item; times: median and quartiles",
     )  # fmt: skip
+    if summary.dense.reading:
+        rows.add_column("agreement")
+        rows.add_column("surprise")
+        rows.caption = (
+            "agreement: tokens that the whole model would have chosen; surprise: nats a token by "
+            "which it prefers its own. Dense's are the noise"
+        )
     for one in summary.settings:
         quality = one.score or one.perplexity
         loss, speed = "", ""
@@ -85,5 +92,8 @@ def table(summary: Summary) -> Table:
             time = one.speeds[summary.batch]
             speed = f"{time.median:.2f} ({time.low:.2f} to {time.high:.2f})"
         mean = f"{quality.mean:.3f}" if quality else ""
-        rows.add_row(one.name, f"{one.kept:.0%}", mean, loss, speed)
+        read = (
+            [f"{one.reading.agreement:.1%}", f"{one.reading.surprise:.3f}"] if one.reading else []
+        )
+        rows.add_row(one.name, f"{one.kept:.0%}", mean, loss, speed, *read)
     return rows

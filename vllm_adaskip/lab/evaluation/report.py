@@ -96,7 +96,7 @@ def make_report(results: Results, max_drop: float) -> Report:
 def side_by_side(
     summary: Summary, setting: SettingSummary, answers: list[Answer], questions: list[Question]
 ) -> list[Pair]:
-    """Return answers of dense and of a setting, those that lost most first."""
+    """Return answers of dense and of a setting, those that lost most, then surprise most, first."""
     by_setting: dict[str, dict[tuple[str, str], Answer]] = {}
     for one in answers:
         if one.metric != PERPLEXITY:
@@ -109,10 +109,11 @@ def side_by_side(
         if key in planned
     ]
 
-    def loss(pair: Pair) -> tuple[float, bool]:
-        return pair.planned.score - pair.dense.score, pair.dense.text == pair.planned.text
+    def worst(pair: Pair) -> tuple[float, bool, float]:
+        same = pair.dense.text == pair.planned.text
+        return pair.planned.score - pair.dense.score, same, -(pair.planned.surprise or 0)
 
-    return sorted(pairs, key=loss)[:SHOWN]
+    return sorted(pairs, key=worst)[:SHOWN]
 
 
 def _shown(summary: Summary, advice: Recommendation) -> SettingSummary | None:
@@ -147,6 +148,7 @@ def _environment() -> Environment:
     env.filters["share"] = lambda value: f"{100 * value:.0f}%"
     env.filters["score"] = lambda value: f"{100 * value:.1f}"
     env.filters["change"] = _change
+    env.filters["nats"] = lambda value: f"{value:.3f}"
     env.filters["factor"] = lambda value: f"{value:.2f}"
     env.filters["worst"] = lambda found: sorted(found, key=lambda each: -each[1].loss.low)
     env.tests["perplexity"] = lambda metric: metric == PERPLEXITY

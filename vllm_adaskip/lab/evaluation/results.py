@@ -61,6 +61,10 @@ class Answer(Record):
         tokens: how many tokens were generated.
         left_out: where each token decides for itself, ``[2 * num_layers]`` shares of the tokens
             after the first that left out each sub-layer, attention 0, MLP 0, attention 1, ...
+        agreement: share of the generated tokens that the whole model would have chosen, after the
+            same beginning; None: not measured.
+        surprise: how much more likely, in nats a token, the whole model finds the token that it
+            would have chosen.
 
     """
 
@@ -74,6 +78,8 @@ class Answer(Record):
     tokens: int
     text: str
     left_out: list[float] | None = None
+    agreement: float | None = None
+    surprise: float | None = None
 
 
 class Question(Record):

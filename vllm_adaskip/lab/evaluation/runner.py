@@ -14,6 +14,7 @@ from vllm_adaskip.lab.data.items import Item
 from vllm_adaskip.lab.evaluation.engine import Engine
 from vllm_adaskip.lab.evaluation.harness_engine import HarnessEngine
 from vllm_adaskip.lab.evaluation.quality import is_narrow
+from vllm_adaskip.lab.evaluation.reading import Reader
 from vllm_adaskip.lab.evaluation.results import Answer, Results, Setting, Timing
 
 Report = Callable[[str, int], None]
@@ -106,8 +107,9 @@ def evaluate(
             continue
         report(f"starting vLLM, method {method}", 0)
         runs_on = start(model, method, members[0].options, **engine)
+        reader = Reader(runs_on)
         for setting in members:
-            for part in runs_on.answers(setting, work.answers[setting.name], max_tokens):
+            for part in reader.answers(setting, work.answers[setting.name], max_tokens):
                 results.append(part)
                 report(f"answers under {setting.name}", len(part))
         for round_, setting in _in_turn(members, work):

@@ -39,6 +39,14 @@ class Speed:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """What the whole model says of generated tokens, of all answers; see `Answer`."""
+
+    agreement: float
+    surprise: float
+
+
+@dataclass(frozen=True)
 class SettingSummary:
     """All about one setting; what was not measured is None or empty.
 
@@ -53,6 +61,7 @@ class SettingSummary:
             each token decides for itself, mean share of a sequence's tokens.
         plan: the one plan of all sequences; None where they, or their tokens, differ.
         by_token: whether each token decides for itself.
+        reading: of its answers; dense's own is the noise that any other may have.
 
     """
 
@@ -66,6 +75,7 @@ class SettingSummary:
     plans: dict[str, Floats]
     plan: SkipPlan | None
     by_token: bool = False
+    reading: Reading | None = None
 
     @property
     def items(self) -> int:
@@ -185,6 +195,7 @@ class _Own:
             },
             plan=_only_plan(answers, num_layers),
             by_token=any(answer.left_out is not None for answer in answers),
+            reading=_reading(answers),
         )
 
 
@@ -197,6 +208,21 @@ def _kept(answers: Sequence[Answer]) -> float:
     kept = np.array([answer.kept for answer in answers])
     tokens = np.array([answer.tokens for answer in answers], dtype=np.float64)
     return float(np.average(kept, weights=tokens if tokens.sum() > 0 else None))
+
+
+def _reading(answers: Sequence[Answer]) -> Reading | None:
+    """Return means over tokens of the answers that were read."""
+    read = [
+        (one.tokens, one.agreement, one.surprise)
+        for one in answers
+        if one.tokens and one.agreement is not None and one.surprise is not None
+    ]
+    if not read:
+        return None
+    tokens, agreement, surprise = zip(*read, strict=True)
+    return Reading(
+        float(np.average(agreement, weights=tokens)), float(np.average(surprise, weights=tokens))
+    )
 
 
 def _speed(ratios: Sequence[float]) -> Speed:
