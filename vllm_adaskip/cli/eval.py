@@ -92,8 +92,8 @@ def table(summary: Summary) -> Table:
             time = one.speeds[summary.batch]
             speed = f"{time.median:.2f} ({time.low:.2f} to {time.high:.2f})"
         mean = f"{quality.mean:.3f}" if quality else ""
-        read = (
-            [f"{one.reading.agreement:.1%}", f"{one.reading.surprise:.3f}"] if one.reading else []
-        )
-        rows.add_row(one.name, f"{one.kept:.0%}", mean, loss, speed, *read)
+        row = [one.name, f"{one.kept:.0%}", mean, loss, speed]
+        if one.reading:
+            row += [f"{one.reading.agreement:.1%}", f"{one.reading.surprise:.3f}"]
+        rows.add_row(*row)
     return rows

@@ -120,7 +120,7 @@ def start_or_resume(results: Results, manifest: Manifest) -> Manifest:
             "inputs": earlier.inputs | manifest.inputs,
             "chance": manifest.chance,
             "asked": manifest.asked,
-            "rounds": max(earlier.rounds, manifest.rounds),
+            "rounds": manifest.rounds or earlier.rounds,
             "settings": list(known.values()),
         }
     )

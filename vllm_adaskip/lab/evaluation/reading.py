@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads answers again at full depth: would the whole model have written them?
+"""Reads answers again at full depth, to see whether the whole model would have written them.
 
 A prompt runs at full depth. So an answer that was generated under a plan is given back to the same
 engine as the end of its prompt, and the log-probabilities of the prompt are the whole model's.
