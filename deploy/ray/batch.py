@@ -23,7 +23,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from deploy.ray.batch_args import BatchArgs
 from deploy.ray.batch_parts import Parts, digest
 from deploy.ray.batch_rows import SCHEMA, RowCheck, RowError, read
-
 from vllm_adaskip.classifiers.hub import CONTENTS, located
 from vllm_adaskip.lab.digest import of_folder, of_model
 

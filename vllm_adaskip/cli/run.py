@@ -224,10 +224,9 @@ def as_question(item: Item) -> Question:
 
 def say_doubts(found: Doubts) -> None:
     """Print what speaks against the numbers of a run."""
-    all_of_them = [*found.run, *(one for each in found.settings.values() for one in each)]
-    if all_of_them:
+    if found.all:
         console.print("what speaks against these numbers:", style="bold")
-    for one in all_of_them:
+    for one in found.all:
         console.print(f"- {one.text}", markup=False, soft_wrap=True, highlight=False)
 
 

@@ -39,6 +39,11 @@ class Doubts:
     run: list[Doubt] = field(default_factory=list)
     settings: dict[str, list[Doubt]] = field(default_factory=dict)
 
+    @property
+    def all(self) -> list[Doubt]:
+        """All of them, those against the run first."""
+        return [*self.run, *(one for each in self.settings.values() for one in each)]
+
     def of(self, setting: str) -> list[Doubt]:
         """Return what speaks against a setting."""
         return [*self.run, *self.settings.get(setting, [])]
@@ -104,7 +109,8 @@ def _of_run(summary: Summary, max_drop: float) -> Iterator[Doubt]:
             yield Doubt(
                 "nothing",
                 f"{scores}, next to nothing, so there is nothing to lose. Either the metric does "
-                "not see right answers, or the model cannot do the task: read the answers below.",
+                "not see right answers, or the model cannot do the task: see the answers in the "
+                "report.",
             )
         elif _lower(quality) <= (luck := summary.chance.get(task, 0.0)):
             yield Doubt(
@@ -134,7 +140,7 @@ def _better(summary: Summary) -> Iterator[Doubt]:
             yield Doubt(
                 "better",
                 f"{one.name} scores {_points(-quality.loss.mean)} above dense{where}. Less of a "
-                "model seldom knows more: check the metric, by the answers below.",
+                "model seldom knows more: check the metric, by the answers in the report.",
             )
 
 

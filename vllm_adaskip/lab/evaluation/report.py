@@ -86,6 +86,7 @@ def make_report(results: Results, max_drop: float) -> Report:
             *(varying_plans(one, summary.num_layers) for one in summary.others if not one.plan),
         ],
         sweeps=sweeps(results.read(SweepCell)),
+        rest=[one for one in advice.doubts.all if one not in advice.why],
         shown=(shown := _shown(summary, advice)),
         pairs=side_by_side(summary, shown, answers, results.read(Question)) if shown else [],
         options=options,
