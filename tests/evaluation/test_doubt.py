@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -251,3 +252,17 @@ def test_what_is_left_to_time(tmp_path: Path) -> None:
     assert left([0.9, 1.0, 1.1]) == [3]  # a killed run goes on with what it had begun
     assert left([0.9, 1.0, 1.1] * 3) == []
     assert left([0.9, 1.0, 1.1], rounds=0) == []
+
+
+@dataclass(frozen=True)
+class Choice(Item):
+    """An item that brings its choices."""
+
+    choices: tuple[str, ...] = ()
+
+
+def test_chance_of_choices_is_a_draw() -> None:
+    items = [
+        Choice(f"q/{i}", "q", "?", (f"{i}",), "choice", ("a", "b", "c", "d")) for i in range(20)
+    ]
+    assert chance(items) == {"q": 0.25}

@@ -172,9 +172,8 @@ def _versions() -> dict[str, str]:
     for package in (*_DECIDING, *_OTHERS):
         with suppress(PackageNotFoundError):
             found[package] = version(package)
-    if "vllm-adaskip" in found:
-        found["vllm-adaskip"] += f" (code {digest.of_code()})"
-    return found
+    own = found.get("vllm-adaskip", "not installed")
+    return found | {"vllm-adaskip": f"{own} (code {digest.of_code()})"}
 
 
 def _hardware() -> dict[str, Any]:
