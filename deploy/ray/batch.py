@@ -23,6 +23,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from deploy.ray.batch_args import BatchArgs
 from deploy.ray.batch_parts import Parts, digest
 from deploy.ray.batch_rows import SCHEMA, RowCheck, RowError, read
+from vllm_adaskip.classifiers.hub import CONTENTS, located
+from vllm_adaskip.lab.digest import of_folder, of_model
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -42,7 +44,7 @@ def main(
         args = BatchArgs.model_validate(yaml.safe_load(config.read_text()) if config else {})
         check = RowCheck.of(args)
         meaning = args.model_dump(include=_MEANING)
-        parts = Parts(target, {"input": digest(source), **meaning})
+        parts = Parts(target, {"input": digest(source), **meaning, **_files(args)})
         job = Job.plan(source, check, parts, args.part_rows)
     except ValueError as error:
         raise SystemExit(f"deploy.ray.batch: {error}") from None
@@ -55,6 +57,17 @@ def main(
                 job.take(row)
                 progress.advance(bar)
     print(f"{job.total} rows in {target}: {job.kept} were there, {job.failed} of the others failed")
+
+
+def _files(args: BatchArgs) -> dict[str, str]:
+    """Return digests of the model's and the profile's files, whose names may stay the same."""
+    from transformers import AutoConfig
+
+    commit = getattr(AutoConfig.from_pretrained(args.model), "_commit_hash", None)
+    found = {"model files": of_model(args.model, commit)}
+    if (profile := args.adaskip.get("profile")) is not None:
+        found["profile files"] = of_folder(located(str(profile)), CONTENTS)
+    return found
 
 
 @dataclass

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,18 @@ def test_it_writes_a_profile_that_a_server_takes_and_goes_on_where_it_is_done(
     again = fit(out, *arguments)
     assert again.exit_code == 0 and "vllm serve" in again.output
     assert (out / "adaskip.json").stat() == before  # nothing was fitted again
+    other = Path(shutil.copytree(model, tmp_path / "other"))
+    shutil.move(model, aside := tmp_path / "aside")
+    try:  # other weights under the same name are another model
+        content = bytearray((other / "model.safetensors").read_bytes())
+        content[-1000] ^= 1
+        (other / "model.safetensors").write_bytes(content)
+        shutil.move(other, model)
+        refused = fit(out, *arguments)
+        assert refused.exit_code == 2 and "holds another fit: its model files is" in refused.output
+    finally:
+        shutil.rmtree(model)
+        shutil.move(aside, model)
 
 
 @pytest.mark.parametrize(

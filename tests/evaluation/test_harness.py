@@ -193,7 +193,7 @@ def test_a_run_is_stored_timed_and_goes_on(
     )
 
     def go_on() -> int:
-        work = Work.left(results, settings, items, 2)
+        work = Work.left(results, settings, items, 2, Timed(2, 4))
         options: dict[str, Any] = {"enforce_eager": True, "max_model_len": 256}
         evaluate(
             results, bundled_model(), settings, items, work,

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import typer
-from evaluation.synthetic import DENSE, PLAIN, SETTINGS, TASKS, answer, realistic, write
+from evaluation.synthetic import DENSE, PLAIN, SETTINGS, TASKS, answer, realistic, timings, write
 from typer.testing import CliRunner
 
 from vllm_adaskip.cli.report import report
@@ -29,7 +29,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
 @pytest.fixture(scope="module")
 def page(run: Results) -> str:
-    return make_report(run, 0.05).html
+    return make_report(run, 0.1).html
 
 
 class _Outline(HTMLParser):
@@ -85,7 +85,7 @@ def test_every_part_is_there(page: str) -> None:
 
 
 def test_the_same_run_gives_the_same_page(run: Results, page: str) -> None:
-    assert make_report(run, 0.05).html == page
+    assert make_report(run, 0.1).html == page
 
 
 def test_hostile_names_stay_text(tmp_path: Path) -> None:
@@ -132,6 +132,10 @@ def test_nothing_but_two_settings(tmp_path: Path) -> None:
     assert lossy.headline == "Leave it off: no setting surely loses at most 1 point"
     assert "The nearest miss is <b>skip 5</b>" in lossy.html
     assert "Nothing was timed" in lossy.html and "What breaks the model" not in lossy.html
+    untimed = make_report(results, 0.9)
+    assert untimed.headline == "Leave it off for now: the numbers of skip 5 are in doubt"
+    assert "Nothing was timed, and less compute" in untimed.html
+    results.append(timings("skip 5", [0.95] * 5))
     assert make_report(results, 0.9).headline == "Switch on skip 5"
 
 
@@ -151,7 +155,7 @@ def command(*arguments: str) -> Any:
 
 def test_the_command_writes_the_page(run: Results, tmp_path: Path) -> None:
     out = tmp_path / "page.html"
-    done = command(str(run.folder), "--max-drop", "5 points", "--out", str(out))
+    done = command(str(run.folder), "--max-drop", "10 points", "--out", str(out))
     assert done.exit_code == 0, done.output
     assert done.output.startswith("Switch on ") and str(out) in done.output
     assert out.read_text().startswith("<!doctype html>")

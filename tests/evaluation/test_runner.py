@@ -17,6 +17,7 @@ from vllm_adaskip import bundled_model
 from vllm_adaskip.lab.data.items import Item
 from vllm_adaskip.lab.data.sources import load_items
 from vllm_adaskip.lab.evaluation.manifest import new_manifest, start_or_resume
+from vllm_adaskip.lab.evaluation.quality import is_narrow
 from vllm_adaskip.lab.evaluation.results import Answer, Results, Setting, Timing
 from vllm_adaskip.lab.evaluation.runner import Timed, Work, evaluate
 from vllm_adaskip.lab.evaluation.settings import DENSE, decided, explicit
@@ -27,6 +28,7 @@ SETTINGS: list[Setting] = [
     *decided("similarity", {}, [0.8]),
 ]
 ROUNDS, MAX_TOKENS = 2, 8
+TIMED = Timed(batch=2, tokens=4, most=4)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +42,7 @@ def items() -> list[Item]:
 
 def run(results: Results, items: list[Item]) -> int:
     """Do what is left; give how much that was."""
-    work = Work.left(results, SETTINGS, items, ROUNDS)
+    work = Work.left(results, SETTINGS, items, ROUNDS, TIMED)
     steps = work.steps
     reported: list[int] = []
 
@@ -55,7 +57,7 @@ def run(results: Results, items: list[Item]) -> int:
         items,
         work,
         max_tokens=MAX_TOKENS,
-        timed=Timed(batch=2, tokens=4),
+        timed=TIMED,
         report=report,
         distributed_executor_backend="uni",
         **engine,
@@ -82,7 +84,12 @@ def test_every_item_is_answered_under_every_setting(results: Results, items: lis
     assert len(answers) == len(SETTINGS) * len(items)
     assert len({(one.setting, one.item) for one in answers}) == len(answers)
     rounds = [(one.setting, one.round) for one in results.read(Timing)]
-    assert sorted(rounds) == sorted((s.name, r) for s in SETTINGS[1:] for r in range(ROUNDS))
+    assert len(rounds) == len({*rounds})
+    assert {*rounds} >= {(s.name, r) for s in SETTINGS[1:] for r in range(ROUNDS)}
+    for setting in SETTINGS[1:]:  # to the bound, unless the times say enough
+        own = [one for one in results.read(Timing) if one.setting == setting.name]
+        ratios = [one.seconds / one.dense_seconds for one in own]
+        assert len(own) == TIMED.most or (len(own) < TIMED.most and is_narrow(ratios))
     assert all(one.seconds > 0 and one.dense_seconds > 0 for one in results.read(Timing))
 
 
@@ -123,8 +130,37 @@ def test_perplexity_is_that_of_the_reference_answer_under_the_plan(
     assert worse  # the plans do tell
 
 
+def test_the_whole_model_says_of_planned_answers_what_the_reference_says(
+    results: Results, items: list[Item]
+) -> None:
+    reference, judge = Reference(bundled_model()), Judge(bundled_model())
+    tokenizer = AutoTokenizer.from_pretrained(bundled_model())
+    prompts = {item.item: item.prompt for item in items if item.metric == "exact_match"}
+    disagreed = 0
+    for one in results.read(Answer):
+        if one.item not in prompts:
+            assert one.agreement is None and one.surprise is None  # given, not generated
+            continue
+        prompt = tokenizer.encode(prompts[one.item])
+        tokens, _ = reference.generate(prompt, one.skip, one.tokens)
+        whole = judge.logits(prompt, [], tokens).log_softmax(-1)
+        chosen = whole.gather(-1, torch.tensor(tokens)[:, None])[:, 0]
+        gaps = whole.max(-1).values - chosen
+        assert one.surprise == pytest.approx(gaps.mean().item(), rel=1e-3, abs=1e-5)
+        assert one.agreement == pytest.approx((gaps <= 0).float().mean().item())
+        if one.setting == "dense":
+            assert one.agreement == 1 and one.surprise == 0
+        disagreed += one.agreement < 1
+    assert disagreed  # the plans do tell
+
+
+def test_another_batch_is_timed_anew(results: Results, items: list[Item]) -> None:
+    other = Work.left(results, SETTINGS, items, ROUNDS, Timed(batch=3, tokens=4))
+    assert other.rounds == {one.name: [0, 1] for one in SETTINGS[1:]}
+
+
 def test_a_killed_run_goes_on_where_it_was(results: Results, items: list[Item]) -> None:
-    assert Work.left(results, SETTINGS, items, ROUNDS).steps == 0
+    assert Work.left(results, SETTINGS, items, ROUNDS, TIMED).steps == 0
     path: Path = results.folder / "answers.jsonl"
     whole = results.read(Answer)
     path.write_bytes(path.read_bytes()[:-20])  # killed while it wrote the last line

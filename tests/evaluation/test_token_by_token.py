@@ -56,9 +56,10 @@ def results(tmp_path_factory: pytest.TempPathFactory, items: list[Item]) -> Resu
         command="", model=bundled_model(), data={}, engine={}, settings=SETTINGS, seed=0
     )
     start_or_resume(results, manifest)
+    timed = Timed(batch=4, tokens=4)
     evaluate(
-        results, bundled_model(), SETTINGS, items, Work.left(results, SETTINGS, items, 0),
-        max_tokens=12, timed=Timed(batch=4, tokens=4), report=lambda *_: None,
+        results, bundled_model(), SETTINGS, items, Work.left(results, SETTINGS, items, 0, timed),
+        max_tokens=12, timed=timed, report=lambda *_: None,
         distributed_executor_backend="uni", **ENGINE,
     )  # fmt: skip
     return results

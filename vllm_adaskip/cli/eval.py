@@ -48,6 +48,8 @@ def evaluate(
     if not (method or profile or plans or skip):
         method, plans = ["similarity"], ["uniform", "random", "exit"]
     with run.plain_errors():
+        from vllm_adaskip.lab.evaluation.doubt import doubts
+
         items, source = run.asked(data, limit, seed, metric, lm_eval_path)
         manifest = run.described(
             model, source, seed, max_model_len=max_model_len, enforce_eager=enforce_eager
@@ -62,7 +64,9 @@ def evaluate(
             results, manifest, settings, items,
             max_tokens=max_tokens, rounds=rounds, batch=batch,
         )  # fmt: skip
-        Console().print(table(run.summarised(results)))
+        summary = run.summarised(results)
+        Console().print(table(summary))
+        run.say_doubts(doubts(summary))
     run.console.print(f"results: {out}; a page of them: adaskip report {out}")
 
 
@@ -72,6 +76,13 @@ def table(summary: Summary) -> Table:
         "setting", "compute kept", "score", "loss to dense", "time against dense",
         title="95 % bootstrap intervals, paired by item; times: median and quartiles",
     )  # fmt: skip
+    if summary.dense.reading:
+        rows.add_column("agreement")
+        rows.add_column("surprise")
+        rows.caption = (
+            "agreement: tokens that the whole model would have chosen; surprise: nats a token by "
+            "which it prefers its own. Dense's are the noise"
+        )
     for one in summary.settings:
         quality = one.score or one.perplexity
         loss, speed = "", ""
@@ -81,5 +92,8 @@ def table(summary: Summary) -> Table:
             time = one.speeds[summary.batch]
             speed = f"{time.median:.2f} ({time.low:.2f} to {time.high:.2f})"
         mean = f"{quality.mean:.3f}" if quality else ""
-        rows.add_row(one.name, f"{one.kept:.0%}", mean, loss, speed)
+        row = [one.name, f"{one.kept:.0%}", mean, loss, speed]
+        if one.reading:
+            row += [f"{one.reading.agreement:.1%}", f"{one.reading.surprise:.3f}"]
+        rows.add_row(*row)
     return rows

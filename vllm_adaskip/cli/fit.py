@@ -51,12 +51,14 @@ class Subject:
     Attributes:
         name: as the user wrote it; ``bundled`` where nothing was written.
         path: what transformers loads.
+        commit: of a hub id; None for a folder.
         config: the model's, as a dict.
 
     """
 
     name: str
     path: str
+    commit: str | None
     config: dict[str, Any]
     samples: list[Sample]
 
@@ -89,7 +91,8 @@ def subject(
     for item, one in zip(items, samples, strict=True):
         if allowed is not None and len(one.ids) > allowed:
             raise ValueError(f"{item.item}: {len(one.ids)} tokens; the model allows {allowed}")
-    return Subject(model or "bundled", path, config.to_dict(), samples)
+    commit = getattr(config, "_commit_hash", None)
+    return Subject(model or "bundled", path, commit, config.to_dict(), samples)
 
 
 def loaded(one: Subject, device: str) -> Any:
@@ -118,12 +121,14 @@ def begins(out: Path, method: str, one: Subject, data: str, told: Mapping[str, A
         ValueError: the folder has another fit.
 
     """
+    from vllm_adaskip.lab.digest import of_model
     from vllm_adaskip.lab.fitting.resume import digest, start_or_resume
 
     facts = {
         "fit": method,
         "model": one.name,
         "fingerprint": fingerprint(one.config),
+        "model files": of_model(one.path, one.commit),
         "data": data,
         "examples": digest(one.samples),
     }

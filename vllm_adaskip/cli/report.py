@@ -43,6 +43,8 @@ def report(
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from None
     typer.echo(made.headline)
+    for one in made.recommendation.why:
+        typer.echo(f"- {one.text}")
     typer.echo(f"the page: {target}")
 
 

@@ -19,14 +19,29 @@ from vllm_adaskip.bundled import bundled_model
 from vllm_adaskip.lab.data.items import Item
 from vllm_adaskip.lab.data.sources import load_items
 from vllm_adaskip.lab.evaluation import settings as known
-from vllm_adaskip.lab.evaluation.manifest import new_manifest, start_or_resume
-from vllm_adaskip.lab.evaluation.results import Answer, Manifest, Results, Setting, Timing
+from vllm_adaskip.lab.evaluation.manifest import (
+    asking,
+    metrics_of,
+    new_manifest,
+    start_or_resume,
+)
+from vllm_adaskip.lab.evaluation.results import (
+    Answer,
+    Manifest,
+    Question,
+    Results,
+    Setting,
+    Timing,
+)
 
 if TYPE_CHECKING:
+    from vllm_adaskip.lab.evaluation.doubt import Doubts
     from vllm_adaskip.lab.evaluation.summary import Summary
 
 #: Shares of compute to compare where the user names none.
 BUDGETS = [0.9, 0.75, 0.6]
+#: Times the rounds that were asked for, at most, where times vary.
+MORE = 3
 console = Console(stderr=True)
 
 Model = Annotated[str, typer.Option(help="Path or hub id; the bundled model if left out.")]
@@ -104,9 +119,12 @@ def asked(
 
 def described(model: str, data: dict[str, Any], seed: int, **engine: Any) -> Manifest:
     """Describe the run that starts now, with no settings yet; ``engine``: vLLM's options."""
+    path = model or bundled_model()
+    if path == bundled_model():  # too small to share a step among threads
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     return new_manifest(
         command=" ".join(["adaskip", *sys.argv[1:]]),
-        model=model or bundled_model(),
+        model=path,
         data=data,
         engine=engine,
         settings=[],
@@ -170,16 +188,19 @@ def answer_and_time(
     batch: int,
 ) -> None:
     """Start a run under these settings, or do what is left of it, with a progress bar."""
-    manifest = start_or_resume(results, manifest.model_copy(update={"settings": settings}))
+    told: dict[str, str | int | bool] = {"metric": metrics_of(items), "max_tokens": max_tokens}
+    manifest = manifest.model_copy(update={"rounds": rounds})
+    manifest = start_or_resume(results, asking(manifest, settings, items, **told))
+    if len(results.read(Question)) < len(items):
+        results.replace(Question, map(as_question, items))
     # In one process, so that an engine dies with the command; unless the user wants otherwise.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    if manifest.model == bundled_model():  # too small to share a step among threads
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
     from vllm_adaskip.lab.evaluation.runner import Timed, Work, evaluate
 
-    work = Work.left(results, settings, items, rounds)
+    timed = Timed(batch, max_tokens, most=MORE * rounds)
+    work = Work.left(results, settings, items, rounds, timed)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
         bar = progress.add_task("", total=work.steps)
@@ -190,10 +211,23 @@ def answer_and_time(
             items,
             work,
             max_tokens=max_tokens,
-            timed=Timed(batch, max_tokens),
+            timed=timed,
             report=lambda what, done: progress.update(bar, description=what, advance=done),
             **manifest.engine,
         )
+
+
+def as_question(item: Item) -> Question:
+    """Return an item as it is stored beside its answers."""
+    return Question(item=item.item, prompt=item.prompt, references=list(item.references))
+
+
+def say_doubts(found: Doubts) -> None:
+    """Print what speaks against the numbers of a run."""
+    if found.all:
+        console.print("what speaks against these numbers:", style="bold")
+    for one in found.all:
+        console.print(f"- {one.text}", markup=False, soft_wrap=True, highlight=False)
 
 
 def summarised(results: Results) -> Summary:

@@ -51,7 +51,7 @@ def sweep(
     console = Console()
     with plain_errors():
         from vllm_adaskip.lab.data.sources import load_items
-        from vllm_adaskip.lab.evaluation.manifest import start_or_resume
+        from vllm_adaskip.lab.evaluation.manifest import asking, start_or_resume
         from vllm_adaskip.lab.evaluation.results import Results
         from vllm_adaskip.lab.evaluation.sweep import Sweep, damages
 
@@ -60,7 +60,7 @@ def sweep(
         run = described(model, {"source": data, "limit": limit, "items": len(items)}, seed)
         steps = run.num_layers // 2 if sleb_steps is None else sleb_steps
         plan = damages(run.num_layers, max_block)
-        start_or_resume(results, run)
+        start_or_resume(results, asking(run, [], items, end=end))
         with console.status("loading the model, reading the items with it whole"):
             if not model:
                 _one_thread()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import shlex
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,6 +20,7 @@ from vllm_adaskip.lab.evaluation.results import Answer, Manifest, Results, Setti
 from vllm_adaskip.lab.evaluation.settings import distinct
 
 if TYPE_CHECKING:
+    from vllm_adaskip.lab.evaluation.summary import Summary
     from vllm_adaskip.lab.evaluation.tune import Trial
 
 
@@ -37,7 +39,7 @@ def tune(
     budget: run.Budgets = None,
     target_skip: run.Targets = None,
     max_tokens: run.MaxTokens = 32,
-    rounds: run.Rounds = 5,
+    rounds: Annotated[int, typer.Option(min=3, help="Timed rounds of each setting.")] = 5,
     batch: run.Batch = 16,
     max_model_len: run.MaxModelLen = 512,
     enforce_eager: run.EnforceEager = False,
@@ -46,17 +48,21 @@ def tune(
     """Pick method and budget so that a held-out half stays within the loss, with 95 % confidence.
 
     With no --method, --profile and --plans: method similarity, uniform plans and early exit. If
-    nothing qualifies, nothing is written, and the exit status is 1.
+    nothing qualifies, or something speaks against its numbers, nothing is written, and the exit
+    status is 1.
     """
     if not (method or profile or plans):
         method, plans = ["similarity"], ["uniform", "exit"]
     with run.plain_errors():
+        from vllm_adaskip.lab.evaluation.doubt import doubts
         from vllm_adaskip.lab.evaluation.recommend import serve_command
-        from vllm_adaskip.lab.evaluation.tune import choose, halves, trials
+        from vllm_adaskip.lab.evaluation.tune import check, choose, halves, trials
 
         if not 0 <= max_drop < 1:
             raise ValueError(f"--max-drop {max_drop:g}; allowed: a number in [0, 1)")
         items, source = run.asked(data, limit, seed, metric, lm_eval_path)
+        first, second = halves(items, seed)
+        check(first, second, max_drop)
         manifest = run.described(
             model, source, seed, max_model_len=max_model_len, enforce_eager=enforce_eager
         )
@@ -67,14 +73,19 @@ def tune(
             results, manifest, settings, items,
             max_tokens=max_tokens, rounds=rounds, batch=batch,
         )  # fmt: skip
-        first, second = halves(items, seed)
         names = [one.name for one in settings[1:]]
         done = trials(results.read(Answer), names, first, second, max_drop)
-        speed = _speed(results)
-    best = choose(done, max_drop, speed)
-    Console().print(_table(done, speed, max_drop, best))
+        summary = run.summarised(results)
+        against = doubts(summary, max_drop)
+    speed = _speed(summary)
+    sound = {name: time for name, time in speed.items() if not against.of(name)}
+    best = choose(done, max_drop, sound)
+    Console().print(_table(done, speed, max_drop, best, sound))
     if best is None:
-        run.console.print(f"nothing stays within a loss of {max_drop:g} and saves time; no profile")
+        run.say_doubts(against)
+        run.console.print(
+            f"nothing surely stays within a loss of {max_drop:g} and saves time; no profile"
+        )
         if not enforce_eager:
             run.console.print("vLLM ran dense steps compiled, others not; see --enforce-eager")
         raise typer.Exit(1)
@@ -116,9 +127,8 @@ def write_profile(
     made.save(out)
 
 
-def _speed(results: Results) -> dict[str, float]:
+def _speed(summary: Summary) -> dict[str, float]:
     """Median time against dense, by setting."""
-    summary = run.summarised(results)
     return {
         one.name: one.speeds[summary.batch].median
         for one in summary.others
@@ -127,7 +137,11 @@ def _speed(results: Results) -> dict[str, float]:
 
 
 def _table(
-    done: list[Trial], speed: dict[str, float], max_drop: float, best: Trial | None
+    done: list[Trial],
+    speed: dict[str, float],
+    max_drop: float,
+    best: Trial | None,
+    sound: Collection[str],
 ) -> Table:
     rows = Table(
         "setting", "loss, first half", "loss, held out", "95 % bound", "compute kept", "time", "",
@@ -138,6 +152,8 @@ def _table(
         verdict = "not tested" if one.bound is None else "passes"
         if one.bound is not None and one.bound > max_drop:
             verdict = "fails; no bolder one is tested"
+        elif one.setting not in sound:
+            verdict += ", in doubt"
         rows.add_row(
             one.setting,
             f"{one.expected:+.3f}",

@@ -7,17 +7,22 @@ the score, a perplexity's is a factor.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import bootstrap
+from scipy.stats import bootstrap, quantile_test
 
 from vllm_adaskip.lab.data.metrics import PERPLEXITY
 from vllm_adaskip.lab.evaluation.results import Answer, ResultsError
 
 RESAMPLES = 9999
+#: Fewer rounds of timing say nothing about how much they vary.
+LEAST_ROUNDS = 3
+#: Of times against dense, an interval that is narrow whatever is gained.
+NARROW = 0.05
 #: Beyond this a perplexity says no more than "broken".
 _MAX_PERPLEXITY = 1e9
 
@@ -47,6 +52,7 @@ class Quality:
         loss: paired by item. Of scores dense minus this, so positive is worse; of perplexity
             the factor to dense, so above 1 is worse.
         items: how many items both have answered.
+        losses: of each item, where they are differences of scores.
 
     """
 
@@ -54,15 +60,22 @@ class Quality:
     loss: Interval
     items: int
     perplexity: bool = False
+    losses: tuple[float, ...] = field(default=(), repr=False)
 
     @property
     def worse(self) -> bool:
         """Significantly: the whole interval is on the worse side."""
         return self.loss.low > (1.0 if self.perplexity else 0.0)
 
+    def upper(self, confidence: float) -> float:
+        """Return the one-sided upper bound of a score's mean loss."""
+        if self.loss.low == self.loss.high:  # known, not drawn
+            return self.loss.mean
+        return upper_bound(self.losses, confidence)
+
 
 def interval(losses: Floats, span: float = 1.0) -> Interval:
-    """Give the mean and its 95% percentile bootstrap interval.
+    """Return the mean and its 95% percentile bootstrap interval.
 
     Where all values are equal the bootstrap would claim certainty. Then the interval is what is
     still possible at 95% if some items, none of which was drawn, differ by ``span`` (the rule of
@@ -70,12 +83,62 @@ def interval(losses: Floats, span: float = 1.0) -> Interval:
     """
     mean = float(losses.mean())
     if np.ptp(losses) == 0:
-        unseen = span * (1 - 0.05 ** (1 / len(losses)))
-        return Interval(mean, mean - unseen, mean + unseen, same=True)
+        missed = span * unseen(len(losses), 0.95)
+        return Interval(mean, mean - missed, mean + missed, same=True)
     found = bootstrap(
         (losses,), np.mean, n_resamples=RESAMPLES, batch=1000, method="percentile", rng=0
     ).confidence_interval
     return Interval(mean, float(found.low), float(found.high))
+
+
+def upper_bound(values: Sequence[float], confidence: float) -> float:
+    """Return the one-sided upper bound of the mean of losses in [-1, 1].
+
+    By bootstrap; but where no loss was seen among n items resampling sees none either, and
+    then the bound is the chance of a loss that n items would miss, ``1 - (1 - c) ** (1 / n)``.
+    """
+    losses = np.asarray(values, dtype=np.float64)
+    least = unseen(len(losses), confidence)
+    return max(resampled(losses, confidence), least) if (losses > 0).any() else least
+
+
+def resampled(values: Sequence[float] | Floats, confidence: float) -> float:
+    """Return the one-sided upper bound of the mean by bootstrap alone."""
+    values = np.asarray(values, dtype=np.float64)
+    if np.ptp(values) == 0:
+        return float(values[0])
+    found = bootstrap(
+        (values,),
+        np.mean,
+        confidence_level=confidence,
+        alternative="less",
+        n_resamples=RESAMPLES,
+        batch=1000,
+        method="percentile",
+        rng=0,
+    )
+    return float(found.confidence_interval.high)
+
+
+def unseen(items: int, confidence: float) -> float:
+    """Return the chance of a loss that so many items would all miss."""
+    return 1.0 - float((1.0 - confidence) ** (1.0 / items))
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return the 95% interval of the median by order statistics; of few values all of them."""
+    found = quantile_test(values, p=0.5).confidence_interval(0.95)
+    low, high = float(found.low), float(found.high)
+    return (min(values), max(values)) if math.isnan(low) or math.isnan(high) else (low, high)
+
+
+def is_narrow(ratios: Sequence[float]) -> bool:
+    """Tell whether times against dense say enough: their interval is no wider than the gain."""
+    if len(ratios) < LEAST_ROUNDS:
+        return False
+    low, high = median_interval(ratios)
+    gain = abs(1 - float(np.median(ratios)))
+    return high - low <= max(gain, NARROW)
 
 
 def loss_to(reference: Sequence[Answer], answers: Sequence[Answer]) -> Quality | None:
@@ -97,7 +160,7 @@ def loss_to(reference: Sequence[Answer], answers: Sequence[Answer]) -> Quality |
     loss = interval(whole - scores, span=0.0 if known else 1.0)
     if min(scores.min(), whole.min()) >= 0 and max(scores.max(), whole.max()) <= 1:
         loss = loss.clipped(float(whole.mean()) - 1, float(whole.mean()))
-    return Quality(float(scores.mean()), loss, len(answers))
+    return Quality(float(scores.mean()), loss, len(answers), losses=tuple(whole - scores))
 
 
 def _ran_alike(one: Answer, other: Answer) -> bool:

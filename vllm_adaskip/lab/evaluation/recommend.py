@@ -8,11 +8,12 @@ import math
 import re
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 
+from vllm_adaskip.lab.evaluation.doubt import Doubt, Doubts, among_many, doubts
 from vllm_adaskip.lab.evaluation.quality import Quality, loss_to
 from vllm_adaskip.lab.evaluation.results import Answer, Manifest, Setting
 from vllm_adaskip.lab.evaluation.summary import Column, SettingSummary, Summary
@@ -46,23 +47,29 @@ class Recommendation:
     """What the rule gives.
 
     Among the settings whose upper 95% bound of the mean loss is within ``max_drop``, the fastest
-    by measured time at ``batch``; by compute kept where nothing was timed.
+    by measured time at ``batch`` (by compute kept where nothing was timed) whose numbers nothing
+    speaks against.
 
     Attributes:
-        verdict: ``on``: switch ``setting`` on. ``slow``: settings lose little enough, but none
-            is faster than dense; ``setting`` comes closest. ``lossy``: none loses little
-            enough; ``setting`` is the nearest miss among those that save something.
-            ``nothing``: there is nothing to choose from.
+        verdict: ``on``: switch ``setting`` on. ``doubt``: ``setting`` would be the fastest, but
+            something speaks against its numbers, and against those of all others. ``slow``:
+            settings lose little enough, but none is faster than dense; ``setting`` comes closest.
+            ``lossy``: none loses little enough; ``setting`` is the nearest miss among those that
+            save something. ``nothing``: there is nothing to choose from.
         batch: None: ranked by compute kept.
         choices: from how many settings was chosen.
+        doubts: all that speaks against numbers of the run.
+        why: what speaks against ``setting``.
 
     """
 
-    verdict: Literal["on", "slow", "lossy", "nothing"]
+    verdict: Literal["on", "doubt", "slow", "lossy", "nothing"]
     max_drop: float
+    doubts: Doubts
     setting: SettingSummary | None = None
     batch: int | None = None
     choices: int = 0
+    why: list[Doubt] = field(default_factory=list)
 
     @property
     def items_needed(self) -> int | None:
@@ -79,18 +86,28 @@ class Recommendation:
 def recommend(summary: Summary, max_drop: float) -> Recommendation:
     """Apply the rule that `Recommendation` states."""
     able = [one for one in summary.others if one.score and one.complete and options(one.setting)]
+    found = doubts(summary, max_drop)
     if not able:
-        return Recommendation("nothing", max_drop)
+        return Recommendation("nothing", max_drop, found, why=found.run)
     within = [one for one in able if _upper(one) <= max_drop]
     if not within:
         saving = [one for one in able if _saves(one, summary.batch)]
         nearest = min(saving or able, key=_upper)
-        return Recommendation("lossy", max_drop, nearest, summary.batch, len(able))
+        why = found.of(nearest.name)
+        return Recommendation("lossy", max_drop, found, nearest, summary.batch, len(able), why)
     timed = [one for one in within if summary.batch in one.speeds]
     batch = summary.batch if timed else None
-    best = min(timed or within, key=lambda one: (cost(one, batch), _upper(one)))
-    verdict: Literal["on", "slow"] = "on" if cost(best, batch) < 1 else "slow"
-    return Recommendation(verdict, max_drop, best, batch, len(able))
+    ranked = sorted(timed or within, key=lambda one: (cost(one, batch), _upper(one)))
+    if cost(ranked[0], batch) >= 1:
+        why = found.of(ranked[0].name)
+        return Recommendation("slow", max_drop, found, ranked[0], batch, len(able), why)
+    reasons: list[list[Doubt]] = []
+    for one in ranked:
+        if cost(one, batch) < 1:
+            reasons.append([*found.of(one.name), *among_many(one, len(able), max_drop)])
+            if not reasons[-1]:
+                return Recommendation("on", max_drop, found, one, batch, len(able))
+    return Recommendation("doubt", max_drop, found, ranked[0], batch, len(able), reasons[0])
 
 
 def cost(one: SettingSummary, batch: int | None) -> float:
@@ -107,7 +124,7 @@ def _upper(one: SettingSummary) -> float:
 
 
 def options(setting: Setting) -> dict[str, Any] | None:
-    """Give the server's options for a setting; None where no option would bring its plans.
+    """Return the server's options for a setting; None where no option would bring its plans.
 
     That is dense, and plans that were drawn for each item outside the server.
     """
@@ -120,13 +137,13 @@ def options(setting: Setting) -> dict[str, Any] | None:
 
 
 def serve_command(model: str, engine: dict[str, Any]) -> str:
-    """Give the shell command that serves a model as it was measured, with no options of ours."""
+    """Return the shell command that serves a model as it was measured, with no options of ours."""
     eager = " --enforce-eager" if engine.get("enforce_eager") else ""
     return f"vllm serve --model {shlex.quote(model)} --plugin adaskip{eager}"
 
 
 def switch_on_command(setting: Setting, manifest: Manifest) -> str | None:
-    """Give the shell command that serves the model with a setting for all requests."""
+    """Return the shell command that serves the model with a setting for all requests."""
     if (found := options(setting)) is None:
         return None
     config = shlex.quote(json.dumps({"adaskip": found}))
@@ -135,7 +152,7 @@ def switch_on_command(setting: Setting, manifest: Manifest) -> str | None:
 
 
 def request_arguments(setting: Setting) -> str | None:
-    """Give what a single request adds for the same plan, as JSON."""
+    """Return what a single request adds for the same plan, as JSON."""
     if setting.skip:
         return json.dumps({"vllm_xargs": {"adaskip_skip": setting.skip}})
     if setting.method != "none" and setting.budget < 1:

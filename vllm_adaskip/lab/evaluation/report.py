@@ -23,8 +23,27 @@ from vllm_adaskip.lab.evaluation.recommend import (
     request_arguments,
     switch_on_command,
 )
-from vllm_adaskip.lab.evaluation.results import Answer, OraclePoint, Results, SweepCell, Timing
-from vllm_adaskip.lab.evaluation.summary import summarise
+from vllm_adaskip.lab.evaluation.results import (
+    Answer,
+    OraclePoint,
+    Question,
+    Results,
+    SweepCell,
+    Timing,
+)
+from vllm_adaskip.lab.evaluation.summary import SettingSummary, Summary, summarise
+
+#: Answers that the page shows side by side.
+SHOWN = 6
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One question answered by dense and under a setting; None: the question was not stored."""
+
+    question: Question | None
+    dense: Answer
+    planned: Answer
 
 
 @dataclass(frozen=True)
@@ -67,9 +86,41 @@ def make_report(results: Results, max_drop: float) -> Report:
             *(varying_plans(one, summary.num_layers) for one in summary.others if not one.plan),
         ],
         sweeps=sweeps(results.read(SweepCell)),
+        rest=[one for one in advice.doubts.all if one not in advice.why],
+        shown=(shown := _shown(summary, advice)),
+        pairs=side_by_side(summary, shown, answers, results.read(Question)) if shown else [],
         options=options,
     )
     return Report(html, headline(advice), advice)
+
+
+def side_by_side(
+    summary: Summary, setting: SettingSummary, answers: list[Answer], questions: list[Question]
+) -> list[Pair]:
+    """Return answers of dense and of a setting, those that lost most, then surprise most, first."""
+    by_setting: dict[str, dict[tuple[str, str], Answer]] = {}
+    for one in answers:
+        if one.metric != PERPLEXITY:
+            by_setting.setdefault(one.setting, {})[one.metric, one.item] = one
+    asked = {one.item: one for one in questions}
+    planned = by_setting.get(setting.name, {})
+    pairs = [
+        Pair(asked.get(one.item), one, planned[key])
+        for key, one in by_setting.get(summary.dense.name, {}).items()
+        if key in planned
+    ]
+
+    def worst(pair: Pair) -> tuple[float, bool, float]:
+        same = pair.dense.text == pair.planned.text
+        return pair.planned.score - pair.dense.score, same, -(pair.planned.surprise or 0)
+
+    return sorted(pairs, key=worst)[:SHOWN]
+
+
+def _shown(summary: Summary, advice: Recommendation) -> SettingSummary | None:
+    """Return the setting whose answers are shown: the recommended one, else the best."""
+    scored = [(one.score.mean, one) for one in summary.others if one.score]
+    return advice.setting or max(scored, key=lambda each: each[0], default=(0, None))[1]
 
 
 def headline(advice: Recommendation) -> str:
@@ -79,6 +130,9 @@ def headline(advice: Recommendation) -> str:
         case "on":
             assert advice.setting is not None
             return f"Switch on {advice.setting.name}"
+        case "doubt":
+            assert advice.setting is not None
+            return f"Leave it off for now: the numbers of {advice.setting.name} are in doubt"
         case "slow":
             than = "is faster than dense" if advice.batch else "keeps less compute than dense"
             return f"Leave it off: nothing that surely loses at most {points} {than}"
@@ -90,9 +144,12 @@ def headline(advice: Recommendation) -> str:
 def _environment() -> Environment:
     env = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     env.lstrip_blocks = True
+    env.filters["start"] = lambda text: text if len(text) <= 600 else f"{text[:600]} …"
+    env.filters["end"] = lambda text: text if len(text) <= 600 else f"… {text[-600:]}"
     env.filters["share"] = lambda value: f"{100 * value:.0f}%"
     env.filters["score"] = lambda value: f"{100 * value:.1f}"
     env.filters["change"] = _change
+    env.filters["nats"] = lambda value: f"{value:.3f}"
     env.filters["factor"] = lambda value: f"{value:.2f}"
     env.filters["worst"] = lambda found: sorted(found, key=lambda each: -each[1].loss.low)
     env.tests["perplexity"] = lambda metric: metric == PERPLEXITY
@@ -100,6 +157,6 @@ def _environment() -> Environment:
 
 
 def _change(loss: float) -> str:
-    """Give a loss as a change in points, with a sign unless it rounds to nothing."""
+    """Return a loss as a change in points, with a sign unless it rounds to nothing."""
     points = round(-100 * loss, 1)
     return f"{points:+.1f}".replace("-", "\N{MINUS SIGN}") if points else "0.0"

@@ -61,6 +61,10 @@ class Answer(Record):
         tokens: how many tokens were generated.
         left_out: where each token decides for itself, ``[2 * num_layers]`` shares of the tokens
             after the first that left out each sub-layer, attention 0, MLP 0, attention 1, ...
+        agreement: share of the generated tokens that the whole model would have chosen, after the
+            same beginning; None: not measured.
+        surprise: how much more likely, in nats a token, the whole model finds the token that it
+            would have chosen.
 
     """
 
@@ -74,6 +78,16 @@ class Answer(Record):
     tokens: int
     text: str
     left_out: list[float] | None = None
+    agreement: float | None = None
+    surprise: float | None = None
+
+
+class Question(Record):
+    """One item as it was asked, to be read beside its answers (``questions.jsonl``)."""
+
+    item: str
+    prompt: str
+    references: list[str]
 
 
 class Timing(Record):
@@ -130,6 +144,11 @@ class Manifest(Record):
         data: what the items came from, and how many.
         engine: vLLM's options that were not its defaults; empty where vLLM did not run.
         settings: by name, in the order of tables.
+        inputs: what else decides a number, by name: digests of the model's files, of the questions
+            and of profiles, the metric, the length of answers.
+        chance: by task, the mean score of the best constant answer, where labels repeat.
+        asked: how many items each setting is to answer.
+        rounds: how many rounds of each setting are to be timed.
         versions: of Python and the packages that matter.
 
     """
@@ -143,6 +162,10 @@ class Manifest(Record):
     data: dict[str, Any]
     engine: dict[str, Any] = {}
     settings: list[Setting]
+    inputs: dict[str, str | int | bool] = {}
+    chance: dict[str, float] = {}
+    asked: int | None = None
+    rounds: int = 0
     seed: int
     versions: dict[str, str]
     hardware: dict[str, Any]
@@ -152,6 +175,7 @@ class Manifest(Record):
 #: Record type -> the file that holds it.
 FILES: dict[type[Record], str] = {
     Answer: "answers.jsonl",
+    Question: "questions.jsonl",
     Timing: "timings.jsonl",
     SweepCell: "sweep.jsonl",
     OraclePoint: "oracle.jsonl",

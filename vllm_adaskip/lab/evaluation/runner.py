@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -13,9 +13,32 @@ from vllm_adaskip.lab.data.harness import HarnessItem
 from vllm_adaskip.lab.data.items import Item
 from vllm_adaskip.lab.evaluation.engine import Engine
 from vllm_adaskip.lab.evaluation.harness_engine import HarnessEngine
+from vllm_adaskip.lab.evaluation.quality import is_narrow
+from vllm_adaskip.lab.evaluation.reading import Reader
 from vllm_adaskip.lab.evaluation.results import Answer, Results, Setting, Timing
 
 Report = Callable[[str, int], None]
+
+
+@dataclass(frozen=True)
+class Timed:
+    """How settings are timed.
+
+    Attributes:
+        batch: sequences in the batch.
+        tokens: that each sequence generates.
+        most: at most so many rounds of a setting; more than were asked for only while its times
+            vary too much (`is_narrow`).
+
+    """
+
+    batch: int
+    tokens: int
+    most: int = 0
+
+    def wants_more(self, ratios: Sequence[float]) -> bool:
+        """Tell whether a setting needs one more round after those that were asked for."""
+        return 0 < len(ratios) < self.most and not is_narrow(ratios)
 
 
 @dataclass(frozen=True)
@@ -33,18 +56,20 @@ class Work:
 
     @classmethod
     def left(
-        cls, results: Results, settings: Sequence[Setting], items: Sequence[Item], rounds: int
+        cls,
+        results: Results,
+        settings: Sequence[Setting],
+        items: Sequence[Item],
+        rounds: int,
+        timed: Timed,
     ) -> Work:
         """Compare with what the results hold already."""
         answered = {(one.setting, one.item) for one in results.read(Answer)}
-        timed = {(one.setting, one.round) for one in results.read(Timing)}
+        times = _ratios(results, timed.batch)
         names = [one.name for one in settings]
         return cls(
             {name: [one for one in items if (name, one.item) not in answered] for name in names},
-            {
-                name: [one for one in range(rounds) if (name, one) not in timed]
-                for name in names[1:]
-            },
+            {name: _rounds_left(times.get(name, {}), rounds, timed) for name in names[1:]},
         )
 
     @property
@@ -53,16 +78,8 @@ class Work:
         return sum(map(len, self.answers.values())) + sum(map(len, self.rounds.values()))
 
     def of(self, setting: Setting) -> int:
-        """Give the same for one setting."""
+        """Return the same for one setting."""
         return len(self.answers[setting.name]) + len(self.rounds.get(setting.name, ()))
-
-
-@dataclass(frozen=True)
-class Timed:
-    """How settings are timed: sequences in the batch, and tokens that each generates."""
-
-    batch: int
-    tokens: int
 
 
 def evaluate(
@@ -90,18 +107,52 @@ def evaluate(
             continue
         report(f"starting vLLM, method {method}", 0)
         runs_on = start(model, method, members[0].options, **engine)
+        reader = Reader(runs_on)
         for setting in members:
-            for part in runs_on.answers(setting, work.answers[setting.name], max_tokens):
+            for part in reader.answers(setting, work.answers[setting.name], max_tokens):
                 results.append(part)
                 report(f"answers under {setting.name}", len(part))
         for round_, setting in _in_turn(members, work):
             results.append([_time(runs_on, settings[0], setting, round_, prompts, timed)])
             report(f"timing {setting.name}", 1)
+        while again := _unsure(results, members, work, timed):
+            for setting, round_ in again:
+                results.append([_time(runs_on, settings[0], setting, round_, prompts, timed)])
+                report(f"timing {setting.name} again: its times vary", 0)
         runs_on.close()
 
 
+def _ratios(results: Results, batch: int) -> dict[str, dict[int, float]]:
+    """Return times against dense by setting and round, at one batch size."""
+    found: dict[str, dict[int, float]] = {}
+    for one in results.read(Timing):
+        if one.batch == batch:
+            found.setdefault(one.setting, {})[one.round] = one.seconds / one.dense_seconds
+    return found
+
+
+def _rounds_left(done: Mapping[int, float], rounds: int, timed: Timed) -> list[int]:
+    """Return the rounds that were asked for and are missing, else the next one if it is needed."""
+    missing = [one for one in range(rounds) if one not in done]
+    if missing or not rounds or not timed.wants_more([*done.values()]):
+        return missing
+    return [max(done) + 1]
+
+
+def _unsure(
+    results: Results, members: Sequence[Setting], work: Work, timed: Timed
+) -> list[tuple[Setting, int]]:
+    """Return settings that were timed now and need one more round, with its number."""
+    times = _ratios(results, timed.batch)
+    return [
+        (one, max(times[one.name]) + 1)
+        for one in members
+        if work.rounds.get(one.name) and timed.wants_more([*times[one.name].values()])
+    ]
+
+
 def _in_turn(members: Sequence[Setting], work: Work) -> Iterator[tuple[int, Setting]]:
-    """Give rounds and settings so that the machine's drift falls on all settings alike."""
+    """Return rounds and settings so that the machine's drift falls on all settings alike."""
     rounds = sorted({one for setting in members for one in work.rounds.get(setting.name, ())})
     for round_ in rounds:
         order = [one for one in members if round_ in work.rounds.get(one.name, ())]

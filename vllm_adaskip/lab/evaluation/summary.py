@@ -10,7 +10,7 @@ import numpy as np
 
 from vllm_adaskip.classifiers.plan import PlanError, SkipPlan
 from vllm_adaskip.lab.data.metrics import PERPLEXITY
-from vllm_adaskip.lab.evaluation.quality import Floats, Quality, loss_to
+from vllm_adaskip.lab.evaluation.quality import Floats, Quality, loss_to, median_interval
 from vllm_adaskip.lab.evaluation.results import Answer, Manifest, ResultsError, Setting, Timing
 
 #: What a column of the table of tasks is about: task and metric.
@@ -19,12 +19,31 @@ Column = tuple[str, str]
 
 @dataclass(frozen=True)
 class Speed:
-    """Time against dense at one batch size: median and quartiles of the rounds' ratios."""
+    """Time against dense at one batch size: median and quartiles of the rounds' ratios.
+
+    Attributes:
+        sure: 95% interval of the median; all ratios where there are few.
+
+    """
 
     median: float
     low: float
     high: float
     rounds: int
+    sure: tuple[float, float]
+
+    @property
+    def width(self) -> float:
+        """How much is unknown of the median."""
+        return self.sure[1] - self.sure[0]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the whole model says of generated tokens, of all answers; see `Answer`."""
+
+    agreement: float
+    surprise: float
 
 
 @dataclass(frozen=True)
@@ -42,6 +61,7 @@ class SettingSummary:
             each token decides for itself, mean share of a sequence's tokens.
         plan: the one plan of all sequences; None where they, or their tokens, differ.
         by_token: whether each token decides for itself.
+        reading: of its answers; dense's own is the noise that any other may have.
 
     """
 
@@ -55,6 +75,7 @@ class SettingSummary:
     plans: dict[str, Floats]
     plan: SkipPlan | None
     by_token: bool = False
+    reading: Reading | None = None
 
     @property
     def items(self) -> int:
@@ -69,13 +90,24 @@ class SettingSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """A run in numbers; ``settings`` has dense first and then the manifest's order."""
+    """A run in numbers; ``settings`` has dense first and then the manifest's order.
+
+    Attributes:
+        unanswered: settings without answers.
+        chance: by task, the mean score of the best constant answer, where that is known.
+        asked: how many items were asked; None: not known.
+        rounds: how many rounds were to be timed.
+
+    """
 
     num_layers: int
     dense: SettingSummary
     settings: list[SettingSummary]
     columns: list[Column]
     unanswered: list[str] = field(default_factory=list)
+    chance: dict[str, float] = field(default_factory=dict)
+    asked: int | None = None
+    rounds: int = 0
 
     @property
     def others(self) -> list[SettingSummary]:
@@ -117,6 +149,9 @@ def summarise(manifest: Manifest, answers: Iterable[Answer], timings: Iterable[T
         settings=settings,
         columns=list(settings[0].columns),
         unanswered=[one.setting.name for one in others if one not in with_answers],
+        chance=manifest.chance,
+        asked=manifest.asked,
+        rounds=manifest.rounds,
     )
 
 
@@ -160,6 +195,7 @@ class _Own:
             },
             plan=_only_plan(answers, num_layers),
             by_token=any(answer.left_out is not None for answer in answers),
+            reading=_reading(answers),
         )
 
 
@@ -174,13 +210,28 @@ def _kept(answers: Sequence[Answer]) -> float:
     return float(np.average(kept, weights=tokens if tokens.sum() > 0 else None))
 
 
+def _reading(answers: Sequence[Answer]) -> Reading | None:
+    """Return means over tokens of the answers that were read."""
+    read = [
+        (one.tokens, one.agreement, one.surprise)
+        for one in answers
+        if one.tokens and one.agreement is not None and one.surprise is not None
+    ]
+    if not read:
+        return None
+    tokens, agreement, surprise = zip(*read, strict=True)
+    return Reading(
+        float(np.average(agreement, weights=tokens)), float(np.average(surprise, weights=tokens))
+    )
+
+
 def _speed(ratios: Sequence[float]) -> Speed:
     low, median, high = np.percentile(ratios, [25, 50, 75]).tolist()
-    return Speed(median, low, high, len(ratios))
+    return Speed(median, low, high, len(ratios), median_interval(ratios))
 
 
 def _masks(answers: Sequence[Answer], num_layers: int) -> list[Floats]:
-    """Give ``[2 * num_layers]`` left out of each answer, each distinct plan read once."""
+    """Return ``[2 * num_layers]`` left out of each answer, each distinct plan read once."""
     seen: dict[tuple[int | str, ...], Floats] = {}
     for answer in answers:
         if (key := tuple(answer.skip)) not in seen:

@@ -9,19 +9,19 @@ passed is taken, the chance that its true loss is larger than allowed is at most
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import bootstrap
 
 from vllm_adaskip.lab.data.items import Item
 from vllm_adaskip.lab.data.metrics import PERPLEXITY
+from vllm_adaskip.lab.evaluation.quality import unseen, upper_bound
 from vllm_adaskip.lab.evaluation.results import Answer
 
 CONFIDENCE = 0.95
-RESAMPLES = 9_999
 
 
 @dataclass(frozen=True)
@@ -58,37 +58,38 @@ def halves(items: Sequence[Item], seed: int) -> tuple[list[Item], list[Item]]:
     )
 
 
+def check(first: Sequence[Item], second: Sequence[Item], max_drop: float) -> None:
+    """Refuse, before anything is run, items by which no setting can be chosen.
+
+    Raises:
+        ValueError: a half without scores, or too few items for any bound to be within the loss.
+
+    """
+    order, test = (sum(one.metric != PERPLEXITY for one in half) for half in (first, second))
+    if not order + test:
+        raise ValueError("no item has a score, only perplexities; allowed: metrics with points")
+    if not order or not test:
+        raise ValueError(
+            f"{order + test} items, no task with two: one half of each task orders the settings, "
+            "the other tests them; allowed: at least two items of a task"
+        )
+    if (least := unseen(test, CONFIDENCE)) > max_drop:
+        needed = math.ceil(math.log(1 - CONFIDENCE) / math.log(1 - max_drop)) if max_drop else None
+        more = f"at least {needed} held-out items (a larger --limit), or " if needed else ""
+        raise ValueError(
+            f"{test} held-out items cannot show a loss of at most {max_drop:g}, even if none is "
+            f"lost; allowed: {more}--max-drop {math.ceil(1000 * least) / 1000:g} or more"
+        )
+
+
 def losses(answers: Sequence[Answer], setting: str, items: Sequence[Item]) -> list[float]:
-    """Give dense score minus a setting's score, of each of the items with a score."""
+    """Return dense score minus a setting's score, of each of the items with a score."""
     score = {(one.setting, one.item): one.score for one in answers}
     return [
         score["dense", item.item] - score[setting, item.item]
         for item in items
         if item.metric != PERPLEXITY
     ]
-
-
-def upper_bound(values: Sequence[float], confidence: float = CONFIDENCE, seed: int = 0) -> float:
-    """Give the one-sided upper bound of the mean of losses in [-1, 1].
-
-    By bootstrap; but where no loss was seen among n items resampling sees none either, and
-    then the bound is the chance of a loss that n items would miss, ``1 - (1 - c) ** (1 / n)``.
-    """
-    losses_ = np.asarray(values, dtype=np.float64)
-    unseen = 1.0 - float((1.0 - confidence) ** (1.0 / len(losses_)))
-    if not (losses_ > 0).any():
-        return unseen
-    interval = bootstrap(
-        (losses_,),
-        np.mean,
-        confidence_level=confidence,
-        alternative="less",
-        n_resamples=RESAMPLES,
-        method="percentile",
-        vectorized=True,
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return max(float(interval.high), unseen)
 
 
 def trials(
@@ -108,7 +109,7 @@ def trials(
         trial = Trial(name, expected[name], kept[name])
         if not failed:
             held_out = losses(answers, name, second)
-            bound = upper_bound(held_out)
+            bound = upper_bound(held_out, CONFIDENCE)
             trial = Trial(name, expected[name], kept[name], float(np.mean(held_out)), bound)
             failed = bound > max_drop
         done.append(trial)
@@ -116,17 +117,20 @@ def trials(
 
 
 def choose(done: Sequence[Trial], max_drop: float, speed: Mapping[str, float]) -> Trial | None:
-    """Give the fastest that passed; by compute kept where times are missing. None: nobody did.
+    """Return the fastest that passed, if it is faster than dense; None: there is none.
+
+    Times decide nothing about losses, so that any of those that passed may be taken.
 
     Args:
         done: from `trials`.
         max_drop: the largest loss allowed.
-        speed: setting -> time against dense, smaller is faster.
+        speed: setting -> time against dense, smaller is faster; of settings whose numbers are in
+            doubt there is none.
 
     """
     passed = [one for one in done if one.bound is not None and one.bound <= max_drop]
-    faster = [one for one in passed if speed.get(one.setting, one.kept) < 1]
-    return min(faster, key=lambda one: speed.get(one.setting, one.kept), default=None)
+    faster = [one for one in passed if speed.get(one.setting, 1) < 1]
+    return min(faster, key=lambda one: speed[one.setting], default=None)
 
 
 def _kept(answers: Sequence[Answer], items: set[str]) -> dict[str, float]:

@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vllm_adaskip.lab.digest import of_data
 from vllm_adaskip.lab.fitting.samples import Sample
 
 FILE = "fit.json"
@@ -46,6 +46,5 @@ def start_or_resume(folder: Path, facts: Mapping[str, Any]) -> None:
 
 
 def digest(samples: Sequence[Sample]) -> str:
-    """Give what tells these examples, tokens and order, from others."""
-    tokens = json.dumps([[one.ids, one.answer] for one in samples])
-    return hashlib.sha256(tokens.encode()).hexdigest()[:16]
+    """Return what tells these examples, tokens and order, from others."""
+    return of_data([[one.ids, one.answer] for one in samples])

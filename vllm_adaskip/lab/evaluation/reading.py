@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads answers again at full depth, to see whether the whole model would have written them.
+
+A prompt runs at full depth. So an answer that was generated under a plan is given back to the same
+engine as the end of its prompt, and the log-probabilities of the prompt are the whole model's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_adaskip.lab.data.items import Item
+from vllm_adaskip.lab.data.metrics import PERPLEXITY
+from vllm_adaskip.lab.evaluation.engine import FORCED, Engine
+from vllm_adaskip.lab.evaluation.results import Answer, Setting
+from vllm_adaskip.lab.evaluation.settings import DENSE
+
+#: Metrics whose answers are given, not generated.
+_GIVEN = (PERPLEXITY, "choice")
+
+
+@dataclass(frozen=True)
+class Heard:
+    """Token ids of a prompt, and of what was generated after it."""
+
+    prompt: list[int]
+    answer: list[int]
+
+
+class Reader:
+    """Has an engine answer, and reads its answers."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def answers(
+        self, setting: Setting, items: Sequence[Item], max_tokens: int
+    ) -> Iterator[list[Answer]]:
+        """Return what the engine does, with `Answer.agreement` and `Answer.surprise`.
+
+        Answers that were not generated have neither, and those of harness tasks, which the
+        harness asks for.
+        """
+        llm = self._engine.llm
+        self._engine.llm = listening = _Listening(llm)
+        try:
+            for part in self._engine.answers(setting, items, max_tokens):
+                yield self._read(llm, part, listening.heard)
+                listening.heard.clear()
+        finally:
+            self._engine.llm = llm
+
+    def _read(self, llm: Any, part: list[Answer], heard: Sequence[Heard]) -> list[Answer]:
+        if not heard:
+            return part
+        from vllm import SamplingParams, TokensPrompt
+
+        longest = llm.llm_engine.model_config.max_model_len - 1  # vLLM generates a token after it
+        params = SamplingParams(
+            temperature=0,
+            max_tokens=1,
+            prompt_logprobs=1,
+            detokenize=False,
+            extra_args=self._engine.arguments(DENSE),
+        )
+        prompts = [TokensPrompt(prompt_token_ids=(o.prompt + o.answer)[:longest]) for o in heard]
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        read = (
+            measured(output.prompt_logprobs[len(one.prompt) :], one.answer)
+            for one, output in zip(heard, outputs, strict=True)
+        )
+        return [one if one.metric in _GIVEN else one.model_copy(update=next(read)) for one in part]
+
+
+class _Listening:
+    """vLLM's ``LLM``, which keeps what it generates freely."""
+
+    def __init__(self, llm: Any) -> None:
+        self._llm = llm
+        self.heard: list[Heard] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._llm, name)
+
+    def generate(self, prompts: Any, params: Sequence[Any], **options: Any) -> Any:
+        outputs = self._llm.generate(prompts, params, **options)
+        self.heard += [
+            Heard(list(output.prompt_token_ids), list(output.outputs[0].token_ids))
+            for one, output in zip(params, outputs, strict=True)
+            if FORCED not in (one.extra_args or {})
+        ]
+        return outputs
+
+
+def measured(steps: Sequence[Mapping[int, Any]], answer: Sequence[int]) -> dict[str, float | None]:
+    """Return agreement and surprise of an answer, from the whole model's log-probabilities.
+
+    Args:
+        steps: for each token of the answer, its log-probability and that of the likeliest token;
+            fewer where the answer did not fit.
+        answer: its token ids.
+
+    """
+    gaps = [
+        max(one.logprob for one in step.values()) - step[token].logprob
+        for step, token in zip(steps, answer, strict=False)
+    ]
+    if not gaps:
+        return {"agreement": None, "surprise": None}
+    agreement = sum(gap <= 0 for gap in gaps) / len(gaps)
+    return {"agreement": agreement, "surprise": sum(gaps) / len(gaps)}
