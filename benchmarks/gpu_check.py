@@ -256,7 +256,7 @@ def start(path: str, options: dict[str, Any] | None, **engine: Any) -> Any:
 
     from vllm_adaskip import engine_args
 
-    plugin = {} if options is None else engine_args(untested_accelerator=True, **options)
+    plugin = {} if options is None else engine_args(**options)
     # Several stand side by side, each with a K/V cache of a given size.
     return LLM(path, skip_tokenizer_init=True, gpu_memory_utilization=0.3, **engine, **plugin)
 

@@ -474,3 +474,18 @@ def test_an_engine_that_nobody_feeds_is_refused(tiny_llama: str) -> None:
 
     with pytest.raises(RuntimeError, match="would ignore every plan"):
         shared_state(config(tiny_llama, **engine_args()))
+
+
+def test_an_nvidia_gpu_needs_no_permission_where_its_release_was_tried(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        "vllm_adaskip.startup.current_platform", SimpleNamespace(is_cuda=lambda: True)
+    )
+    chosen = AdaSkipConfig.parse({"method": "static", "skip": [1]})
+    classifier = Planner(chosen.facts(DecoderShape(4, 1, 3))).classifier
+    assert not list(unsupported_accelerator(accelerated(), chosen, classifier))
+    monkeypatch.delattr(
+        "vllm.v1.worker.gpu.model_states.interface.ModelState.capture_inner_cudagraphs"
+    )
+    assert list(unsupported_accelerator(accelerated(), chosen, classifier))

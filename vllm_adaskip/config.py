@@ -72,7 +72,8 @@ class AdaSkipConfig(BaseModel):
             of a batch share plans; in [0, 1], 0: not at all. See docs/coalesce.md.
         graph_plans: plans that requests will name, each in the form of ``adaskip_skip``. Where
             vLLM uses CUDA graphs, steps in which all sequences follow one of them get one.
-        untested_accelerator: serve on an accelerator, where nobody has run this yet.
+        untested_accelerator: serve on an accelerator on which nobody has run this yet; an
+            NVIDIA GPU with vLLM 0.32 does not need it.
 
     """
 

@@ -181,14 +181,21 @@ def _graphs_that_hide_the_step(vllm_config: VllmConfig) -> Iterator[str]:
         yield "mode 1 of -cc compiles around plans; leave it out, or add --enforce-eager"
 
 
+def _has_been_tried() -> bool:
+    from vllm_adaskip.engine.compat.model_state import DefaultModelState
+
+    return current_platform.is_cuda() and hasattr(DefaultModelState, "capture_inner_cudagraphs")
+
+
 def unsupported_accelerator(
     vllm_config: VllmConfig, config: AdaSkipConfig, classifier: Classifier
 ) -> Iterator[str]:
     """Say the same of an engine that is not on the CPU."""
-    if not config.untested_accelerator:
+    if not (config.untested_accelerator or _has_been_tried()):
         yield (
-            "skip plans have not been run on an accelerator yet; use the CPU backend, or set "
-            "adaskip.untested_accelerator in --additional-config to true and see docs/gpu.md"
+            "skip plans have been run on NVIDIA GPUs with vLLM 0.32 alone; use one, or the CPU "
+            "backend, or set adaskip.untested_accelerator in --additional-config to true and see "
+            "docs/gpu.md"
         )
     if not vllm_config.use_v2_model_runner:
         yield "accelerators need Model Runner V2; set VLLM_USE_V2_MODEL_RUNNER to 1"
