@@ -79,12 +79,14 @@ def subject(
     items = load_examples(data, limit=limit, seed=seed, batch=batch, columns=columns)
     from transformers import AutoConfig, AutoTokenizer
 
+    from vllm_adaskip.lab.data.tokens import end_tokens
     from vllm_adaskip.lab.fitting.samples import sample
 
     path = model or bundled_model()
     config = AutoConfig.from_pretrained(path)
     tokenizer = AutoTokenizer.from_pretrained(path)
-    samples = [sample(item, tokenizer, end=True) for item in items]
+    ends = end_tokens(path, tokenizer)
+    samples = [sample(item, tokenizer, ends) for item in items]
     allowed = getattr(config.get_text_config(), "max_position_embeddings", None)
     for item, one in zip(items, samples, strict=True):
         if allowed is not None and len(one.ids) > allowed:

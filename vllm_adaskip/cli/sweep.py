@@ -86,13 +86,15 @@ def _judge(model: str, items: Sequence[Item], end: bool, batch: int) -> Judge:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from vllm_adaskip.lab.data.tokens import end_tokens
     from vllm_adaskip.lab.evaluation.sweep import Judge
     from vllm_adaskip.lab.fitting.samples import sample
 
     device, dtype = ("cuda", "auto") if torch.cuda.is_available() else ("cpu", torch.float32)
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval().to(device)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    return Judge(loaded, [sample(item, tokenizer, end=end) for item in items], batch)
+    ends = end_tokens(model, tokenizer) if end else []
+    return Judge(loaded, [sample(item, tokenizer, ends) for item in items], batch)
 
 
 def _measure(cells: Sweep, plan: Sequence[Damage], progress: Progress) -> None:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vllm_adaskip.lab.data.items import BUNDLED, HARNESS, DataError, Item
 from vllm_adaskip.lab.data.metrics import METRICS
+from vllm_adaskip.lab.data.rows import read_rows
 
 
 class Line(BaseModel):
@@ -81,32 +81,25 @@ def _bundled(names: str, limit: int, seed: int) -> list[Item]:
 
 
 def _from_file(path: Path, metric: str) -> Iterator[Item]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: {error}") from None
     seen: set[str] = set()
-    for number, text in enumerate(lines, 1):
-        if not text.strip():
-            continue
-        item = _item(text, f"{path}:{number}", path.stem, number, metric)
+    for number, (where, row) in enumerate(read_rows(path), 1):
+        item = _item(row, where, path.stem, number, metric)
         if item.item in seen:
-            raise DataError(f"{path}:{number}: id {item.item!r:.80} comes twice")
+            raise DataError(f"{where}: id {item.item!r:.80} comes twice")
         seen.add(item.item)
         yield item
 
 
-def _item(text: str, where: str, task: str, number: int, metric: str) -> Item:
+def _item(row: dict[str, Any], where: str, task: str, number: int, metric: str) -> Item:
     try:
-        facts: Any = json.loads(text)
-        line = Line.model_validate(facts)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: no JSON: {error.msg}") from None
+        line = Line.model_validate(row)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        key = ".".join(map(str, first["loc"])) or "the line"
+        key = ".".join(map(str, first["loc"]))
         allowed = ", ".join(Line.model_fields)
         raise DataError(f"{where}: {key}: {first['msg']}; allowed keys: {allowed}") from None
+    if line.reference is not None and line.references is not None:
+        raise DataError(f"{where}: reference and references; allowed: either")
     references = line.references or ([] if line.reference is None else [line.reference])
     name = line.metric or metric
     if name not in METRICS:

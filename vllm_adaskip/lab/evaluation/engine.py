@@ -13,6 +13,7 @@ from typing import Any
 from vllm_adaskip.classifiers import DecoderShape, SkipPlan
 from vllm_adaskip.lab.data.items import Item
 from vllm_adaskip.lab.data.metrics import METRICS, PERPLEXITY
+from vllm_adaskip.lab.data.tokens import answer_tokens, prompt_tokens
 from vllm_adaskip.lab.evaluation.results import Answer, Setting
 
 #: Items between two writes to the results: what a killed run loses at most.
@@ -80,14 +81,21 @@ class Engine:
         params = [
             SamplingParams(temperature=0, max_tokens=max_tokens, extra_args=args)
             if item.metric != PERPLEXITY
-            else self._forced(item, args)
+            else self._forced(item.prompt, item.references[0], args)
             for item, args in ((item, self.arguments(setting)) for item in items)
         ]
-        outputs = self.llm.generate([item.prompt for item in items], params, use_tqdm=False)
+        prompts = self._prompts([item.prompt for item in items])
+        outputs = self.llm.generate(prompts, params, use_tqdm=False)
         return [
             self._scored(setting, item, output.outputs[0], ran)
             for item, output, ran in zip(items, outputs, self.ran(params, outputs), strict=True)
         ]
+
+    def _prompts(self, texts: Sequence[str]) -> list[Any]:
+        from vllm import TokensPrompt
+
+        tokens = (prompt_tokens(text, self._tokenizer) for text in texts)
+        return [TokensPrompt(prompt_token_ids=one) for one in tokens]
 
     def arguments(self, setting: Setting) -> dict[str, Any]:
         """Give the ``extra_args`` of one request."""
@@ -123,22 +131,20 @@ class Engine:
             temperature=0, max_tokens=tokens, ignore_eos=True, extra_args=self.arguments(setting)
         )
         start = time.perf_counter()
-        self.llm.generate(list(prompts), params, use_tqdm=False)
+        self.llm.generate(self._prompts(prompts), params, use_tqdm=False)
         return time.perf_counter() - start
 
-    def _forced(self, item: Item, args: dict[str, Any]) -> Any:
+    def _forced(self, prompt: str, answer: str, args: dict[str, Any]) -> Any:
+        """Return the parameters of a request that generates this answer, and its probability."""
         from vllm import SamplingParams
 
-        prompt = self._tokenizer.encode(item.prompt)
-        whole = self._tokenizer.encode(f"{item.prompt} {item.references[0]}")
-        answer = whole[len(prompt) :] if whole[: len(prompt)] == prompt else []
-        answer = answer or self._tokenizer.encode(item.references[0], add_special_tokens=False)
+        tokens = answer_tokens(prompt, answer, self._tokenizer)
         return SamplingParams(
             temperature=0,
-            max_tokens=len(answer),
+            max_tokens=len(tokens),
             ignore_eos=True,
             logprobs=0,
-            extra_args={**args, FORCED: answer},
+            extra_args={**args, FORCED: tokens},
         )
 
     def _scored(self, setting: Setting, item: Item, output: Any, ran: Ran) -> Answer:
