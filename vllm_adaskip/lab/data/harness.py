@@ -45,7 +45,7 @@ class HarnessTask:
     way: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class HarnessItem(Item):
     """A document of a task, with the prompt that the harness makes of it.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from vllm_adaskip.lab.data.items import BUNDLED, HARNESS, DataError, Item
 from vllm_adaskip.lab.data.metrics import METRICS
 from vllm_adaskip.lab.data.rows import read_rows
+from vllm_adaskip.lab.data.words import last_number
 
 
 class Line(BaseModel):
@@ -62,6 +64,7 @@ def load_items(
     items = list(_from_file(Path(source), metric))
     if not items:
         raise DataError(f"{source}: no items; allowed: one JSON object a line, with a prompt")
+    items = _labelled(items)
     return items if limit is None else _drawn(items, limit, seed)
 
 
@@ -106,8 +109,22 @@ def _item(row: dict[str, Any], where: str, task: str, number: int, metric: str) 
         raise DataError(f"{where}: metric {name!r:.80}; allowed: {', '.join(METRICS)}")
     if not references or not all(one.strip() for one in references):
         raise DataError(f"{where}: metric {name!r} needs a reference that is not empty")
+    if name == "number" and None in map(last_number, references):
+        raise DataError(f"{where}: metric 'number' needs references with a number")
     task = line.task or task
     return Item(line.id or f"{task}/{number}", task, line.prompt, tuple(references), name)
+
+
+def _labelled(items: list[Item]) -> list[Item]:
+    """Tell items of metric ``accuracy`` all labels of their task."""
+    labels: dict[str, dict[str, None]] = {}
+    for item in items:
+        if item.metric == "accuracy":
+            labels.setdefault(item.task, {}).update(dict.fromkeys(item.references))
+    return [
+        replace(item, labels=tuple(labels[item.task])) if item.metric == "accuracy" else item
+        for item in items
+    ]
 
 
 def _drawn(items: list[Item], limit: int, seed: int) -> list[Item]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from vllm_adaskip.classifiers import DecoderShape, SkipPlan
 from vllm_adaskip.lab.data.items import Item
-from vllm_adaskip.lab.data.metrics import METRICS, PERPLEXITY
+from vllm_adaskip.lab.data.metrics import PERPLEXITY, score_of
 from vllm_adaskip.lab.data.tokens import answer_tokens, prompt_tokens
 from vllm_adaskip.lab.evaluation.results import Answer, Setting
 
@@ -148,13 +148,12 @@ class Engine:
         )
 
     def _scored(self, setting: Setting, item: Item, output: Any, ran: Ran) -> Answer:
-        score_text = METRICS[item.metric]
-        if score_text is None:
+        if item.metric == PERPLEXITY:
             chosen = zip(output.token_ids, output.logprobs, strict=True)
             mean = math.fsum(step[token].logprob for token, step in chosen) / len(output.token_ids)
             score = math.exp(-mean)
         else:
-            score = score_text(output.text, item.references)
+            score = score_of(item, output.text)
         return self.record(setting, item, ran, score, len(output.token_ids), output.text)
 
     def record(
