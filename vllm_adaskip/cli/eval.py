@@ -22,6 +22,8 @@ def evaluate(
     out: Annotated[Path, typer.Option(help="Folder for the results; an earlier run goes on.")],
     model: run.Model = "",
     data: run.Data = "bundled",
+    columns: run.Columns = "",
+    apply_chat_template: run.ApplyChatTemplate = False,
     lm_eval_path: run.LmEvalPath = None,
     limit: run.Limit = 100,
     metric: run.Metric = "exact_match",
@@ -48,7 +50,9 @@ def evaluate(
     if not (method or profile or plans or skip):
         method, plans = ["similarity"], ["uniform", "random", "exit"]
     with run.plain_errors():
-        items, source = run.asked(data, limit, seed, metric, lm_eval_path)
+        items, source = run.asked(
+            data, limit, seed, metric, lm_eval_path, model, columns, apply_chat_template
+        )
         manifest = run.described(
             model, source, seed, max_model_len=max_model_len, enforce_eager=enforce_eager
         )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where questions come from: bundled tasks, lm-evaluation-harness tasks, JSON lines of prompts."""
+"""Where questions come from: bundled tasks, lm-evaluation-harness tasks, files of rows."""
 
 from __future__ import annotations
 
@@ -7,27 +7,11 @@ import random
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
+from vllm_adaskip.lab.data.chat import ChatTemplate
 from vllm_adaskip.lab.data.items import BUNDLED, HARNESS, DataError, Item
-from vllm_adaskip.lab.data.metrics import METRICS
-from vllm_adaskip.lab.data.rows import read_rows
-from vllm_adaskip.lab.data.words import last_number
-
-
-class Line(BaseModel):
-    """One line of a data file: a prompt, and one reference or several."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    prompt: str = Field(min_length=1)
-    reference: str | None = None
-    references: list[str] | None = None
-    id: str | None = None
-    task: str | None = None
-    metric: str | None = None
+from vllm_adaskip.lab.data.row_item import item_of
+from vllm_adaskip.lab.data.rows import read_rows, renamed
 
 
 def load_items(
@@ -37,17 +21,23 @@ def load_items(
     seed: int = 0,
     metric: str = "exact_match",
     lm_eval_path: Path | None = None,
+    model: str | None = None,
+    columns: tuple[str, str] | None = None,
+    apply_chat_template: bool = False,
 ) -> list[Item]:
     """Read a data set.
 
     Args:
-        source: ``bundled``, ``bundled:sum,hop``, ``lm-eval:gsm8k`` or the path of a file of JSON
-            lines.
+        source: ``bundled``, ``bundled:sum,hop``, ``lm-eval:gsm8k`` or the path of a file: JSON
+            lines, a JSON array, CSV or Parquet.
         limit: at most so many items of each task, drawn by ``seed``, of harness tasks the first;
             bundled: 100.
         seed: of the bundled questions, or of the draw.
-        metric: of lines that name none.
+        metric: of rows that name none.
         lm_eval_path: folder of more harness tasks.
+        model: whose chat template makes prompts of messages.
+        columns: of a file, of prompts (or messages) and references; all others are passed over.
+        apply_chat_template: makes a user's message of each prompt.
 
     Raises:
         DataError: a file, a line, a task or a metric that cannot be used.
@@ -60,10 +50,13 @@ def load_items(
     if lm_eval_path is not None:
         raise DataError(f"--lm-eval-path goes with --data {HARNESS}:TASK, not with {source!r:.80}")
     if source == BUNDLED or source.startswith(f"{BUNDLED}:"):
+        if apply_chat_template or columns:
+            raise DataError(f"--columns and --apply-chat-template are of files, not of {source!r}")
         return _bundled(source.partition(":")[2], 100 if limit is None else limit, seed)
-    items = list(_from_file(Path(source), metric))
+    template = None if model is None else ChatTemplate(model)
+    items = list(_from_file(Path(source), metric, columns, template, apply_chat_template))
     if not items:
-        raise DataError(f"{source}: no items; allowed: one JSON object a line, with a prompt")
+        raise DataError(f"{source}: no items; allowed: rows with a prompt and a reference")
     items = _labelled(items)
     return items if limit is None else _drawn(items, limit, seed)
 
@@ -83,46 +76,36 @@ def _bundled(names: str, limit: int, seed: int) -> list[Item]:
     ]
 
 
-def _from_file(path: Path, metric: str) -> Iterator[Item]:
+def _from_file(
+    path: Path,
+    metric: str,
+    columns: tuple[str, str] | None,
+    template: ChatTemplate | None,
+    chat: bool,
+) -> Iterator[Item]:
+    rows = read_rows(path)
     seen: set[str] = set()
-    for number, (where, row) in enumerate(read_rows(path), 1):
-        item = _item(row, where, path.stem, number, metric)
+    for number, (where, row) in enumerate(renamed(rows, columns) if columns else rows, 1):
+        try:
+            item = item_of(row, number, path.stem, metric, template, chat)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from None
         if item.item in seen:
             raise DataError(f"{where}: id {item.item!r:.80} comes twice")
         seen.add(item.item)
         yield item
 
 
-def _item(row: dict[str, Any], where: str, task: str, number: int, metric: str) -> Item:
-    try:
-        line = Line.model_validate(row)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(map(str, first["loc"]))
-        allowed = ", ".join(Line.model_fields)
-        raise DataError(f"{where}: {key}: {first['msg']}; allowed keys: {allowed}") from None
-    if line.reference is not None and line.references is not None:
-        raise DataError(f"{where}: reference and references; allowed: either")
-    references = line.references or ([] if line.reference is None else [line.reference])
-    name = line.metric or metric
-    if name not in METRICS:
-        raise DataError(f"{where}: metric {name!r:.80}; allowed: {', '.join(METRICS)}")
-    if not references or not all(one.strip() for one in references):
-        raise DataError(f"{where}: metric {name!r} needs a reference that is not empty")
-    if name == "number" and None in map(last_number, references):
-        raise DataError(f"{where}: metric 'number' needs references with a number")
-    task = line.task or task
-    return Item(line.id or f"{task}/{number}", task, line.prompt, tuple(references), name)
-
-
 def _labelled(items: list[Item]) -> list[Item]:
-    """Tell items of metric ``accuracy`` all labels of their task."""
+    """Tell items of metric ``accuracy`` their choices, or else all labels of their task."""
     labels: dict[str, dict[str, None]] = {}
     for item in items:
         if item.metric == "accuracy":
             labels.setdefault(item.task, {}).update(dict.fromkeys(item.references))
     return [
-        replace(item, labels=tuple(labels[item.task])) if item.metric == "accuracy" else item
+        replace(item, labels=item.choices or tuple(labels[item.task]))
+        if item.metric == "accuracy"
+        else item
         for item in items
     ]
 

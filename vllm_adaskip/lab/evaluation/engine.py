@@ -7,12 +7,12 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import chain, count, islice
 from typing import Any
 
 from vllm_adaskip.classifiers import DecoderShape, SkipPlan
 from vllm_adaskip.lab.data.items import Item
-from vllm_adaskip.lab.data.metrics import PERPLEXITY, score_of
+from vllm_adaskip.lab.data.metrics import CHOICE, PERPLEXITY, score_of
 from vllm_adaskip.lab.data.tokens import answer_tokens, prompt_tokens
 from vllm_adaskip.lab.evaluation.results import Answer, Setting
 
@@ -76,20 +76,25 @@ class Engine:
             yield self._answered(setting, items[start : start + CHUNK], max_tokens)
 
     def _answered(self, setting: Setting, items: Sequence[Item], max_tokens: int) -> list[Answer]:
+        asked = [self._requests(setting, item, max_tokens) for item in items]
+        params = [*chain(*asked)]
+        texts = [item.prompt for item, own in zip(items, asked, strict=True) for _ in own]
+        outputs = self.llm.generate(self._prompts(texts), params, use_tqdm=False)
+        done = zip((one.outputs[0] for one in outputs), self.ran(params, outputs), strict=True)
+        return [
+            self._scored(setting, item, [*islice(done, len(own))])
+            for item, own in zip(items, asked, strict=True)
+        ]
+
+    def _requests(self, setting: Setting, item: Item, max_tokens: int) -> list[Any]:
+        """Return the parameters of an item's requests: one for each choice, else a single one."""
         from vllm import SamplingParams
 
-        params = [
-            SamplingParams(temperature=0, max_tokens=max_tokens, extra_args=args)
-            if item.metric != PERPLEXITY
-            else self._forced(item.prompt, item.references[0], args)
-            for item, args in ((item, self.arguments(setting)) for item in items)
-        ]
-        prompts = self._prompts([item.prompt for item in items])
-        outputs = self.llm.generate(prompts, params, use_tqdm=False)
-        return [
-            self._scored(setting, item, output.outputs[0], ran)
-            for item, output, ran in zip(items, outputs, self.ran(params, outputs), strict=True)
-        ]
+        if item.metric not in (PERPLEXITY, CHOICE):
+            args = self.arguments(setting)
+            return [SamplingParams(temperature=0, max_tokens=max_tokens, extra_args=args)]
+        forced = item.choices if item.metric == CHOICE else item.references[:1]
+        return [self._forced(item.prompt, one, self.arguments(setting)) for one in forced]
 
     def _prompts(self, texts: Sequence[str]) -> list[Any]:
         from vllm import TokensPrompt
@@ -147,14 +152,40 @@ class Engine:
             extra_args={**args, FORCED: tokens},
         )
 
-    def _scored(self, setting: Setting, item: Item, output: Any, ran: Ran) -> Answer:
+    def _scored(self, setting: Setting, item: Item, done: Sequence[tuple[Any, Ran]]) -> Answer:
+        outputs, rans = zip(*done, strict=True)
+        text = outputs[0].text
         if item.metric == PERPLEXITY:
-            chosen = zip(output.token_ids, output.logprobs, strict=True)
-            mean = math.fsum(step[token].logprob for token, step in chosen) / len(output.token_ids)
-            score = math.exp(-mean)
+            score = math.exp(-log_probability(outputs[0]) / len(outputs[0].token_ids))
+        elif item.metric == CHOICE:
+            each = [
+                log_probability(output) / len(choice.encode())
+                for output, choice in zip(outputs, item.choices, strict=True)
+            ]
+            place = likeliest(each)
+            text = "" if place is None else item.choices[place]
+            score = float(text == item.references[0])
         else:
-            score = score_of(item, output.text)
-        return self.record(setting, item, ran, score, len(output.token_ids), output.text)
+            score = score_of(item, text)
+        tokens = [len(one.token_ids) for one in outputs]
+        return self.record(setting, item, self._together(rans, tokens), score, sum(tokens), text)
+
+    def _together(self, rans: Sequence[Ran], tokens: Sequence[int]) -> Ran:
+        """Return what the tokens of several requests went through."""
+        if all(one == rans[0] for one in rans):
+            return rans[0]
+        own = [
+            one.left_out
+            or SkipPlan.parse(one.skip, self.shape.num_layers).mask().astype(float).tolist()
+            for one in rans
+        ]
+        fed = [one - 1 for one in tokens]  # the first token comes of the prompt
+        shares = [
+            math.fsum(count * share for count, share in zip(fed, each, strict=True))
+            / max(sum(fed), 1)
+            for each in zip(*own, strict=True)
+        ]
+        return Ran(kept(shares, self.shape), [], shares)
 
     def record(
         self,
@@ -178,6 +209,19 @@ class Engine:
             text=text,
             left_out=ran.left_out,
         )
+
+
+def log_probability(output: Any) -> float:
+    """Return that of all tokens of a forced answer, in nats."""
+    chosen = zip(output.token_ids, output.logprobs, strict=True)
+    return math.fsum(step[token].logprob for token, step in chosen)
+
+
+def likeliest(each: Sequence[float]) -> int | None:
+    """Return the place of the largest value; None if several are equal, or one is no number."""
+    best = max(range(len(each)), key=each.__getitem__)
+    others = [value for place, value in enumerate(each) if place != best]
+    return best if all(each[best] > value for value in others) else None
 
 
 def kept(left_out: Sequence[float], shape: DecoderShape) -> float:
