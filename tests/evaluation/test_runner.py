@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from evaluation.letters import Letters
 from reference import Reference
 from torture.judge import Judge
 from transformers import AutoTokenizer
@@ -17,7 +18,13 @@ from vllm_adaskip import bundled_model
 from vllm_adaskip.classifiers import DecoderShape
 from vllm_adaskip.lab.data.items import Item
 from vllm_adaskip.lab.data.sources import load_items
-from vllm_adaskip.lab.evaluation.engine import Engine, Ran, likeliest
+from vllm_adaskip.lab.evaluation.engine import (
+    Engine,
+    Ran,
+    forced_pairs,
+    likeliest,
+    of_one_token,
+)
 from vllm_adaskip.lab.evaluation.manifest import new_manifest, start_or_resume
 from vllm_adaskip.lab.evaluation.results import Answer, Results, Setting, Timing
 from vllm_adaskip.lab.evaluation.runner import Timed, Work, evaluate
@@ -187,6 +194,16 @@ def test_what_several_requests_ran_is_weighed_by_their_tokens() -> None:
 )
 def test_only_a_likelier_choice_is_chosen(each: list[float], place: int | None) -> None:
     assert likeliest(each) == place
+
+
+def test_items_whose_answers_come_of_the_prompt_are_counted() -> None:
+    letters = Item("a", "t", "2 + 2 ", ("B",), "choice", choices=("A", "B"))
+    longer = Item("b", "t", "2 + 2 ", ("B",), "choice", choices=("A", "BC"))
+    read = Item("c", "t", "2 + 2 ", ("B", "not this"), "perplexity")
+    free = Item("d", "t", "2 + 2 ", ("B",), "exact_match")
+    assert forced_pairs(letters) == (("2 + 2 ", "A"), ("2 + 2 ", "B"))
+    assert forced_pairs(read) == (("2 + 2 ", "B"),) and forced_pairs(free) == ()
+    assert of_one_token([letters, longer, read, free], Letters()) == 2
 
 
 def test_a_killed_run_goes_on_where_it_was(results: Results, items: list[Item]) -> None:

@@ -221,6 +221,7 @@ def answer_and_time(
     batch: int,
 ) -> None:
     """Start a run under these settings, or do what is left of it, with a progress bar."""
+    _warn_of_single_tokens(manifest.model, items)
     manifest = start_or_resume(results, manifest.model_copy(update={"settings": settings}))
     # In one process, so that an engine dies with the command; unless the user wants otherwise.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -244,6 +245,24 @@ def answer_and_time(
             timed=Timed(batch, max_tokens),
             report=lambda what, done: progress.update(bar, description=what, advance=done),
             **manifest.engine,
+        )
+
+
+def _warn_of_single_tokens(model: str, items: Sequence[Item]) -> None:
+    """Say where plans cannot tell: the first token of an answer comes of the prompt."""
+    from vllm_adaskip.lab.evaluation.engine import forced_pairs, of_one_token
+
+    if not any(map(forced_pairs, items)):
+        return
+    from transformers import AutoTokenizer
+
+    if count := of_one_token(items, AutoTokenizer.from_pretrained(model)):
+        console.print(
+            f"warning: {count} of {len(items)} items have answers or choices of one token, which "
+            "comes of the prompt, at full depth: they score under every plan as they do dense",
+            style="yellow",
+            markup=False,
+            soft_wrap=True,
         )
 
 

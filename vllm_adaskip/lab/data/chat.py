@@ -30,19 +30,32 @@ class ChatTemplate:
             DataError: the model has no template, or it does not take these messages.
 
         """
+        return self._rendered(messages, messages[-1]["role"] != "assistant", tools=tools)
+
+    def of_harness(self, chat_history: list[Message], add_generation_prompt: bool = True) -> str:
+        """Return what lm-evaluation-harness's own vLLM backend makes of a chat."""
+        try:
+            return self._rendered(chat_history, add_generation_prompt, enable_thinking=None)
+        except DataError:
+            turns = [one for one in chat_history if one["role"] != "system"]
+            if len(turns) == len(chat_history):
+                raise
+            return self._rendered(turns, add_generation_prompt, enable_thinking=None)
+
+    def _rendered(self, messages: Sequence[Message], answers: bool, **options: Any) -> str:
+        """Render; ``answers``: the assistant is next, else its last turn goes on."""
         tokenizer = _tokenizer(self._model)
         if not tokenizer.chat_template:
             raise DataError(
                 f"messages want a chat template, and {self._model} has none; allowed: prompts"
             )
-        begun = messages[-1]["role"] == "assistant"
         try:
             text = tokenizer.apply_chat_template(
                 [*messages],
-                tools=tools,
                 tokenize=False,
-                add_generation_prompt=not begun,
-                continue_final_message=begun,
+                add_generation_prompt=answers,
+                continue_final_message=not answers,
+                **options,
             )
         except Exception as error:  # templates are others' programs
             raise DataError(f"the chat template of {self._model}: {error}") from None

@@ -43,17 +43,22 @@ def load_items(
         DataError: a file, a line, a task or a metric that cannot be used.
 
     """
+    template = None if model is None else ChatTemplate(model)
+    if apply_chat_template and template is None:
+        raise DataError("a chat template is a model's, and none is named")
     if source.startswith(f"{HARNESS}:"):
         from vllm_adaskip.lab.data.harness import load_tasks
 
-        return load_tasks(source.partition(":")[2], lm_eval_path, limit)
+        if columns:
+            raise DataError(f"--columns is of files, not of {source!r:.80}")
+        chat = template if apply_chat_template else None
+        return load_tasks(source.partition(":")[2], lm_eval_path, limit, chat)
     if lm_eval_path is not None:
         raise DataError(f"--lm-eval-path goes with --data {HARNESS}:TASK, not with {source!r:.80}")
     if source == BUNDLED or source.startswith(f"{BUNDLED}:"):
         if apply_chat_template or columns:
             raise DataError(f"--columns and --apply-chat-template are of files, not of {source!r}")
         return _bundled(source.partition(":")[2], 100 if limit is None else limit, seed)
-    template = None if model is None else ChatTemplate(model)
     items = list(_from_file(Path(source), metric, columns, template, apply_chat_template))
     if not items:
         raise DataError(f"{source}: no items; allowed: rows with a prompt and a reference")

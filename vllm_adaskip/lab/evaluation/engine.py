@@ -11,6 +11,7 @@ from itertools import chain, count, islice
 from typing import Any
 
 from vllm_adaskip.classifiers import DecoderShape, SkipPlan
+from vllm_adaskip.lab.data.harness import HarnessItem
 from vllm_adaskip.lab.data.items import Item
 from vllm_adaskip.lab.data.metrics import CHOICE, PERPLEXITY, score_of
 from vllm_adaskip.lab.data.tokens import answer_tokens, prompt_tokens
@@ -42,6 +43,7 @@ class Engine:
 
         self.llm = self._start(
             model,
+            logits_processors=["vllm_adaskip.lab.evaluation.forced:ForcedAnswer"],
             enable_prefix_caching=False,  # a repeated prompt would be timed without its prefill
             **engine,
             **engine_args(method=method, **options),
@@ -58,11 +60,7 @@ class Engine:
         """Give vLLM's ``LLM``."""
         from vllm import LLM
 
-        return LLM(
-            model,
-            logits_processors=["vllm_adaskip.lab.evaluation.forced:ForcedAnswer"],
-            **options,
-        )
+        return LLM(model, **options)
 
     def close(self) -> None:
         """Shut the engine down; the next may start."""
@@ -90,11 +88,13 @@ class Engine:
         """Return the parameters of an item's requests: one for each choice, else a single one."""
         from vllm import SamplingParams
 
-        if item.metric not in (PERPLEXITY, CHOICE):
-            args = self.arguments(setting)
-            return [SamplingParams(temperature=0, max_tokens=max_tokens, extra_args=args)]
-        forced = item.choices if item.metric == CHOICE else item.references[:1]
-        return [self._forced(item.prompt, one, self.arguments(setting)) for one in forced]
+        if pairs := forced_pairs(item):
+            return [
+                forced(answer_tokens(*pair, self._tokenizer), self.arguments(setting))
+                for pair in pairs
+            ]
+        args = self.arguments(setting)
+        return [SamplingParams(temperature=0, max_tokens=max_tokens, extra_args=args)]
 
     def _prompts(self, texts: Sequence[str]) -> list[Any]:
         from vllm import TokensPrompt
@@ -139,27 +139,14 @@ class Engine:
         self.llm.generate(self._prompts(prompts), params, use_tqdm=False)
         return time.perf_counter() - start
 
-    def _forced(self, prompt: str, answer: str, args: dict[str, Any]) -> Any:
-        """Return the parameters of a request that generates this answer, and its probability."""
-        from vllm import SamplingParams
-
-        tokens = answer_tokens(prompt, answer, self._tokenizer)
-        return SamplingParams(
-            temperature=0,
-            max_tokens=len(tokens),
-            ignore_eos=True,
-            logprobs=0,
-            extra_args={**args, FORCED: tokens},
-        )
-
     def _scored(self, setting: Setting, item: Item, done: Sequence[tuple[Any, Ran]]) -> Answer:
         outputs, rans = zip(*done, strict=True)
         text = outputs[0].text
         if item.metric == PERPLEXITY:
-            score = math.exp(-log_probability(outputs[0]) / len(outputs[0].token_ids))
+            score = math.exp(-log_likelihood(outputs[0])[0] / len(outputs[0].token_ids))
         elif item.metric == CHOICE:
             each = [
-                log_probability(output) / len(choice.encode())
+                log_likelihood(output)[0] / len(choice.encode())
                 for output, choice in zip(outputs, item.choices, strict=True)
             ]
             place = likeliest(each)
@@ -211,10 +198,40 @@ class Engine:
         )
 
 
-def log_probability(output: Any) -> float:
-    """Return that of all tokens of a forced answer, in nats."""
-    chosen = zip(output.token_ids, output.logprobs, strict=True)
-    return math.fsum(step[token].logprob for token, step in chosen)
+def forced_pairs(item: Item) -> tuple[tuple[str, str], ...]:
+    """Return the prompts and answers of an item that are not generated freely; else nothing."""
+    if isinstance(item, HarnessItem):
+        return item.pairs
+    texts = {CHOICE: item.choices, PERPLEXITY: item.references[:1]}.get(item.metric, ())
+    return tuple((item.prompt, text) for text in texts)
+
+
+def of_one_token(items: Sequence[Item], tokenizer: Any) -> int:
+    """Count items whose forced answers are all of one token, which comes of the prompt."""
+    return sum(
+        all(len(answer_tokens(*pair, tokenizer)) == 1 for pair in pairs)
+        for pairs in map(forced_pairs, items)
+        if pairs
+    )
+
+
+def forced(tokens: Sequence[int], args: Mapping[str, Any]) -> Any:
+    """Return the parameters of a request that generates these tokens, with their probabilities."""
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        temperature=0,
+        max_tokens=len(tokens),
+        ignore_eos=True,
+        logprobs=0,
+        extra_args={**args, FORCED: [*tokens]},
+    )
+
+
+def log_likelihood(output: Any) -> tuple[float, bool]:
+    """Return a forced answer's log-probability in nats, and whether each token is the likeliest."""
+    chosen = [step[token] for token, step in zip(output.token_ids, output.logprobs, strict=True)]
+    return math.fsum(one.logprob for one in chosen), all(one.rank == 1 for one in chosen)
 
 
 def likeliest(each: Sequence[float]) -> int | None:
