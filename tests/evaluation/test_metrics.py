@@ -70,6 +70,13 @@ def test_metrics(metric: str, text: str, references: list[str], score: float) ->
         ("word " * 30 + "Paris", "Paris", (), 0),  # not near the start
         ("New Delhi, of course", "New Delhi", (), 1),
         ("Positive, I think", "positive,", (), 1),
+        # Of first contact with a real model, which is right, and of the same with layers left out.
+        (" Paris.", "Paris", ("Nairobi", "Paris"), 1),
+        (" Cairo, Egypt.", "Cairo", ("Nairobi", "Cairo"), 1),
+        (" the Czech Republic, which is a sovereign", "Czech Republic", ("Chile",), 1),
+        (" the Bernakedoniciliteylandylandyofice", "Switzerland", ("Chile",), 0),
+        (" positive. It does not contain a negative sentiment.", "negative", MOOD, 0),
+        (" positive. It does not contain a negative sentiment.", "positive", MOOD, 1),
         ("positive, but it's also a bit negative", "positive", MOOD, 1),
         ("positive, but it's also a bit negative", "negative", MOOD, 0),
         ("It is not positive, it is negative", "positive", MOOD, 0),

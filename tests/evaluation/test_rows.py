@@ -193,7 +193,9 @@ def test_what_no_template_takes_is_refused(
     with pytest.raises(DataError, match="nothing comes before the last turn"):
         load_one(tmp_path, {"messages": [SAYS]}, model=chat_model)
     with pytest.raises(DataError, match="are of files, not of 'bundled'"):
-        load_items("bundled", apply_chat_template=True)
+        load_items("bundled", apply_chat_template=True, model=chat_model)
+    with pytest.raises(DataError, match="a chat template is a model's, and none is named"):
+        load_items("lm-eval:any", apply_chat_template=True)
 
 
 @pytest.mark.parametrize(
