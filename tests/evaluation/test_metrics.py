@@ -99,7 +99,8 @@ def test_metrics(metric: str, text: str, references: list[str], score: float) ->
 def test_the_first_label_that_is_not_denied_counts(
     text: str, reference: str, labels: tuple[str, ...], score: float
 ) -> None:
-    assert accuracy(text, [reference], labels) == score
+    every = (*labels, reference) if labels else ()
+    assert accuracy(text, [reference], every) == score
 
 
 def test_labels_are_those_of_the_whole_file_and_of_one_task(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from functools import cache
 from typing import Any
 
 from vllm_adaskip.lab.data.items import Item
-from vllm_adaskip.lab.data.words import compared, first_label, last_number
+from vllm_adaskip.lab.data.words import compared, first_label, labels_as_words, last_number
 
 PERPLEXITY = "perplexity"
 CHOICE = "choice"
@@ -38,10 +38,11 @@ def exact_match(text: str, references: Sequence[str]) -> float:
 def accuracy(text: str, references: Sequence[str], labels: Sequence[str] = ()) -> float:
     """1 if a reference is the first of all labels that the answer says, and does not negate.
 
-    Near its start; without labels the references are all there is to look for.
+    Near its start. ``labels`` has all references of the task; without, the references are all
+    there is to look for.
     """
-    said = first_label(text, {*labels, *references})
-    return float(said in [tuple(compared(one)) for one in references])
+    said = first_label(text, tuple(labels or references))
+    return float(said in labels_as_words(tuple(references)))
 
 
 def contains(text: str, references: Sequence[str]) -> float:

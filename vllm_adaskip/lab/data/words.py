@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from decimal import Decimal
+from functools import lru_cache
 from unicodedata import category, normalize
 
 ARTICLES = frozenset({"a", "an", "the"})
@@ -53,20 +54,28 @@ def last_number(text: str) -> Decimal | None:
     return _value(found[-1]) if found else None
 
 
-def first_label(text: str, labels: Collection[str]) -> tuple[str, ...] | None:
+def first_label(text: str, labels: tuple[str, ...]) -> tuple[str, ...] | None:
     """Return the label, as words, that an answer says first and does not negate; or None.
 
     Of labels that begin with one another the longest counts.
     """
-    known = {tuple(compared(label)) for label in labels}
-    letters = any(set(label) <= ARTICLES for label in known)
+    known = labels_as_words(labels)
+    lengths = sorted({len(label) for label in known}, reverse=True)
+    letters = any(ARTICLES.issuperset(label) for label in known)
     # Where "A" is a choice, not every "a" is an article.
     answer = words(_ARTICLE.sub("", text)) if letters else compared(text)
     for start in range(min(NEAR_START, len(answer))):
-        said = [label for label in known if tuple(answer[start : start + len(label)]) == label]
-        if said and not _negated(answer[:start]):
-            return max(said, key=len)
+        said = (tuple(answer[start : start + length]) for length in lengths)
+        label = next((one for one in said if one in known), None)
+        if label and not _negated(answer[:start]):
+            return label
     return None
+
+
+@lru_cache(maxsize=1024)  # all items of a task have the same
+def labels_as_words(labels: tuple[str, ...]) -> frozenset[tuple[str, ...]]:
+    """Return labels as they are looked for."""
+    return frozenset(tuple(compared(label)) for label in labels)
 
 
 def _negated(before: Sequence[str]) -> bool:
