@@ -88,6 +88,7 @@ def test_metrics(metric: str, text: str, references: list[str], score: float) ->
         ("neither positive nor negative", "negative", MOOD, 0),
         ("Not entailment.", "not_entailment", ("entailment", "not_entailment"), 1),
         ("Not entailment.", "entailment", ("entailment", "not_entailment"), 0),
+        ("New York City", "New York City", ("New York",), 1),
         ("Papua New Guinea", "Guinea", ("Guinea", "Papua New Guinea"), 0),
         ("A good answer is B.", "B", LETTERS, 1),
         ("A is right", "A", LETTERS, 1),

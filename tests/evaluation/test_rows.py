@@ -18,7 +18,8 @@ from vllm_adaskip.lab.data.items import DataError, Item
 from vllm_adaskip.lab.data.sources import load_items
 
 TEMPLATE = (
-    "{% for one in messages %}<{{ one.role }}>{{ one.content }}\n{% endfor %}"
+    "{% for one in messages %}<{{ one.role }}"
+    "{% if 'name' in one %} {{ one.name }}{% endif %}>{{ one.content }}\n{% endfor %}"
     "{% if tools %}[{{ tools[0].function.name }}]\n{% endif %}"
     "{% if messages[0].role == 'nobody' %}{{ raise_exception('no such role') }}{% endif %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -119,6 +120,7 @@ def test_parquet_s_messages_have_no_more_keys_than_they_had(
         pa.Table.from_pylist([{"messages": [SYSTEM, named, SAYS]}]), tmp_path / "a.parquet"
     )
     (item,) = load_items(str(tmp_path / "a.parquet"), model=chat_model)
+    assert item.prompt == "<system>Be brief.\n<user me>2 + 2?\n<assistant>"
     assert item.references == ("4",)
 
 
