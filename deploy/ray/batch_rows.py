@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import pyarrow.parquet as pq
 
 from vllm_adaskip.config import AdaSkipConfig
 from vllm_adaskip.engine.request import Planner, RequestArgs
+from vllm_adaskip.lab.data.json_lines import JsonError, parsed, parsed_object
 from vllm_adaskip.model_executors.registry import FAMILIES
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def read(path: Path) -> Iterator[dict[str, Any] | RowError]:
     """
     if path.suffix == ".jsonl":
         with path.open("rb") as lines:
-            yield from map(_parse, lines)
+            yield from map(_parsed, lines)
     elif path.suffix == ".parquet":
         with pq.ParquetFile(path) as file:
             for batch in file.iter_batches():
@@ -55,12 +55,11 @@ def read(path: Path) -> Iterator[dict[str, Any] | RowError]:
         raise ValueError(f"{path}: files of kind {path.suffix!r} are not read; .jsonl, .parquet")
 
 
-def _parse(line: bytes) -> dict[str, Any] | RowError:
+def _parsed(line: bytes) -> dict[str, Any] | RowError:
     try:
-        row = json.loads(line)
-    except ValueError as error:
-        return RowError(f"no JSON: {error}")
-    return row if isinstance(row, dict) else RowError(f"{row!r:.80} is no JSON object")
+        return parsed_object(line)
+    except JsonError as error:
+        return RowError(str(error))
 
 
 @dataclass(frozen=True)
@@ -114,9 +113,9 @@ class RowCheck:
         """Read ``vllm_xargs``, an object, or in Parquet the JSON of one."""
         if isinstance(xargs, str):
             try:
-                xargs = json.loads(xargs)
+                xargs = parsed(xargs.encode())
             except ValueError as error:
-                raise RowError(f"vllm_xargs: no JSON: {error}") from None
+                raise RowError(f"vllm_xargs: {error}") from None
         if xargs is not None and not isinstance(xargs, Mapping):
             raise RowError(f"vllm_xargs: {xargs!r:.80} is not allowed; allowed: an object")
         given = {key: value for key, value in (xargs or {}).items() if value is not None}

@@ -14,11 +14,14 @@ from pathlib import Path
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from vllm_adaskip import bundled_model, bundled_profile
 from vllm_adaskip.classifiers.profile import Profile
+from vllm_adaskip.cli import run
 from vllm_adaskip.cli.main import app
 from vllm_adaskip.config import AdaSkipConfig
+from vllm_adaskip.lab.data.items import Item
 from vllm_adaskip.lab.evaluation.results import Answer, Results, Timing
 from vllm_adaskip.lab.evaluation.summary import summarise
 
@@ -173,6 +176,34 @@ def test_what_cannot_be_is_refused_before_any_model_is_loaded(
 ) -> None:
     said = adaskip("eval", "--out", tmp_path / "run", *arguments, status=2)
     assert all(word in said for word in words) and not (tmp_path / "run").exists()
+
+
+def test_a_newcomers_table_is_asked_by_one_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to where the model would be loaded."""
+    asked: list[Item] = []
+    monkeypatch.setattr(run, "answer_and_time", lambda *args, **_: asked.extend(args[3]))
+    (source := tmp_path / "chats.csv").write_text('question,answer\n"two, and two?",four\n')
+    how = ["--columns", "question,answer", "--apply-chat-template", "--metric", "contains"]
+    CliRunner().invoke(app, ["eval", "--out", str(tmp_path / "run"), "--data", str(source), *how])
+    assert asked == [
+        Item("chats/1", "chats", "two, and two? answer :", ("four",), "contains")
+    ]  # as the bundled model's template has it
+    done = CliRunner().invoke(app, ["eval", "--out", "run", "--data", str(source), "--columns=a"])
+    assert done.exit_code == 2 and "PROMPT,REFERENCE" in done.output
+
+
+def test_answers_that_no_plan_changes_are_pointed_out(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    items = [Item("a", "t", "sum : 7 =", ("7",), "choice", choices=("7", "8"))]
+    run._warn_of_single_tokens(bundled_model(), items)
+    assert "1 of 1 items" in (said := " ".join(capsys.readouterr().err.split()))
+    assert "under every plan as they do dense" in said
+    longer = [Item("a", "t", "sum : 7 =", ("7",), "choice", choices=("7", "8 9"))]
+    run._warn_of_single_tokens(bundled_model(), longer)
+    assert not capsys.readouterr().err
 
 
 def documented() -> list[str]:

@@ -4,17 +4,22 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from torture.judge import Judge
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from vllm_adaskip import bundled_model
-from vllm_adaskip.lab.data.harness import HarnessTask
+from vllm_adaskip.lab.data.harness import HarnessItem, HarnessTask
 from vllm_adaskip.lab.data.items import DataError, Item
 from vllm_adaskip.lab.data.sources import load_items
 from vllm_adaskip.lab.evaluation import harness_engine
@@ -33,11 +38,22 @@ WORDS = {
     "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}],
 }
 EXACT = {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}
+ACC = {"metric": "acc", "aggregation": "mean", "higher_is_better": True}
+#: Two choices without a delimiter that the tokenizer of words would not see.
+CHOICES: dict[str, Any] = {
+    "doc_to_choice": "{{choices}}",
+    "doc_to_target": "{{label}}",
+    "metric_list": [ACC, {**ACC, "metric": "acc_norm"}],
+}
 #: Tasks that cannot be used: what is wrong, and words of the refusal.
 WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
-    "choice": (
-        {"output_type": "multiple_choice", "doc_to_choice": ["a", "b"], "doc_to_target": "{{0}}"},
-        ["lm-eval:choice has output_type multiple_choice", "generate_until", "full depth"],
+    "rolling": (
+        {"output_type": "loglikelihood_rolling"},
+        ["lm-eval:rolling has output_type loglikelihood_rolling", "generate_until", "no prompt"],
+    ),
+    "blank": (
+        {"output_type": "loglikelihood", "doc_to_target": "{{''}}", "metric_list": [ACC]},
+        ["lm-eval:blank has an empty choice"],
     ),
     "drawn": (
         {"generation_kwargs": {"until": ["\n"], "do_sample": True, "temperature": 0.7}},
@@ -69,20 +85,37 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lower = {"name": "lower", "filter": [{"function": "lowercase"}, {"function": "take_first"}]}
     write(folder, "shots", shots, num_fewshot=2, fewshot_split="test", filter_list=[WORDS, lower])
     write(folder, "long", shots, generation_kwargs={"until": ["\n"], "max_gen_toks": 500})
+    write(folder, "chosen", asked("sum"), output_type="multiple_choice", **CHOICES)
+    write(folder, "wrong", asked("hop", right=False), output_type="multiple_choice", **CHOICES)
+    write(folder, "continued", asked("sum"), output_type="loglikelihood", metric_list=[ACC])
+    write(folder, "chat", [{**one, "question": "hi"} for one in asked("sum")])
     for name, (what, _) in WRONG.items():
         write(folder, name, [] if name == "empty" else shots, **what)
     (folder / "ours.yaml").write_text(
         yaml.safe_dump({"group": "ours", "task": ["our_sum", "our_hop"]})
     )
     (folder / "mixed.yaml").write_text(
-        yaml.safe_dump({"group": "mixed", "task": ["our_sum", "choice"]})
+        yaml.safe_dump({"group": "mixed", "task": ["our_sum", "rolling"]})
     )
     return folder
 
 
+def row(one: Any) -> dict[str, Any]:
+    return {"question": one.prompt, "answer": one.answer, "choices": ["a", "b"], "label": 0}
+
+
+def asked(task: str, right: bool = True) -> list[dict[str, Any]]:
+    """Questions with their own answer and the next one's as choices."""
+    found = samples(task, "test", 9, LIMIT + 1)
+    return [
+        {**row(one), "choices": [other.answer, one.answer], "label": int(right)}
+        for one, other in pairwise(found)
+    ]
+
+
 def write(folder: Path, name: str, asked: list[Any], **config: Any) -> None:
     data = folder / f"{name}.jsonl"
-    lines = [{"question": one.prompt, "answer": one.answer} for one in asked]
+    lines = [one if isinstance(one, dict) else row(one) for one in asked]
     data.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     kwargs = {"data_files": {"test": str(data)}, "cache_dir": str(folder / "cache")}
     task = {
@@ -155,6 +188,62 @@ def test_harness_and_ordinary_scores_are_equal_under_every_plan(
     assert len(plans["similarity 0.6"]) > 1 and "[]" not in plans["similarity 0.6"]
 
 
+def probability(judge: Judge, tokenizer: Any, skip: list[Any], pair: tuple[str, str]) -> float:
+    """The log-probability of a continuation under a plan, in float32, by transformers."""
+    prompt, answer = map(tokenizer.encode, pair)
+    logits = judge.logits(prompt, skip, answer).log_softmax(-1)
+    return float(logits.gather(-1, torch.tensor(answer)[:, None]).sum())
+
+
+def test_choices_and_continuations_are_generated_under_the_plan(
+    folder: Path, engine: HarnessEngine
+) -> None:
+    judge, tokenizer = Judge(bundled_model()), AutoTokenizer.from_pretrained(bundled_model())
+    scores: dict[str, list[float]] = {}
+    for name, metric in (("chosen", "acc"), ("wrong", "acc"), ("continued", "acc")):
+        items = load(name, folder)
+        assert len(items) == LIMIT and {one.metric for one in items} == {metric}
+        for setting in (DENSE, STRONG):
+            for one, item in zip(answered(engine, setting, items), items, strict=True):
+                assert isinstance(item, HarnessItem)
+                each = [probability(judge, tokenizer, one.skip, pair) for pair in item.pairs]
+                if name == "continued":
+                    best = item.pairs[0][1] if one.score else ""
+                    assert (math.exp(each[0]) > 0.99) <= bool(one.score)
+                else:
+                    best = item.pairs[each.index(max(each))][1]
+                    assert one.score == (best.strip() == item.references[0])
+                assert one.text == best and one.skip == (setting.skip or [])
+                words = [pair[1].split() for pair in item.pairs]
+                assert one.tokens == sum(map(len, words))
+                scores.setdefault(f"{name} {setting.name}", []).append(one.score)
+    assert scores["chosen dense"] == [1] * LIMIT == scores["continued dense"]
+    assert scores["wrong dense"] == [0] * LIMIT
+    assert sum(scores[f"continued {STRONG.name}"]) < LIMIT  # the plan tells
+
+
+def test_a_chat_template_is_applied_as_the_harness_does(
+    folder: Path, engine: HarnessEngine
+) -> None:
+    items = load_items(
+        "lm-eval:chat", limit=LIMIT, lm_eval_path=folder,
+        model=bundled_model(), apply_chat_template=True,
+    )  # fmt: skip
+    assert {one.prompt for one in items} == {"hi answer :"}
+    assert len(answered(engine, DENSE, items)) == LIMIT
+    assert {one.prompt for one in load("chat", folder)} == {"hi"}
+
+
+def test_a_package_that_a_task_wants_is_named(tmp_path: Path) -> None:
+    folder = tmp_path
+    (folder / "needs.py").write_text("import nobody_has_this\n\n\ndef of(doc): ...\n")
+    write(folder, "needy", asked("sum"))
+    text = (folder / "needy.yaml").read_text()
+    (folder / "needy.yaml").write_text(text + "process_results: !function needs.of\n")
+    with pytest.raises(DataError, match=r"needy wants the package nobody_has_this, .*lm_eval\["):
+        load("needy", folder)
+
+
 def test_few_shot_prompts_are_those_that_were_timed_and_shown(
     folder: Path, engine: HarnessEngine
 ) -> None:
@@ -225,10 +314,9 @@ def test_a_task_that_plans_cannot_be_evaluated_on_is_refused(folder: Path, name:
     [
         ("lm-eval:our_smu", ["no task 'our_smu'", "our_sum", "lm-eval ls tasks"]),
         ("lm-eval:our_sum,", ["no task ''"]),
-        ("lm-eval:mixed", ["lm-eval:choice has output_type multiple_choice"]),
+        ("lm-eval:mixed", ["lm-eval:rolling has output_type loglikelihood_rolling"]),
         # The harness's own, whose data is never fetched.
-        ("lm-eval:hellaswag", ["lm-eval:hellaswag has output_type multiple_choice"]),
-        ("lm-eval:mmlu", ["lm-eval:mmlu_", "has output_type multiple_choice"]),
+        ("lm-eval:wikitext", ["lm-eval:wikitext has output_type loglikelihood_rolling"]),
         ("bundled", ["--lm-eval-path", "'bundled'"]),
     ],
 )

@@ -9,13 +9,22 @@ from typing import Any
 
 import pytest
 import torch
+from evaluation.letters import Letters
 from reference import Reference
 from torture.judge import Judge
 from transformers import AutoTokenizer
 
 from vllm_adaskip import bundled_model
+from vllm_adaskip.classifiers import DecoderShape
 from vllm_adaskip.lab.data.items import Item
 from vllm_adaskip.lab.data.sources import load_items
+from vllm_adaskip.lab.evaluation.engine import (
+    Engine,
+    Ran,
+    forced_pairs,
+    likeliest,
+    of_one_token,
+)
 from vllm_adaskip.lab.evaluation.manifest import new_manifest, start_or_resume
 from vllm_adaskip.lab.evaluation.quality import is_narrow
 from vllm_adaskip.lab.evaluation.results import Answer, Results, Setting, Timing
@@ -37,7 +46,21 @@ def items() -> list[Item]:
     read = [
         Item(f"read/{one.item}", "read", one.prompt, one.references, "perplexity") for one in asked
     ]
-    return [*asked, *read]
+    return [*asked, *read, *chosen(asked)]
+
+
+def chosen(asked: list[Item]) -> list[Item]:
+    """Ask the same with the answers to all questions of the task as choices, of any length."""
+    found = []
+    for one in asked:
+        own = dict.fromkeys(other.references[0] for other in asked if other.task == one.task)
+        choices = tuple(own) if len(own) > 1 else (*own, "1 2")
+        wrong = next(choice for choice in choices if choice not in one.references)
+        for name, right in (("choice", one.references), ("wrong", (wrong,))):
+            found.append(
+                Item(f"{name}/{one.item}", name, one.prompt, right, "choice", choices=choices)
+            )
+    return found
 
 
 def run(results: Results, items: list[Item]) -> int:
@@ -157,6 +180,66 @@ def test_the_whole_model_says_of_planned_answers_what_the_reference_says(
 def test_another_batch_is_timed_anew(results: Results, items: list[Item]) -> None:
     other = Work.left(results, SETTINGS, items, ROUNDS, Timed(batch=3, tokens=4))
     assert other.rounds == {one.name: [0, 1] for one in SETTINGS[1:]}
+
+
+def test_the_choice_that_is_likeliest_by_byte_under_the_plan_counts(
+    results: Results, items: list[Item]
+) -> None:
+    judge = Judge(bundled_model())
+    tokenizer = AutoTokenizer.from_pretrained(bundled_model())
+    by_name = {item.item: item for item in items}
+    scores = set()
+    for one in results.read(Answer):
+        if one.metric != "choice":
+            continue
+        item = by_name[one.item]
+        prompt = tokenizer.encode(item.prompt)
+        each = []
+        for choice in item.choices:
+            answer = tokenizer.encode(choice)
+            logits = judge.logits(prompt, one.skip, answer).log_softmax(-1)
+            chosen = logits.gather(-1, torch.tensor(answer)[:, None])
+            each.append(chosen.sum().item() / len(choice.encode()))
+        best = item.choices[each.index(max(each))]
+        assert one.text == best and one.score == (best == item.references[0])
+        assert one.tokens == sum(len(tokenizer.encode(choice)) for choice in item.choices)
+        scores.add((one.setting, one.score))
+    assert ("dense", 1.0) in scores and {score for _, score in scores} == {0.0, 1.0}
+
+
+def test_what_several_requests_ran_is_weighed_by_their_tokens() -> None:
+    engine = Engine.__new__(Engine)
+    engine.shape = DecoderShape(2, 1, 2)
+    own, plan = Ran(0.5, [], [0, 1, 0, 1]), Ran(0.5, [1])
+    assert engine._together([plan, plan], [3, 1]) == plan
+    both = engine._together([own, plan], [4, 2])
+    assert both.left_out == [0, 0.75, 0.25, 1] and both.skip == []
+    assert engine._together([own, plan], [1, 1]).left_out == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("each", "place"),
+    [
+        ([-1.0, -2.0], 0),
+        ([-2.0, -1.0], 1),
+        ([-1.0, -1.0], None),  # a model that says the same of all knows nothing
+        ([math.nan, -1.0], None),
+        ([-1.0, math.nan], None),
+        ([-math.inf, -1.0], 1),
+    ],
+)
+def test_only_a_likelier_choice_is_chosen(each: list[float], place: int | None) -> None:
+    assert likeliest(each) == place
+
+
+def test_items_whose_answers_come_of_the_prompt_are_counted() -> None:
+    letters = Item("a", "t", "2 + 2 ", ("B",), "choice", choices=("A", "B"))
+    longer = Item("b", "t", "2 + 2 ", ("B",), "choice", choices=("A", "BC"))
+    read = Item("c", "t", "2 + 2 ", ("B", "not this"), "perplexity")
+    free = Item("d", "t", "2 + 2 ", ("B",), "exact_match")
+    assert forced_pairs(letters) == (("2 + 2 ", "A"), ("2 + 2 ", "B"))
+    assert forced_pairs(read) == (("2 + 2 ", "B"),) and forced_pairs(free) == ()
+    assert of_one_token([letters, longer, read, free], Letters()) == 2
 
 
 def test_a_killed_run_goes_on_where_it_was(results: Results, items: list[Item]) -> None:

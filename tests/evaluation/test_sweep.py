@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 
 from vllm_adaskip import bundled_model
 from vllm_adaskip.cli.sweep import sweep as command
-from vllm_adaskip.lab.data.items import Item
 from vllm_adaskip.lab.data.sources import load_items
+from vllm_adaskip.lab.data.tokens import end_tokens
 from vllm_adaskip.lab.evaluation import sleb
 from vllm_adaskip.lab.evaluation.results import Results, SweepCell
 from vllm_adaskip.lab.evaluation.sweep import (
@@ -40,7 +40,7 @@ ROUNDING = 1e-4
 def samples() -> list[Sample]:
     tokenizer = AutoTokenizer.from_pretrained(bundled_model())
     items = load_items("bundled:hop,sum,translate", limit=5, seed=3)
-    return [sample(item, tokenizer, end=True) for item in items]
+    return [sample(item, tokenizer, end_tokens(bundled_model(), tokenizer)) for item in items]
 
 
 @pytest.fixture(scope="module")
@@ -169,22 +169,6 @@ def test_every_block_and_every_swap() -> None:
     for size in (0, 6):
         with pytest.raises(SweepError, match=f"blocks of {size} layers; allowed: 1 to 5"):
             damages(6, size)
-
-
-class Merging:
-    """A tokenizer with a start token, which reads two letters at a time."""
-
-    eos_token_id = 1
-
-    def encode(self, text: str) -> list[int]:
-        pairs = [text[start : start + 2] for start in range(0, len(text), 2)]
-        return [0, *(sum(map(ord, pair)) for pair in pairs)]
-
-
-def test_a_token_that_grows_over_the_edge_is_the_answers() -> None:
-    item = Item("a/0", "a", "abc", ("de", "not this"), "exact_match")
-    assert sample(item, Merging(), end=False) == Sample("a", [0, 195, 131, 201], 2)
-    assert sample(item, Merging(), end=True).answer == 3
 
 
 def test_what_cannot_be_swept_is_refused(model: Any) -> None:

@@ -95,7 +95,7 @@ def test_lines_that_are_no_rows_keep_their_place(check: RowCheck, tmp_path: Path
     assert (job.total, job.missing, job.failed) == (5, 2, 3)
     errors = [json.loads(line) for line in parts.path(1).read_text().splitlines()]
     assert [one["row"] for one in errors] == [2, 3]
-    assert "is no JSON object" in errors[0]["error"] and "utf-8" in errors[1]["error"]
+    assert "the line is an array" in errors[0]["error"] and "no UTF-8" in errors[1]["error"]
     answer = {"generated_text": "x", "num_generated_tokens": 1, "__inference_error__": ""}
     job.take({"row": 4, **answer})
     assert parts.is_done(2) and not parts.is_done(0)

@@ -62,7 +62,7 @@ def adainfer(
         told += ["--model", model] if model else []
 
         def measure(folder: Path, of: str, fits: Fits, tokens: int) -> int:
-            items, source = run.asked(of, limit, seed, "exact_match", None)
+            items, source = run.asked(of, limit, seed, "exact_match", None, model)
             manifest = run.described(
                 model, source, seed, max_model_len=max_model_len, enforce_eager=enforce_eager
             )

@@ -42,7 +42,7 @@ def ffn_skip(
         targets = sorted(target_skip or TARGETS)
         if wrong := [target for target in targets if not 0 < target < 1]:
             raise ValueError(f"--target-skip {wrong[0]:g}; allowed: between 0 and 1")
-        items, source = run.asked(data, limit, seed, "exact_match", None)
+        items, source = run.asked(data, limit, seed, "exact_match", None, model)
         manifest = run.described(
             model, source, seed, max_model_len=max_model_len, enforce_eager=enforce_eager
         )

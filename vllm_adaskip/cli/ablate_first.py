@@ -49,7 +49,7 @@ def first(
         from vllm_adaskip.classifiers.first.ablate import settings
 
         targets = sorted(target_skip or TARGETS)
-        items, source = run.asked(data, limit, seed, "exact_match", None)
+        items, source = run.asked(data, limit, seed, "exact_match", None, model)
         manifest = run.described(
             model, source, seed, max_model_len=max_model_len, enforce_eager=enforce_eager
         )

@@ -22,6 +22,8 @@ def evaluate(
     out: Annotated[Path, typer.Option(help="Folder for the results; an earlier run goes on.")],
     model: run.Model = "",
     data: run.Data = "bundled",
+    columns: run.Columns = "",
+    apply_chat_template: run.ApplyChatTemplate = False,
     lm_eval_path: run.LmEvalPath = None,
     limit: run.Limit = 100,
     metric: run.Metric = "exact_match",
@@ -50,7 +52,9 @@ def evaluate(
     with run.plain_errors():
         from vllm_adaskip.lab.evaluation.doubt import doubts
 
-        items, source = run.asked(data, limit, seed, metric, lm_eval_path)
+        items, source = run.asked(
+            data, limit, seed, metric, lm_eval_path, model, columns, apply_chat_template
+        )
         manifest = run.described(
             model, source, seed, max_model_len=max_model_len, enforce_eager=enforce_eager
         )

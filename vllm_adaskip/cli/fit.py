@@ -33,11 +33,11 @@ Data = Annotated[
     str,
     typer.Option(
         help="bundled, bundled:sum,hop, hub:NAME, hub:NAME:SPLIT, hub:NAME:SPLIT:CONFIG, or a "
-        "file of JSON lines, whose references are the answers."
+        "file (JSON lines, a JSON array, CSV, Parquet), whose references are the answers."
     ),
 ]
-PromptColumn = Annotated[str, typer.Option(help="Of a data set of the hub.")]
-AnswerColumn = Annotated[str, typer.Option(help="Of a data set of the hub.")]
+PromptColumn = Annotated[str, typer.Option(help="Of a data set of the hub, or of a file.")]
+AnswerColumn = Annotated[str, typer.Option(help="Of a data set of the hub, or of a file.")]
 Limit = Annotated[int, typer.Option(min=1, help="Examples of each task.")]
 Batch = Annotated[int, typer.Option(min=1, help="Examples in one step.")]
 Seed = Annotated[int, typer.Option(help="Of all that is drawn.")]
@@ -78,15 +78,17 @@ def subject(
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     from vllm_adaskip.lab.data.examples import load_examples
 
-    items = load_examples(data, limit=limit, seed=seed, batch=batch, columns=columns)
+    path = model or bundled_model()
+    items = load_examples(data, limit=limit, seed=seed, batch=batch, columns=columns, model=path)
     from transformers import AutoConfig, AutoTokenizer
 
+    from vllm_adaskip.lab.data.tokens import end_tokens
     from vllm_adaskip.lab.fitting.samples import sample
 
-    path = model or bundled_model()
     config = AutoConfig.from_pretrained(path)
     tokenizer = AutoTokenizer.from_pretrained(path)
-    samples = [sample(item, tokenizer, end=True) for item in items]
+    ends = end_tokens(path, tokenizer)
+    samples = [sample(item, tokenizer, ends) for item in items]
     allowed = getattr(config.get_text_config(), "max_position_embeddings", None)
     for item, one in zip(items, samples, strict=True):
         if allowed is not None and len(one.ids) > allowed:

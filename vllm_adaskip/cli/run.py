@@ -46,7 +46,22 @@ console = Console(stderr=True)
 
 Model = Annotated[str, typer.Option(help="Path or hub id; the bundled model if left out.")]
 Data = Annotated[
-    str, typer.Option(help="bundled, bundled:sum,hop, lm-eval:gsm8k, or a file of JSON lines.")
+    str,
+    typer.Option(
+        help="bundled, bundled:sum,hop, lm-eval:gsm8k, or a file: JSON lines, a JSON array, CSV, "
+        "Parquet."
+    ),
+]
+Columns = Annotated[
+    str,
+    typer.Option(help="Of a file: those of prompts and references, question,answer; no others."),
+]
+ApplyChatTemplate = Annotated[
+    bool,
+    typer.Option(
+        "--apply-chat-template",
+        help="Prompts are users' messages; of lm-eval tasks as the harness does it.",
+    ),
 ]
 LmEvalPath = Annotated[
     Path | None, typer.Option(help="Folder of lm-evaluation-harness tasks of your own.")
@@ -54,7 +69,10 @@ LmEvalPath = Annotated[
 Limit = Annotated[
     int, typer.Option(min=1, help="Items of each task; of lm-eval tasks the first, as they come.")
 ]
-Metric = Annotated[str, typer.Option(help="Of items that name none; lm-eval tasks bring theirs.")]
+Metric = Annotated[
+    str,
+    typer.Option(help="Of items that name none and have no choices; lm-eval tasks bring theirs."),
+]
 Methods = Annotated[list[str] | None, typer.Option("--method", help="Methods to compare.")]
 Options = Annotated[str, typer.Option(help="The methods' own options, as JSON.")]
 Profiles = Annotated[
@@ -106,15 +124,48 @@ def plain_errors(
 
 
 def asked(
-    data: str, limit: int, seed: int, metric: str, lm_eval_path: Path | None
+    data: str,
+    limit: int,
+    seed: int,
+    metric: str,
+    lm_eval_path: Path | None,
+    model: str | None = None,
+    columns: str = "",
+    apply_chat_template: bool = False,
 ) -> tuple[list[Item], dict[str, Any]]:
-    """Read the items; also give what a manifest says of them."""
+    """Read the items; also give what a manifest says of them.
+
+    ``model``: whose chat template is applied, "" for the bundled one's; None: no messages.
+    """
     os.environ.setdefault("TQDM_DISABLE", "1")  # others' bars, read when tqdm is imported
-    items = load_items(data, limit=limit, seed=seed, metric=metric, lm_eval_path=lm_eval_path)
+    items = load_items(
+        data,
+        limit=limit,
+        seed=seed,
+        metric=metric,
+        lm_eval_path=lm_eval_path,
+        model=None if model is None else model or bundled_model(),
+        columns=named_columns(columns),
+        apply_chat_template=apply_chat_template,
+    )
     source: dict[str, Any] = {"source": data, "limit": limit, "items": len(items)}
     if lm_eval_path is not None:
         source["lm_eval_path"] = str(lm_eval_path)
+    if columns:
+        source["columns"] = columns
+    if apply_chat_template:
+        source["chat_template"] = True
     return items, source
+
+
+def named_columns(text: str) -> tuple[str, str] | None:
+    """Read ``--columns``; None if the user names none."""
+    if not text:
+        return None
+    names = [name.strip() for name in text.split(",")]
+    if len(names) != 2 or not all(names):
+        raise ValueError(f"--columns {text!r:.80}; allowed: two names, PROMPT,REFERENCE")
+    return names[0], names[1]
 
 
 def described(model: str, data: dict[str, Any], seed: int, **engine: Any) -> Manifest:
@@ -188,6 +239,7 @@ def answer_and_time(
     batch: int,
 ) -> None:
     """Start a run under these settings, or do what is left of it, with a progress bar."""
+    _warn_of_single_tokens(manifest.model, items)
     told: dict[str, str | int | bool] = {"metric": metrics_of(items), "max_tokens": max_tokens}
     manifest = manifest.model_copy(update={"rounds": rounds})
     manifest = start_or_resume(results, asking(manifest, settings, items, **told))
@@ -228,6 +280,24 @@ def say_doubts(found: Doubts) -> None:
         console.print("what speaks against these numbers:", style="bold")
     for one in found.all:
         console.print(f"- {one.text}", markup=False, soft_wrap=True, highlight=False)
+
+
+def _warn_of_single_tokens(model: str, items: Sequence[Item]) -> None:
+    """Say where plans cannot tell: the first token of an answer comes of the prompt."""
+    from vllm_adaskip.lab.evaluation.engine import forced_pairs, of_one_token
+
+    if not any(map(forced_pairs, items)):
+        return
+    from transformers import AutoTokenizer
+
+    if count := of_one_token(items, AutoTokenizer.from_pretrained(model)):
+        console.print(
+            f"warning: {count} of {len(items)} items have answers or choices of one token, which "
+            "comes of the prompt, at full depth: they score under every plan as they do dense",
+            style="yellow",
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 def summarised(results: Results) -> Summary:

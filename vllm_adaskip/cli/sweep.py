@@ -14,7 +14,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from vllm_adaskip.cli.run import Data, Limit, Model, Seed, described, plain_errors
+from vllm_adaskip.cli.run import (
+    ApplyChatTemplate,
+    Columns,
+    Data,
+    Limit,
+    Model,
+    Seed,
+    asked,
+    described,
+    plain_errors,
+)
 
 if TYPE_CHECKING:
     from vllm_adaskip.lab.data.items import Item
@@ -29,6 +39,8 @@ def sweep(
     out: Annotated[Path, typer.Option(help="Folder for the results; an earlier run goes on.")],
     model: Model = "",
     data: Data = "bundled",
+    columns: Columns = "",
+    apply_chat_template: ApplyChatTemplate = False,
     limit: Limit = 100,
     seed: Seed = 0,
     max_block: Annotated[int, typer.Option(min=1, help="Longest block of layers deleted.")] = 4,
@@ -50,14 +62,15 @@ def sweep(
     """
     console = Console()
     with plain_errors():
-        from vllm_adaskip.lab.data.sources import load_items
         from vllm_adaskip.lab.evaluation.manifest import asking, start_or_resume
         from vllm_adaskip.lab.evaluation.results import Results
         from vllm_adaskip.lab.evaluation.sweep import Sweep, damages
 
-        items = load_items(data, limit=limit, seed=seed)
+        items, source = asked(
+            data, limit, seed, "exact_match", None, model, columns, apply_chat_template
+        )
         results = Results(out)
-        run = described(model, {"source": data, "limit": limit, "items": len(items)}, seed)
+        run = described(model, source, seed)
         steps = run.num_layers // 2 if sleb_steps is None else sleb_steps
         plan = damages(run.num_layers, max_block)
         start_or_resume(results, asking(run, [], items, end=end))
@@ -86,13 +99,15 @@ def _judge(model: str, items: Sequence[Item], end: bool, batch: int) -> Judge:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from vllm_adaskip.lab.data.tokens import end_tokens
     from vllm_adaskip.lab.evaluation.sweep import Judge
     from vllm_adaskip.lab.fitting.samples import sample
 
     device, dtype = ("cuda", "auto") if torch.cuda.is_available() else ("cpu", torch.float32)
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval().to(device)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    return Judge(loaded, [sample(item, tokenizer, end=end) for item in items], batch)
+    ends = end_tokens(model, tokenizer) if end else []
+    return Judge(loaded, [sample(item, tokenizer, ends) for item in items], batch)
 
 
 def _measure(cells: Sweep, plan: Sequence[Damage], progress: Progress) -> None:

@@ -29,6 +29,8 @@ def tune(
     max_drop: Annotated[float, typer.Option(help="Largest loss of the mean score, 0.01.")] = 0.01,
     model: run.Model = "",
     data: run.Data = "bundled",
+    columns: run.Columns = "",
+    apply_chat_template: run.ApplyChatTemplate = False,
     lm_eval_path: run.LmEvalPath = None,
     limit: run.Limit = 100,
     metric: run.Metric = "exact_match",
@@ -60,7 +62,9 @@ def tune(
 
         if not 0 <= max_drop < 1:
             raise ValueError(f"--max-drop {max_drop:g}; allowed: a number in [0, 1)")
-        items, source = run.asked(data, limit, seed, metric, lm_eval_path)
+        items, source = run.asked(
+            data, limit, seed, metric, lm_eval_path, model, columns, apply_chat_template
+        )
         first, second = halves(items, seed)
         check(first, second, max_drop)
         manifest = run.described(

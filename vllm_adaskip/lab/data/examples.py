@@ -11,6 +11,7 @@ from vllm_adaskip.lab.data.items import BUNDLED, DataError, Item
 from vllm_adaskip.lab.data.sources import load_items
 
 HUB = "hub:"
+HUB_COLUMNS = ("prompt", "answer")
 #: Fewer examples than this teach nothing, whatever the batch.
 LEAST = 16
 
@@ -21,7 +22,8 @@ def load_examples(
     limit: int = 500,
     seed: int = 0,
     batch: int = 16,
-    columns: tuple[str, str] = ("prompt", "answer"),
+    columns: tuple[str, str] = HUB_COLUMNS,
+    model: str | None = None,
 ) -> list[Item]:
     """Read training examples, in random order.
 
@@ -31,7 +33,8 @@ def load_examples(
         limit: at most so many examples of each task.
         seed: of the bundled questions, of the draw, and of the order.
         batch: of the training to come, which needs two of them.
-        columns: of a data set of the hub, prompt and answer.
+        columns: of a data set of the hub, prompt and answer; of a file if they are others.
+        model: whose chat template makes prompts of messages.
 
     Raises:
         DataError: a source, a line or a row that cannot be used, or too few of them.
@@ -42,7 +45,8 @@ def load_examples(
     elif source == BUNDLED or source.startswith(f"{BUNDLED}:"):
         items = list(_bundled(source, limit, seed))
     else:
-        items = load_items(source, limit=limit, seed=seed)
+        named = None if columns == HUB_COLUMNS else columns
+        items = load_items(source, limit=limit, seed=seed, columns=named, model=model)
     if len(items) < (least := max(LEAST, 2 * batch)):
         raise DataError(
             f"{source}: {len(items)} examples; allowed: {least} or more, two batches of {batch}"

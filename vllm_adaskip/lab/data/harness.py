@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tasks of lm-evaluation-harness: which can be asked under plans, and their prompts.
 
-Only those that generate: all others read log-probabilities of prompts, and a prompt runs at full
-depth, so that no plan would change anything. `harness_engine` has the harness ask and score.
+A prompt runs at full depth, so whatever is scored must be generated under the plan: answers, and
+the choices and continuations whose log-probabilities a task reads. `harness_engine` has the
+harness ask and score.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from vllm_adaskip.lab.data.chat import ChatTemplate
 from vllm_adaskip.lab.data.items import HARNESS, DataError, Item
 
 _GENERATES = "generate_until"
+#: What may be asked; requests of multiple choice are of type ``loglikelihood``.
+_OUTPUT_TYPES = (_GENERATES, "multiple_choice", "loglikelihood")
 #: The harness's own default; of few-shot examples that a task draws.
 FEWSHOT_SEED = 1234
 
@@ -34,6 +38,7 @@ class HarnessTask:
         metric: the task's first that gives an answer a score in [0, 1], more being better. Only
             one, because everything that reads answers wants one score an item.
         way: how an answer is read, the first of the task's filters.
+        chat: whether prompts go through the model's chat template.
 
     """
 
@@ -43,24 +48,31 @@ class HarnessTask:
     limit: int | None
     metric: str
     way: str
+    chat: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class HarnessItem(Item):
     """A document of a task, with the prompt that the harness makes of it.
 
     Attributes:
-        longest: so many tokens an answer may have.
+        longest: so many tokens an answer may have; 0 where none is generated freely.
+        pairs: contexts with the continuations whose log-probabilities are read.
 
     """
 
     source: HarnessTask = field(repr=False, compare=False)
     document: int
     longest: int
+    pairs: tuple[tuple[str, str], ...] = ()
 
 
-def load_tasks(names: str, folder: Path | None, limit: int | None) -> list[Item]:
+def load_tasks(
+    names: str, folder: Path | None, limit: int | None, template: ChatTemplate | None = None
+) -> list[Item]:
     """Read tasks, and all tasks of groups, of the harness and of a folder of one's own.
+
+    ``template``: that prompts go through, as the harness's ``--apply_chat_template`` does.
 
     Raises:
         DataError: a task that is unknown, or that cannot be loaded, asked or scored.
@@ -76,7 +88,8 @@ def load_tasks(names: str, folder: Path | None, limit: int | None) -> list[Item]
     items: list[Item] = []
     for name, own in tasks.items():
         with _named(name):
-            items += _items(name, own, manager, limit)
+            _build_requests(own, limit, template)
+            items += _items(name, own, manager, limit, template is not None)
     return items
 
 
@@ -94,8 +107,16 @@ def _named(name: str) -> Iterator[None]:
         yield
     except DataError:
         raise
+    except ModuleNotFoundError as error:
+        if error.name in (None, "lm_eval", "lm_eval.tasks"):
+            raise
+        raise DataError(
+            f"{HARNESS}:{name} wants the package {error.name}, which is not installed; "
+            f"lm_eval[{name.partition('_')[0]}] or lm_eval[tasks] has it"
+        ) from error
     except Exception as error:
-        what = f"{type(error).__name__}: {error}".rstrip(": ")
+        lines = str(error).replace("*", "").strip().splitlines()
+        what = f"{type(error).__name__}: {lines[0].strip() if lines else ''}".rstrip(": ")
         raise DataError(
             f"{HARNESS}:{name} cannot be loaded: {what}; is its data there, and not empty?"
         ) from error
@@ -111,7 +132,7 @@ def _load(manager: Any, name: str) -> dict[str, Any]:
     _check_index(manager.task_index, name)
     tasks: dict[str, Any] = manager.load([name])["tasks"]
     for each, own in tasks.items():
-        _check_generates(each, own.OUTPUT_TYPE)
+        _check_type(each, own.OUTPUT_TYPE)
     return tasks
 
 
@@ -119,7 +140,7 @@ def _check_index(index: Mapping[str, Any], name: str) -> None:
     """Refuse a task, or a group with one, before data is fetched, where its file tells."""
     entry = index[name]
     config = entry.cfg or {"task": [*entry.tags]}  # a tag has no file
-    _check_generates(name, config.get("output_type"))
+    _check_type(name, config.get("output_type"))
     members = config.get("task")
     for one in members if isinstance(members, list) else []:
         member = one if isinstance(one, str) else one.get("group") or one.get("task")
@@ -127,69 +148,119 @@ def _check_index(index: Mapping[str, Any], name: str) -> None:
             _check_index(index, member)
 
 
-def _check_generates(name: str, output_type: str | None) -> None:
-    if output_type not in (None, _GENERATES):
+def _check_type(name: str, output_type: str | None) -> None:
+    if output_type not in (None, *_OUTPUT_TYPES):
         raise DataError(
-            f"{HARNESS}:{name} has output_type {output_type}; allowed: {_GENERATES}. Others read "
-            "log-probabilities of prompts, and a prompt runs at full depth under every plan"
+            f"{HARNESS}:{name} has output_type {output_type}; allowed: "
+            f"{', '.join(_OUTPUT_TYPES)}. A rolling log-likelihood has no prompt: all of its text "
+            "would have to be generated"
         )
 
 
-def _items(name: str, own: Any, manager: Any, limit: int | None) -> Iterator[HarnessItem]:
-    from lm_eval.models.utils import normalize_gen_kwargs
+def _build_requests(own: Any, limit: int | None, template: ChatTemplate | None) -> None:
+    """Have a task make its requests, as ``simple_evaluate`` will."""
+    own.set_fewshot_seed(FEWSHOT_SEED)
+    if template is None:
+        own.build_all_requests(limit=limit)
+    else:
+        own.build_all_requests(
+            limit=limit,
+            apply_chat_template=True,
+            fewshot_as_multiturn=True,
+            chat_template=template.of_harness,
+        )
 
+
+def _items(
+    name: str, own: Any, manager: Any, limit: int | None, chat: bool
+) -> Iterator[HarnessItem]:
     for mark, what in ("UNSAFE_CODE", "runs generated code"), ("MULTIMODAL", "is not text alone"):
         if getattr(own, mark, False):
             raise DataError(f"{HARNESS}:{name} {what}, which is not supported")
-    own.set_fewshot_seed(FEWSHOT_SEED)
-    own.build_all_requests(limit=limit)
-    requests = own.instances
-    for one in requests:
-        _check_generates(name, one.request_type)
-    if len({one.doc_id for one in requests}) < len(requests):
-        raise DataError(f"{HARNESS}:{name} has several prompts for a document; allowed: one")
-    references = [_references(own, one.doc) for one in requests]
-    metric, ways = _score(name, own, references)
-    task = HarnessTask(name, own, manager, limit, metric, ways[0])
-    for one, right in zip(requests, references, strict=True):
-        options = normalize_gen_kwargs(one.args[1])
-        if options["do_sample"] and options.get("temperature", 1) > 0:
-            raise DataError(f"{HARNESS}:{name} draws answers at random; allowed: do_sample: false")
+    documents: dict[int, list[Any]] = {}
+    for one in own.instances:
+        _check_type(name, one.request_type)
+        documents.setdefault(one.doc_id, []).append(one)
+    for requests in documents.values():
+        requests.sort(key=lambda one: one.idx)
+        generates = [one.request_type == _GENERATES for one in requests]
+        if any(generates) and len(requests) > 1:
+            raise DataError(f"{HARNESS}:{name} has several prompts for a document; allowed: one")
+    references = {number: _references(own, one[0].doc) for number, one in documents.items()}
+    metric, ways = _score(name, own, documents, references)
+    task = HarnessTask(name, own, manager, limit, metric, ways[0], chat)
+    for number, requests in documents.items():
         yield HarnessItem(
-            item=f"{name}/{one.doc_id}",
+            item=f"{name}/{number}",
             task=name,
-            prompt=one.args[0],
-            references=right,
+            references=references[number],
             metric=metric if len(ways) == 1 else f"{metric},{ways[0]}",
             source=task,
-            document=one.doc_id,
-            longest=options["max_gen_toks"],
+            document=number,
+            **_asked(name, requests),
         )
+
+
+def _asked(name: str, requests: Sequence[Any]) -> dict[str, Any]:
+    """Return what an item asks: a prompt with the room for its answer, or pairs."""
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    first = requests[0]
+    if first.request_type != _GENERATES:
+        pairs = tuple((one.args[0], one.args[1]) for one in requests)
+        if not all(continuation for _, continuation in pairs):
+            raise DataError(f"{HARNESS}:{name} has an empty choice; allowed: texts")
+        return {"prompt": pairs[0][0] or pairs[0][1], "longest": 0, "pairs": pairs}
+    options = normalize_gen_kwargs(first.args[1])
+    if options["do_sample"] and options.get("temperature", 1) > 0:
+        raise DataError(f"{HARNESS}:{name} draws answers at random; allowed: do_sample: false")
+    return {"prompt": first.args[0], "longest": options["max_gen_toks"]}
 
 
 def _references(own: Any, document: Any) -> tuple[str, ...]:
     target = own.doc_to_target(document)
-    if isinstance(target, int) and own.get_config("doc_to_choice") is not None:
-        target = own.doc_to_choice(document)[target]
-    return tuple(map(str, target if isinstance(target, list) else [target])) or ("",)
+    targets = target if isinstance(target, list) else [target]
+    if any(isinstance(one, int) for one in targets) and own.get_config("doc_to_choice") is not None:
+        choices = own.doc_to_choice(document)
+        targets = [
+            choices[one] if isinstance(one, int) and 0 <= one < len(choices) else one
+            for one in targets
+        ]
+    return tuple(map(str, targets)) or ("",)
 
 
-def _score(name: str, own: Any, references: Sequence[tuple[str, ...]]) -> tuple[str, list[str]]:
-    """Choose the metric, and list the ways of reading; by scoring a right answer as a trial.
+def _score(
+    name: str,
+    own: Any,
+    documents: Mapping[int, Sequence[Any]],
+    references: Mapping[int, tuple[str, ...]],
+) -> tuple[str, list[str]]:
+    """Choose the metric, and list the ways of reading; by scoring right answers as a trial.
 
     A metric may not be a number until all answers are taken together, and its name may be the
-    business of the task's own function: only what comes out tells.
+    business of the task's own function: only what comes out tells. All documents are tried, so
+    that what is missing for one of them is found before any model is loaded.
     """
-    for one, right in zip(own.instances, references, strict=True):
-        one.resps = [right[0]] * (one.repeats or 1)
+    for number, requests in documents.items():
+        for one in requests:
+            answer = references[number][0] if one.request_type == _GENERATES else (-1.0, True)
+            one.resps = [answer] * (one.repeats or 1)
     own.apply_filters()
-    first = own.instances[0]
-    ways = list(first.filtered_resps)
-    scores = own.process_results(first.doc, [first.filtered_resps[ways[0]]])
+    ways = list(own.instances[0].filtered_resps)
     more_is_better = own.higher_is_better()
-    for metric, score in scores.items():
-        if more_is_better.get(metric) and isinstance(score, Real) and 0 <= float(score) <= 1:
-            return metric, ways
+    scores: Mapping[str, Any] = {}
+    fit: list[str] | None = None
+    for requests in documents.values():
+        read = [one.filtered_resps[ways[0]] for one in requests]
+        scores = own.process_results(requests[0].doc, read)
+        usable = [
+            metric
+            for metric, score in scores.items()
+            if more_is_better.get(metric) and isinstance(score, Real) and 0 <= float(score) <= 1
+        ]
+        fit = usable if fit is None else [metric for metric in fit if metric in usable]
+    if fit:
+        return fit[0], ways
     raise DataError(
         f"{HARNESS}:{name} has metrics {', '.join(map(str, scores)) or 'none'}; allowed: at least "
         "one that gives each answer a number in [0, 1], with higher_is_better: true"

@@ -21,6 +21,8 @@ class Item:
         item: unique within the data set, ``sum/12``.
         references: right answers, at least one.
         metric: how an answer is scored, a key of `METRICS`; of a harness task its own name.
+        labels: all right answers of the task, where they are labels; of metric ``accuracy``.
+        choices: what may be answered, of which the reference is one; of metric ``choice``.
 
     """
 
@@ -29,3 +31,5 @@ class Item:
     prompt: str
     references: tuple[str, ...]
     metric: str
+    labels: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()

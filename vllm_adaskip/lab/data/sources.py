@@ -1,31 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where questions come from: bundled tasks, lm-evaluation-harness tasks, JSON lines of prompts."""
+"""Where questions come from: bundled tasks, lm-evaluation-harness tasks, files of rows."""
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
+from vllm_adaskip.lab.data.chat import ChatTemplate
 from vllm_adaskip.lab.data.items import BUNDLED, HARNESS, DataError, Item
-from vllm_adaskip.lab.data.metrics import METRICS
-
-
-class Line(BaseModel):
-    """One line of a data file: a prompt, and one reference or several."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    prompt: str = Field(min_length=1)
-    reference: str | None = None
-    references: list[str] | None = None
-    id: str | None = None
-    task: str | None = None
-    metric: str | None = None
+from vllm_adaskip.lab.data.row_item import item_of
+from vllm_adaskip.lab.data.rows import read_rows, renamed
 
 
 def load_items(
@@ -35,33 +21,48 @@ def load_items(
     seed: int = 0,
     metric: str = "exact_match",
     lm_eval_path: Path | None = None,
+    model: str | None = None,
+    columns: tuple[str, str] | None = None,
+    apply_chat_template: bool = False,
 ) -> list[Item]:
     """Read a data set.
 
     Args:
-        source: ``bundled``, ``bundled:sum,hop``, ``lm-eval:gsm8k`` or the path of a file of JSON
-            lines.
+        source: ``bundled``, ``bundled:sum,hop``, ``lm-eval:gsm8k`` or the path of a file: JSON
+            lines, a JSON array, CSV or Parquet.
         limit: at most so many items of each task, drawn by ``seed``, of harness tasks the first;
             bundled: 100.
         seed: of the bundled questions, or of the draw.
-        metric: of lines that name none.
+        metric: of rows that name none.
         lm_eval_path: folder of more harness tasks.
+        model: whose chat template makes prompts of messages.
+        columns: of a file, of prompts (or messages) and references; all others are passed over.
+        apply_chat_template: makes a user's message of each prompt.
 
     Raises:
         DataError: a file, a line, a task or a metric that cannot be used.
 
     """
+    template = None if model is None else ChatTemplate(model)
+    if apply_chat_template and template is None:
+        raise DataError("a chat template is a model's, and none is named")
     if source.startswith(f"{HARNESS}:"):
         from vllm_adaskip.lab.data.harness import load_tasks
 
-        return load_tasks(source.partition(":")[2], lm_eval_path, limit)
+        if columns:
+            raise DataError(f"--columns is of files, not of {source!r:.80}")
+        chat = template if apply_chat_template else None
+        return load_tasks(source.partition(":")[2], lm_eval_path, limit, chat)
     if lm_eval_path is not None:
         raise DataError(f"--lm-eval-path goes with --data {HARNESS}:TASK, not with {source!r:.80}")
     if source == BUNDLED or source.startswith(f"{BUNDLED}:"):
+        if apply_chat_template or columns:
+            raise DataError(f"--columns and --apply-chat-template are of files, not of {source!r}")
         return _bundled(source.partition(":")[2], 100 if limit is None else limit, seed)
-    items = list(_from_file(Path(source), metric))
+    items = list(_from_file(Path(source), metric, columns, template, apply_chat_template))
     if not items:
-        raise DataError(f"{source}: no items; allowed: one JSON object a line, with a prompt")
+        raise DataError(f"{source}: no items; allowed: rows with a prompt and a reference")
+    items = _labelled(items)
     return items if limit is None else _drawn(items, limit, seed)
 
 
@@ -80,41 +81,38 @@ def _bundled(names: str, limit: int, seed: int) -> list[Item]:
     ]
 
 
-def _from_file(path: Path, metric: str) -> Iterator[Item]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: {error}") from None
+def _from_file(
+    path: Path,
+    metric: str,
+    columns: tuple[str, str] | None,
+    template: ChatTemplate | None,
+    chat: bool,
+) -> Iterator[Item]:
+    rows = read_rows(path)
     seen: set[str] = set()
-    for number, text in enumerate(lines, 1):
-        if not text.strip():
-            continue
-        item = _item(text, f"{path}:{number}", path.stem, number, metric)
+    for number, (where, row) in enumerate(renamed(rows, columns) if columns else rows, 1):
+        try:
+            item = item_of(row, number, path.stem, metric, template, chat)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from None
         if item.item in seen:
-            raise DataError(f"{path}:{number}: id {item.item!r:.80} comes twice")
+            raise DataError(f"{where}: id {item.item!r:.80} comes twice")
         seen.add(item.item)
         yield item
 
 
-def _item(text: str, where: str, task: str, number: int, metric: str) -> Item:
-    try:
-        facts: Any = json.loads(text)
-        line = Line.model_validate(facts)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: no JSON: {error.msg}") from None
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(map(str, first["loc"])) or "the line"
-        allowed = ", ".join(Line.model_fields)
-        raise DataError(f"{where}: {key}: {first['msg']}; allowed keys: {allowed}") from None
-    references = line.references or ([] if line.reference is None else [line.reference])
-    name = line.metric or metric
-    if name not in METRICS:
-        raise DataError(f"{where}: metric {name!r:.80}; allowed: {', '.join(METRICS)}")
-    if not references or not all(one.strip() for one in references):
-        raise DataError(f"{where}: metric {name!r} needs a reference that is not empty")
-    task = line.task or task
-    return Item(line.id or f"{task}/{number}", task, line.prompt, tuple(references), name)
+def _labelled(items: list[Item]) -> list[Item]:
+    """Tell items of metric ``accuracy`` their choices, or else all labels of their task."""
+    labels: dict[str, dict[str, None]] = {}
+    for item in items:
+        if item.metric == "accuracy":
+            labels.setdefault(item.task, {}).update(dict.fromkeys(item.references))
+    return [
+        replace(item, labels=item.choices or tuple(labels[item.task]))
+        if item.metric == "accuracy"
+        else item
+        for item in items
+    ]
 
 
 def _drawn(items: list[Item], limit: int, seed: int) -> list[Item]:

@@ -59,7 +59,7 @@ def chance(items: Sequence[Item]) -> dict[str, float]:
         members = [item for item in items if item.task == task]
         labels = Counter(item.references[0].strip().lower() for item in members)
         luck = [labels.most_common(1)[0][1] / len(members)] if len(labels) < len(members) else []
-        choices = [len(own) for item in members if (own := getattr(item, "choices", ()))]
+        choices = [len(own) for item in members if (own := item.choices)]
         if len(choices) == len(members):
             luck.append(sum(1 / many for many in choices) / len(members))
         if luck and len(members) >= _LABELS:

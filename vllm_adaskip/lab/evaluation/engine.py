@@ -7,12 +7,14 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import chain, count, islice
 from typing import Any
 
 from vllm_adaskip.classifiers import DecoderShape, SkipPlan
+from vllm_adaskip.lab.data.harness import HarnessItem
 from vllm_adaskip.lab.data.items import Item
-from vllm_adaskip.lab.data.metrics import METRICS, PERPLEXITY
+from vllm_adaskip.lab.data.metrics import CHOICE, PERPLEXITY, score_of
+from vllm_adaskip.lab.data.tokens import answer_tokens, prompt_tokens
 from vllm_adaskip.lab.evaluation.results import Answer, Setting
 
 #: Items between two writes to the results: what a killed run loses at most.
@@ -41,6 +43,7 @@ class Engine:
 
         self.llm = self._start(
             model,
+            logits_processors=["vllm_adaskip.lab.evaluation.forced:ForcedAnswer"],
             enable_prefix_caching=False,  # a repeated prompt would be timed without its prefill
             **engine,
             **engine_args(method=method, **options),
@@ -57,11 +60,7 @@ class Engine:
         """Give vLLM's ``LLM``."""
         from vllm import LLM
 
-        return LLM(
-            model,
-            logits_processors=["vllm_adaskip.lab.evaluation.forced:ForcedAnswer"],
-            **options,
-        )
+        return LLM(model, **options)
 
     def close(self) -> None:
         """Shut the engine down; the next may start."""
@@ -75,19 +74,33 @@ class Engine:
             yield self._answered(setting, items[start : start + CHUNK], max_tokens)
 
     def _answered(self, setting: Setting, items: Sequence[Item], max_tokens: int) -> list[Answer]:
+        asked = [self._requests(setting, item, max_tokens) for item in items]
+        params = [*chain(*asked)]
+        texts = [item.prompt for item, own in zip(items, asked, strict=True) for _ in own]
+        outputs = self.llm.generate(self._prompts(texts), params, use_tqdm=False)
+        done = zip((one.outputs[0] for one in outputs), self.ran(params, outputs), strict=True)
+        return [
+            self._scored(setting, item, [*islice(done, len(own))])
+            for item, own in zip(items, asked, strict=True)
+        ]
+
+    def _requests(self, setting: Setting, item: Item, max_tokens: int) -> list[Any]:
+        """Return the parameters of an item's requests: one for each choice, else a single one."""
         from vllm import SamplingParams
 
-        params = [
-            SamplingParams(temperature=0, max_tokens=max_tokens, extra_args=args)
-            if item.metric != PERPLEXITY
-            else self._forced(item, args)
-            for item, args in ((item, self.arguments(setting)) for item in items)
-        ]
-        outputs = self.llm.generate([item.prompt for item in items], params, use_tqdm=False)
-        return [
-            self._scored(setting, item, output.outputs[0], ran)
-            for item, output, ran in zip(items, outputs, self.ran(params, outputs), strict=True)
-        ]
+        if pairs := forced_pairs(item):
+            return [
+                forced(answer_tokens(*pair, self._tokenizer), self.arguments(setting))
+                for pair in pairs
+            ]
+        args = self.arguments(setting)
+        return [SamplingParams(temperature=0, max_tokens=max_tokens, extra_args=args)]
+
+    def _prompts(self, texts: Sequence[str]) -> list[Any]:
+        from vllm import TokensPrompt
+
+        tokens = (prompt_tokens(text, self._tokenizer) for text in texts)
+        return [TokensPrompt(prompt_token_ids=one) for one in tokens]
 
     def arguments(self, setting: Setting) -> dict[str, Any]:
         """Give the ``extra_args`` of one request."""
@@ -123,33 +136,43 @@ class Engine:
             temperature=0, max_tokens=tokens, ignore_eos=True, extra_args=self.arguments(setting)
         )
         start = time.perf_counter()
-        self.llm.generate(list(prompts), params, use_tqdm=False)
+        self.llm.generate(self._prompts(prompts), params, use_tqdm=False)
         return time.perf_counter() - start
 
-    def _forced(self, item: Item, args: dict[str, Any]) -> Any:
-        from vllm import SamplingParams
-
-        prompt = self._tokenizer.encode(item.prompt)
-        whole = self._tokenizer.encode(f"{item.prompt} {item.references[0]}")
-        answer = whole[len(prompt) :] if whole[: len(prompt)] == prompt else []
-        answer = answer or self._tokenizer.encode(item.references[0], add_special_tokens=False)
-        return SamplingParams(
-            temperature=0,
-            max_tokens=len(answer),
-            ignore_eos=True,
-            logprobs=0,
-            extra_args={**args, FORCED: answer},
-        )
-
-    def _scored(self, setting: Setting, item: Item, output: Any, ran: Ran) -> Answer:
-        score_text = METRICS[item.metric]
-        if score_text is None:
-            chosen = zip(output.token_ids, output.logprobs, strict=True)
-            mean = math.fsum(step[token].logprob for token, step in chosen) / len(output.token_ids)
-            score = math.exp(-mean)
+    def _scored(self, setting: Setting, item: Item, done: Sequence[tuple[Any, Ran]]) -> Answer:
+        outputs, rans = zip(*done, strict=True)
+        text = outputs[0].text
+        if item.metric == PERPLEXITY:
+            score = math.exp(-log_likelihood(outputs[0])[0] / len(outputs[0].token_ids))
+        elif item.metric == CHOICE:
+            each = [
+                log_likelihood(output)[0] / len(choice.encode())
+                for output, choice in zip(outputs, item.choices, strict=True)
+            ]
+            place = likeliest(each)
+            text = "" if place is None else item.choices[place]
+            score = float(text == item.references[0])
         else:
-            score = score_text(output.text, item.references)
-        return self.record(setting, item, ran, score, len(output.token_ids), output.text)
+            score = score_of(item, text)
+        tokens = [len(one.token_ids) for one in outputs]
+        return self.record(setting, item, self._together(rans, tokens), score, sum(tokens), text)
+
+    def _together(self, rans: Sequence[Ran], tokens: Sequence[int]) -> Ran:
+        """Return what the tokens of several requests went through."""
+        if all(one == rans[0] for one in rans):
+            return rans[0]
+        own = [
+            one.left_out
+            or SkipPlan.parse(one.skip, self.shape.num_layers).mask().astype(float).tolist()
+            for one in rans
+        ]
+        fed = [one - 1 for one in tokens]  # the first token comes of the prompt
+        shares = [
+            math.fsum(count * share for count, share in zip(fed, each, strict=True))
+            / max(sum(fed), 1)
+            for each in zip(*own, strict=True)
+        ]
+        return Ran(kept(shares, self.shape), [], shares)
 
     def record(
         self,
@@ -173,6 +196,49 @@ class Engine:
             text=text,
             left_out=ran.left_out,
         )
+
+
+def forced_pairs(item: Item) -> tuple[tuple[str, str], ...]:
+    """Return the prompts and answers of an item that are not generated freely; else nothing."""
+    if isinstance(item, HarnessItem):
+        return item.pairs
+    texts = {CHOICE: item.choices, PERPLEXITY: item.references[:1]}.get(item.metric, ())
+    return tuple((item.prompt, text) for text in texts)
+
+
+def of_one_token(items: Sequence[Item], tokenizer: Any) -> int:
+    """Count items whose forced answers are all of one token, which comes of the prompt."""
+    return sum(
+        all(len(answer_tokens(*pair, tokenizer)) == 1 for pair in pairs)
+        for pairs in map(forced_pairs, items)
+        if pairs
+    )
+
+
+def forced(tokens: Sequence[int], args: Mapping[str, Any]) -> Any:
+    """Return the parameters of a request that generates these tokens, with their probabilities."""
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        temperature=0,
+        max_tokens=len(tokens),
+        ignore_eos=True,
+        logprobs=0,
+        extra_args={**args, FORCED: [*tokens]},
+    )
+
+
+def log_likelihood(output: Any) -> tuple[float, bool]:
+    """Return a forced answer's log-probability in nats, and whether each token is the likeliest."""
+    chosen = [step[token] for token, step in zip(output.token_ids, output.logprobs, strict=True)]
+    return math.fsum(one.logprob for one in chosen), all(one.rank == 1 for one in chosen)
+
+
+def likeliest(each: Sequence[float]) -> int | None:
+    """Return the place of the largest value; None if several are equal, or one is no number."""
+    best = max(range(len(each)), key=each.__getitem__)
+    others = [value for place, value in enumerate(each) if place != best]
+    return best if all(each[best] > value for value in others) else None
 
 
 def kept(left_out: Sequence[float], shape: DecoderShape) -> float:

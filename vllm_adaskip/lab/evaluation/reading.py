@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_adaskip.lab.data.items import Item
-from vllm_adaskip.lab.data.metrics import PERPLEXITY
+from vllm_adaskip.lab.data.metrics import CHOICE, PERPLEXITY
 from vllm_adaskip.lab.evaluation.engine import FORCED, Engine
 from vllm_adaskip.lab.evaluation.results import Answer, Setting
 from vllm_adaskip.lab.evaluation.settings import DENSE
 
 #: Metrics whose answers are given, not generated.
-_GIVEN = (PERPLEXITY, "choice")
+_GIVEN = (PERPLEXITY, CHOICE)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from vllm_adaskip.lab.data.items import DataError, Item
+from vllm_adaskip.lab.data.tokens import answer_tokens, end_after, prompt_tokens
 
 IGNORED = -100
 
@@ -27,23 +27,24 @@ class Sample:
     answer: int
 
 
-def sample(item: Item, tokenizer: Any, *, end: bool) -> Sample:
-    """Tokenise an item with its first reference; ``end`` adds the end-of-sequence token.
+def sample(item: Item, tokenizer: Any, ends: Sequence[int] = ()) -> Sample:
+    """Tokenise an item with its first reference.
+
+    Args:
+        item: a prompt with its answer.
+        tokenizer: of transformers.
+        ends: tokens that end an answer, `end_tokens`; the one that fits the prompt is added.
 
     Raises:
         DataError: the tokenizer leaves no token of the prompt, or none of the answer.
 
     """
-    prompt: list[int] = tokenizer.encode(item.prompt)
-    space = "" if item.prompt[-1:].isspace() else " "
-    ids: list[int] = tokenizer.encode(f"{item.prompt}{space}{item.references[0]}")
-    # Where the last token of the prompt grows by the answer's first letters, it is the answer's.
-    same = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(prompt, ids, strict=False))))
-    if end and tokenizer.eos_token_id is not None:
-        ids = [*ids, tokenizer.eos_token_id]
-    if not 0 < same < len(ids):
-        raise DataError(f"item {item.item!r}: {same} tokens of a prompt, {len(ids)} in all")
-    return Sample(item.task, ids, len(ids) - same)
+    prompt = prompt_tokens(item.prompt, tokenizer)
+    answer = answer_tokens(item.prompt, item.references[0], tokenizer)
+    answer += end_after(prompt, ends, tokenizer)
+    if not prompt or not answer:
+        raise DataError(f"item {item.item!r}: {len(prompt)} tokens of a prompt, {len(answer)} more")
+    return Sample(item.task, [*prompt, *answer], len(answer))
 
 
 @dataclass(frozen=True)
