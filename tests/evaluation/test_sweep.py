@@ -143,6 +143,41 @@ def test_layers_keep_their_kind_of_attention(mixed: Any, damage: Damage, order: 
     check(mixed, [Sample("random", ids, 5) for ids in drawn], damage, order)
 
 
+@pytest.mark.parametrize("most", [0, 1 << 30])
+def test_damages_one_after_the_other_are_each_what_they_are_alone(
+    model: Any, samples: list[Sample], most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Upwards, twice the same layer, down again, and the last layers; with or without memory."""
+    monkeypatch.setattr("vllm_adaskip.lab.evaluation.sweep.MOST_KEPT", most)
+    judge, layers = Judge(model, samples, batch=4), list(model.model.layers)
+    order = [(2,), (2, 3), (7,), (11,), (10, 11), (3,), (0,), ()]
+    for deleted in order:
+        for task in judge.samples:
+            alone = Judge(model, samples, batch=4).cell(Damage("delete", deleted), task)
+            assert judge.cell(Damage("delete", deleted), task) == alone
+    assert list(model.model.layers) == layers
+    assert not any(layer._forward_hooks for layer in layers)
+
+
+def test_layers_below_a_damage_run_once_for_all_damages_above_them(
+    model: Any, samples: list[Sample]
+) -> None:
+    judge, ran = Judge(model, samples), [0] * 12
+    hooks = [
+        layer.register_forward_hook(lambda *_, at=at: ran.__setitem__(at, ran[at] + 1))
+        for at, layer in enumerate(model.model.layers)
+    ]
+    for damage in damages(12, 1)[1:]:
+        for task in judge.samples:
+            judge.cell(damage, task)
+    for hook in hooks:
+        hook.remove()
+    reads = len(judge.samples)  # a batch each
+    # Layer 0 runs in its swap, and once more below all others.
+    assert ran[0] == 2 * reads
+    assert ran[11] == 22 * reads  # in all damages but its own deletion
+
+
 def test_the_whole_model_agrees_with_itself(model: Any, samples: list[Sample]) -> None:
     judge = Judge(model, samples)
     for task in judge.samples:

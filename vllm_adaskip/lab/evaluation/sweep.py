@@ -21,6 +21,8 @@ from vllm_adaskip.lab.evaluation.results import Results, SweepCell
 from vllm_adaskip.lab.fitting.samples import IGNORED, Sample
 
 MAX_BLOCK = 4
+#: Bytes of the stream below a damage that are kept, at most; above it all layers run anew.
+MOST_KEPT = 2 << 30
 
 
 class SweepError(ValueError):
@@ -42,12 +44,20 @@ class Damage:
         other = {first: second, second: first}
         return [other.get(layer, layer) for layer in range(num_layers)]
 
+    @property
+    def first(self) -> int:
+        """The first layer that is not as it was; 0 of the whole model, which runs all."""
+        return min(self.layers, default=0)
+
 
 WHOLE = Damage("delete", ())
 
 
 def damages(num_layers: int, max_block: int = MAX_BLOCK) -> list[Damage]:
-    """Give the sweep: nothing, each block of 1 to ``max_block`` layers, each swap of neighbours."""
+    """Return the sweep: nothing, each block of 1 to ``max_block`` layers, each swap of neighbours.
+
+    Ordered by the first layer, as `Judge` goes on from what is below it.
+    """
     if not 1 <= max_block < num_layers:
         raise SweepError(f"blocks of {max_block} layers; allowed: 1 to {num_layers - 1}")
     blocks = [
@@ -56,20 +66,53 @@ def damages(num_layers: int, max_block: int = MAX_BLOCK) -> list[Damage]:
         for first in range(num_layers - size + 1)
     ]
     swaps = [Damage("swap", (first, first + 1)) for first in range(num_layers - 1)]
-    return [WHOLE, *blocks, *swaps]
+    return [WHOLE, *sorted([*blocks, *swaps], key=lambda damage: damage.first)]
+
+
+class Below(nn.Module):
+    """Stands for the layers below a damage: returns what they made of the batch that is read.
+
+    Attributes:
+        layers: it stands for the first so many.
+        made: what the last of these layers returned, by task and first sample of the batch.
+
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = 0
+        self.made: dict[tuple[str, int], Any] = {}
+        self.batch: tuple[str, int] = "", 0
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        """Return it."""
+        return self.made[self.batch]
+
+    def keep(self, _: nn.Module, __: Any, made: Any) -> None:
+        """Write down what the last layer below the damage makes of the batch (a forward hook)."""
+        self.made[self.batch] = made
 
 
 @contextmanager
-def damaged(model: Any, damage: Damage) -> Iterator[None]:
-    """Damage a transformers model for a while."""
+def damaged(model: Any, damage: Damage, below: Below | None = None) -> Iterator[None]:
+    """Damage a transformers model for a while; ``below`` runs in the stead of its first layers."""
+    whole = damage.order(len(model.model.layers))
+    order = whole if below is None else whole[below.layers :]
+    with running(model, order, below if below is not None and below.layers else None):
+        yield
+
+
+@contextmanager
+def running(model: Any, order: Sequence[int], before: nn.Module | None = None) -> Iterator[None]:
+    """Have a transformers model run these layers, in this order, for a while."""
     decoder, config = model.model, model.model.config
     layers, types = decoder.layers, getattr(config, "layer_types", None)
-    order = damage.order(len(layers))
+    first = [] if before is None else [before]
     try:
-        decoder.layers = nn.ModuleList(layers[layer] for layer in order)
-        config.num_hidden_layers = len(order)
+        decoder.layers = nn.ModuleList([*first, *(layers[layer] for layer in order)])
+        config.num_hidden_layers = len(decoder.layers)
         if types is not None:  # models of mixed attention look a place's mask up by it
-            config.layer_types = [types[layer] for layer in order]
+            config.layer_types = [*types[: len(first)], *(types[layer] for layer in order)]
         yield
     finally:
         decoder.layers, config.num_hidden_layers = layers, len(layers)
@@ -101,35 +144,66 @@ class Judge:
             self.samples.setdefault(each.task, []).append(each)
         for members in self.samples.values():
             members.sort(key=_sizes)  # so that a batch needs little padding
-        self._whole = {task: self._read(task)[0] for task in self.samples}
+        self._below = Below()
+        width = model.config.hidden_size * torch.finfo(model.dtype).bits // 8
+        tokens = sum(len(each.ids) for each in samples)
+        self._keeps = tokens * width <= MOST_KEPT
+        self._whole = {task: self._read(task) for task in self.samples}
 
     def cell(self, damage: Damage, task: str) -> SweepCell:
-        """Compare the damaged model with the whole one."""
-        with damaged(self.model, damage):
-            top, loss = self._read(task)
+        """Compare the damaged model with the whole one.
+
+        Damages in ascending order of their first layer are read from there on only.
+        """
+        if damage == WHOLE:
+            top, loss = self._whole[task]
+        elif not self._keeps:
+            with damaged(self.model, damage):
+                top, loss = self._read(task)
+        else:
+            self._go_on_to(damage.first)
+            with damaged(self.model, damage, self._below):
+                top, loss = self._read(task)
         return SweepCell(
             kind=damage.kind,
             layers=list(damage.layers),
             task=task,
             tokens=len(top),
-            agreement=(top == self._whole[task]).double().mean().item(),
+            agreement=(top == self._whole[task][0]).double().mean().item(),
             loss=loss.double().mean().item(),
         )
 
     def tokens(self, task: str) -> int:
         """Count the answers' tokens."""
-        return len(self._whole[task])
+        return len(self._whole[task][0])
+
+    def _go_on_to(self, layer: int) -> None:
+        """Run the whole model's layers below one, from where the last damage began."""
+        below = self._below
+        if layer < below.layers:
+            self._below = below = Below()
+        if layer == below.layers:
+            return
+        hook = self.model.model.layers[layer - 1].register_forward_hook(below.keep)
+        try:
+            with running(self.model, range(below.layers, layer), below if below.layers else None):
+                for task in self.samples:
+                    self._read(task, logits=False)
+        finally:
+            hook.remove()
+        below.layers = layer
 
     @torch.inference_mode()
-    def _read(self, task: str) -> tuple[Tensor, Tensor]:
-        """Give the likeliest token and the reference's cross-entropy, both ``[tokens]``."""
-        samples = self.samples[task]
-        starts = range(0, len(samples), self.batch)
-        parts = [self._read_batch(samples[start : start + self.batch]) for start in starts]
+    def _read(self, task: str, *, logits: bool = True) -> tuple[Tensor, Tensor]:
+        """Return the likeliest token and the reference's cross-entropy, both ``[tokens]``."""
+        samples, parts = self.samples[task], []
+        for start in range(0, len(samples), self.batch):
+            self._below.batch = task, start
+            parts.append(self._read_batch(samples[start : start + self.batch], logits))
         tops, losses = zip(*parts, strict=True)
         return torch.cat(tops), torch.cat(losses)
 
-    def _read_batch(self, samples: list[Sample]) -> tuple[Tensor, Tensor]:
+    def _read_batch(self, samples: list[Sample], logits: bool) -> tuple[Tensor, Tensor]:
         # Padded on the left, so that only the last columns' logits need be computed.
         length, width = (max(sizes) for sizes in zip(*map(_sizes, samples), strict=True))
         ids = torch.zeros(len(samples), length, dtype=torch.long)
@@ -144,11 +218,13 @@ class Judge:
             attention_mask=mask.to(device),
             position_ids=(mask.cumsum(1) - 1).clamp(min=0).to(device),
             use_cache=False,
-            logits_to_keep=width + 1,
+            logits_to_keep=width + 1 if logits else 1,
         )
+        if not logits:
+            return (nothing := torch.zeros(0)), nothing
         wanted = (labels := labels[:, -width:].to(device)) != IGNORED
-        logits, answers = output.logits[:, :-1][wanted].float(), labels[wanted]
-        return logits.argmax(-1), functional.cross_entropy(logits, answers, reduction="none")
+        found, answers = output.logits[:, :-1][wanted].float(), labels[wanted]
+        return found.argmax(-1), functional.cross_entropy(found, answers, reduction="none")
 
 
 def _sizes(sample: Sample) -> tuple[int, int]:
