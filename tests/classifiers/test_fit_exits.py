@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -92,6 +93,25 @@ def test_candidates_are_the_answers_tokens_where_the_scope_looks() -> None:
     samples = [Sample("", [1, 2, 7, 8, 9], 3), Sample("", [1, 5, 7], 1)]
     assert exit_candidates(samples, "answer") == exit_candidates(samples, "prompt") == [7]
     assert exit_candidates(samples, "token") == [8, 9]
+
+
+def test_an_answer_is_right_in_any_of_its_forms() -> None:
+    """The model says something else than the reference's token, but begins another form of it."""
+    model = tiny("llama")
+    own = own_answers(model, 4)
+    said = [one.ids[-one.answer] for one in own]
+    assert 1 not in said
+    wrong = [
+        replace(one, ids=[*one.ids[: -one.answer], 1, *one.ids[len(one.ids) - one.answer + 1 :]])
+        for one in own
+    ]
+    forms = [
+        replace(one, begins=frozenset({token})) for one, token in zip(wrong, said, strict=True)
+    ]
+    assert not cases_of(model, wrong, "answer").right[:, -1].any()
+    assert cases_of(model, forms, "answer").right[:, -1].all()
+    assert not cases_of(model, forms, "token").right[:, -1].all()
+    assert exit_candidates(forms, "answer") == sorted({1, *said})
 
 
 def test_answers_of_one_token_have_nothing_to_decode() -> None:

@@ -17,6 +17,7 @@ class Letters:
     size: int = 1
     bos_token: str | None = START
     eos_token_id: int | None = 2
+    unk_token_id: int | None = None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         ids = [MARKS[START]] if add_special_tokens and self.bos_token else []

@@ -12,8 +12,14 @@ from transformers import AutoTokenizer
 
 from vllm_adaskip import bundled_model
 from vllm_adaskip.lab.data.items import DataError, Item
-from vllm_adaskip.lab.data.tokens import answer_tokens, end_after, end_tokens, prompt_tokens
-from vllm_adaskip.lab.fitting.samples import Sample, sample
+from vllm_adaskip.lab.data.tokens import (
+    answer_tokens,
+    end_after,
+    end_tokens,
+    first_tokens,
+    prompt_tokens,
+)
+from vllm_adaskip.lab.fitting.samples import sample
 
 
 @pytest.mark.parametrize(
@@ -48,7 +54,8 @@ def test_all_of_the_prompt_comes_before_the_answer() -> None:
     """Read in one text the prompt's last letter would join the answer's first."""
     item = Item("a/0", "a", "abc", ("de", "not this"), "exact_match")
     spaced, own = ord(" ") + ord("d"), ord("e")
-    assert sample(item, Letters(size=2)) == Sample("a", [0, 195, 99, spaced, own], 2)
+    read = sample(item, Letters(size=2))
+    assert (read.task, read.ids, read.answer) == ("a", [0, 195, 99, spaced, own], 2)
     assert sample(item, Letters(size=2), [2]).ids[-1] == 2
 
 
@@ -82,3 +89,14 @@ def test_what_has_no_tokens_is_refused() -> None:
         sample(Item("a/0", "a", "", ("yes",), "exact_match"), Letters(bos_token=None))
     with pytest.raises(DataError, match="'a/0': 3 tokens of a prompt, 0 more"):
         sample(Item("a/0", "a", "hi", ("",), "exact_match"), Letters())
+
+
+def test_an_answer_begins_in_the_forms_in_which_models_write_it() -> None:
+    letters = {ord(one) for one in "pP"}
+    assert first_tokens("Is it?\n", "positive", Letters()) == letters
+    assert first_tokens("Is it?", "Positive", Letters()) == letters  # a space alone says nothing
+    pairs = {sum(map(ord, one)) for one in ("po", "Po", "PO", " p", " P")}
+    assert first_tokens("Is it?\n", "positive", Letters(size=2)) == pairs
+    assert first_tokens("so: ", "7", Letters()) == {ord("7")}
+    unknown = Letters(unk_token_id=ord("P"))
+    assert first_tokens("Is it?\n", "positive", unknown) == {ord("p")}

@@ -13,18 +13,28 @@ from torch import Tensor
 from torch.nn import functional
 
 from vllm_adaskip.lab.data.items import DataError, Item
-from vllm_adaskip.lab.data.tokens import answer_tokens, end_after, prompt_tokens
+from vllm_adaskip.lab.data.tokens import (
+    answer_tokens,
+    end_after,
+    first_tokens,
+    prompt_tokens,
+)
 
 IGNORED = -100
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt with its reference answer: all tokens, and how many at the end are the answer."""
+    """A prompt with its reference answer: all tokens, and how many at the end are the answer.
+
+    ``begins`` are tokens by which the answer may begin, in all forms in which models write it;
+    empty: as it stands there.
+    """
 
     task: str
     ids: list[int]
     answer: int
+    begins: frozenset[int] = frozenset()
 
 
 def sample(item: Item, tokenizer: Any, ends: Sequence[int] = ()) -> Sample:
@@ -44,7 +54,8 @@ def sample(item: Item, tokenizer: Any, ends: Sequence[int] = ()) -> Sample:
     answer += end_after(prompt, ends, tokenizer)
     if not prompt or not answer:
         raise DataError(f"item {item.item!r}: {len(prompt)} tokens of a prompt, {len(answer)} more")
-    return Sample(item.task, [*prompt, *answer], len(answer))
+    begins = frozenset(first_tokens(item.prompt, item.references[0], tokenizer))
+    return Sample(item.task, [*prompt, *answer], len(answer), begins)
 
 
 @dataclass(frozen=True)

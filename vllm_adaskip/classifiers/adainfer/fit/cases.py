@@ -39,7 +39,8 @@ class Cases:
     Attributes:
         features: ``[cases, num_layers, 2]`` ``top_prob`` and ``gap`` after each layer.
         agrees: ``[cases, num_layers]`` whether stopping there changes nothing; True at the last.
-        right: ``[cases, num_layers]`` whether what is said then is the example's answer.
+        right: ``[cases, num_layers]`` whether what is said then is the example's answer, which may
+            begin in any of its forms (`Sample.begins`).
         samples: ``[cases]`` the example of each.
         tasks: ``[cases]`` its task.
         passes: ``[cases]`` forwards that are shorter if it stops: 1, but of scope ``prompt`` the
@@ -64,10 +65,12 @@ class Cases:
 
 
 def exit_candidates(samples: Sequence[Sample], scope: Scope) -> list[int]:
-    """Give the tokens that answers have where the scope looks: their first, or all others."""
-    answers = [one.ids[-one.answer :] for one in samples]
-    looked_at = [one[1:] if scope == "token" else one[:1] for one in answers]
-    return sorted({token for one in looked_at for token in one})
+    """Return the tokens that answers have where the scope looks: their first, or all others."""
+    if scope == "token":
+        return sorted(
+            {token for one in samples for token in one.ids[len(one.ids) - one.answer + 1 :]}
+        )
+    return sorted({token for one in samples for token in (one.ids[-one.answer], *one.begins)})
 
 
 @torch.no_grad()
@@ -164,6 +167,9 @@ def _cases(
     agrees = looks.best == looks.best[:, -1:]
     right = looks.best == labels[:, None]
     row = np.nonzero(looks.at)[0]
+    if scope != "token":  # which begins with the answer's second token
+        for first in np.flatnonzero(np.diff(row, prepend=-1) > 0):
+            right[first] |= np.isin(looks.best[first], [*samples[row[first]].begins])
     passes = np.ones(len(row), dtype=np.int64)
     seen = looks.features
     if scope == "prompt":
