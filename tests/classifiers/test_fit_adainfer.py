@@ -113,6 +113,17 @@ def test_layers_that_are_given_are_looked_after(classifier: str) -> None:
     assert [one.layer for one in fitted.layers if one.is_checked] == [2, 4]
 
 
+@pytest.mark.parametrize("classifier", KINDS)
+def test_a_model_that_settles_at_its_end_alone_is_refused(classifier: str) -> None:
+    """As SmolLM2 is with one-word answers: no layer before says the same."""
+    cases = made_up(200)
+    never = np.zeros_like(cases.agrees)
+    never[:, -1] = True
+    never[:7, 2] = True
+    with pytest.raises(ValueError, match="of 160 answers at most 7 are what they will be"):
+        fit_adainfer(replace(cases, agrees=never), told(classifier=classifier), 0.1)
+
+
 def test_looks_that_cost_more_than_they_save_are_refused() -> None:
     with pytest.raises(ValueError, match=r"no check layer pays: .*\(9\.00 layers each\)"):
         fit_adainfer(made_up(500), told(), 9.0)

@@ -112,7 +112,14 @@ def _fit(cases: Cases, folds: Ints, settings: AdaInferSettings) -> ExitFit:
     """Fit at all layers that may be looked after: somebody has to be settled there."""
     layers = settings.check_layers
     if layers is None:
-        layers = np.flatnonzero(cases.agrees[:, :-1].sum(0) >= LEAST).tolist()
+        settled = cases.agrees[:, :-1].sum(0)
+        layers = np.flatnonzero(settled >= LEAST).tolist()
+        if not layers:
+            raise ValueError(
+                f"this model cannot stop early here: of {len(cases)} answers at most "
+                f"{settled.max()} are what they will be after any layer but the last, and "
+                f"{LEAST} are needed to learn from; allowed: other or more examples"
+            )
     if settings.classifier == "svm":
         return SvmFit(cases, folds, layers, settings.kernel, settings.seed)
     return (CrfFit if settings.classifier == "crf" else ThresholdFit)(cases, folds, layers)
