@@ -119,7 +119,7 @@ def test_a_model_that_settles_at_its_end_alone_is_refused(classifier: str) -> No
     cases = made_up(200)
     never = np.zeros_like(cases.agrees)
     never[:, -1] = True
-    never[:7, 2] = True
+    never[-7:, 2] = True
     with pytest.raises(ValueError, match="of 160 answers at most 7 are what they will be"):
         fit_adainfer(replace(cases, agrees=never), told(classifier=classifier), 0.1)
 
