@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_adaskip.classifiers import DecoderShape, SkipPlan
-from vllm_adaskip.engine.graphs import MOST_PLANS, SIZES, GraphBook
-from vllm_adaskip.engine.request import EngineFacts, Planner
+from vllm_adaskip.engine.graphs import SIZES, GraphBook
+from vllm_adaskip.engine.request import MOST_PLANS, EngineFacts, Planner
 from vllm_adaskip.engine.step import NOBODY, Ints
 
 LAYERS = 4

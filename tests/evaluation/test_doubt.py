@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from evaluation.synthetic import DENSE, LAYERS, answer, manifest, timings, write
 
 from vllm_adaskip.lab.data.items import Item
-from vllm_adaskip.lab.evaluation.doubt import chance, doubts
+from vllm_adaskip.lab.evaluation.doubt import doubts
+from vllm_adaskip.lab.evaluation.manifest import chance
 from vllm_adaskip.lab.evaluation.quality import is_narrow
 from vllm_adaskip.lab.evaluation.recommend import recommend
 from vllm_adaskip.lab.evaluation.report import make_report
@@ -254,15 +254,9 @@ def test_what_is_left_to_time(tmp_path: Path) -> None:
     assert left([0.9, 1.0, 1.1], rounds=0) == []
 
 
-@dataclass(frozen=True)
-class Choice(Item):
-    """An item that brings its choices."""
-
-    choices: tuple[str, ...] = ()
-
-
 def test_chance_of_choices_is_a_draw() -> None:
     items = [
-        Choice(f"q/{i}", "q", "?", (f"{i}",), "choice", ("a", "b", "c", "d")) for i in range(20)
+        Item(f"q/{i}", "q", "?", (f"{i}",), "choice", choices=("a", "b", "c", "d"))
+        for i in range(20)
     ]
     assert chance(items) == {"q": 0.25}

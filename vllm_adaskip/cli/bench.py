@@ -25,14 +25,16 @@ if TYPE_CHECKING:
 
 COLUMNS = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
 #: Parameters above which a step takes so long that few of them tell enough.
-_LARGE = 1e8
+_LARGE = 5e8
+#: What is timed where no model is named.
+SHAPES_BY_DEFAULT = ("bundled", "smollm2-135m", "llama-400m", "llama-3.2-1b")
 
 Models = Annotated[
     list[str] | None,
     typer.Option(
         "--model",
-        help="bundled, smollm2-135m, llama-3.2-1b, tinyllama-1.1b, opt-1.3b, or a folder with a "
-        "config; repeatable. If left out: bundled and llama-3.2-1b.",
+        help="bundled, smollm2-135m, llama-400m, llama-3.2-1b, llama-3.1-8b, tinyllama-1.1b, "
+        "opt-1.3b, or a folder with a config; repeatable. If left out: the first four.",
     ),
 ]
 Rounds = Annotated[int, typer.Option(min=2, help="Turns that each variant takes.")]
@@ -58,7 +60,8 @@ def table(
 ) -> None:
     """Time stock vLLM, the plugin, one plan, mixed plans and deleted layers, turn by turn.
 
-    All in one process on one thread, with made-up weights, which cost the same as trained ones.
+    All compiled, as vLLM is by default, and stock vLLM eager too. In one process on one thread,
+    with made-up weights, which cost the same as trained ones.
     """
     if context.invoked_subcommand is not None:
         return
@@ -93,7 +96,7 @@ def shapes_of(names: list[str] | None, *, kv_space: int = 1) -> list[Shape]:
     from vllm_adaskip.lab.bench.shapes import Shape
 
     alone(kv_space)
-    return [Shape.of(name) for name in names or ["bundled", "llama-3.2-1b"]]
+    return [Shape.of(name) for name in names or [*SHAPES_BY_DEFAULT]]
 
 
 def effort_for(shape: Shape, rounds: int) -> Effort:

@@ -16,8 +16,6 @@ import numpy as np
 from vllm_adaskip.classifiers import SkipPlan
 from vllm_adaskip.engine.step import Bools, Ints, Step
 
-#: Each plan costs a graph a size, of 1 MiB or more, and a second or two at start-up.
-MOST_PLANS = 8
 #: Rows; a step is padded by a third at most from 4 rows on.
 SIZES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 

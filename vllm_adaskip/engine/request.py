@@ -23,13 +23,14 @@ from vllm_adaskip.classifiers import (
 )
 from vllm_adaskip.classifiers.hub import located
 from vllm_adaskip.classifiers.plan import shown
-from vllm_adaskip.engine.graphs import MOST_PLANS
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
 
 KEYS = ("adaskip", "adaskip_skip", "adaskip_budget")
 UNKNOWN = "unknown"
+#: That have CUDA graphs, dense among them: each costs one a size, and some seconds at start-up.
+MOST_PLANS = 8
 #: Why requests are refused: the argument that is wrong, or ``unknown``. A closed set, so that
 #: clients cannot make up metric labels.
 REASONS = (*KEYS, UNKNOWN)

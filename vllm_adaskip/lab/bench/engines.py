@@ -40,7 +40,14 @@ def alone(kv_space: int = 1) -> None:
 
 @contextmanager
 def engine(model: str, *, plugin: Mapping[str, Any] | None = None, **options: Any) -> Iterator[Any]:
-    """Start an engine with made-up weights; ``plugin``: with ours and these options of it."""
+    """Start an engine with made-up weights, compiled as vLLM is by default.
+
+    Args:
+        model: folder of its config.
+        plugin: with ours and these options of it; None: stock vLLM.
+        options: vLLM's, which go before what all these engines have.
+
+    """
     from vllm import LLM
 
     from vllm_adaskip import engine_args
@@ -50,7 +57,6 @@ def engine(model: str, *, plugin: Mapping[str, Any] | None = None, **options: An
     common: dict[str, Any] = {
         "load_format": "dummy",
         "skip_tokenizer_init": True,
-        "enforce_eager": True,
         "max_model_len": 512,
         "max_num_seqs": 128,
         "max_num_batched_tokens": 8192,

@@ -17,6 +17,11 @@ def shared(num_layers: int, share: float = 0.5, unit: Unit = "layer") -> SkipPla
     return SkipPlan.parse(evenly(candidates, round(share * len(candidates))), num_layers)
 
 
+def two_left_out(num_layers: int) -> SkipPlan:
+    """Return a plan that leaves out two layers, a third and two thirds up."""
+    return SkipPlan.parse([num_layers // 3, 2 * num_layers // 3], num_layers)
+
+
 def distinct(
     num_layers: int, count: int, share: float = 0.5, unit: Unit = "layer"
 ) -> list[SkipPlan]:

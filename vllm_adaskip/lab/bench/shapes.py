@@ -21,6 +21,17 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 49_152,
         "tie_word_embeddings": True,
     },
+    "llama-400m": {
+        "model_type": "llama",
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "vocab_size": 49_152,
+        "tie_word_embeddings": True,
+    },
     "llama-3.2-1b": {
         "model_type": "llama",
         "hidden_size": 2048,

@@ -21,12 +21,14 @@ from vllm_adaskip.lab.bench.shapes import Shape
 from vllm_adaskip.lab.bench.variants import (
     CONTROL,
     DECIDED,
+    EAGER,
     MIXTURES,
     NEARLY,
     OFF,
     ONE,
     SMALLER,
     STOCK,
+    TWO,
     Effort,
     Engines,
     Say,
@@ -64,9 +66,14 @@ class Suite:
         case = f"decode, batch {batch}"
         taken = self._turns(case, engines.decoding(batch, self.effort), self.effort.rounds)
         plans = engines.plans(batch)
-        plans |= {STOCK: plans[OFF], CONTROL: plans[OFF], SMALLER: plans[ONE], DECIDED: plans[ONE]}
+        plans |= dict.fromkeys((STOCK, CONTROL, EAGER), plans[OFF])
+        plans |= {SMALLER: plans[ONE], DECIDED: plans[ONE]}
         self._keep(case, taken, {name: self._roof(rows) for name, rows in plans.items()})
         self._promise(f"{case}: nothing skipped", 0.99, ratio(taken, STOCK, OFF))
+        due = 2 / self.shape.num_layers
+        saved = [1 - two / stock for stock, two in zip(taken[STOCK], taken[TWO], strict=True)]
+        name = f"{case}: two layers left out, saved of their share of all layers"
+        self._promise(name, 0.9, Spread.of([each / due for each in saved]))
         gone = ratio(taken, SMALLER, ONE)
         self._promise(f"{case}: one plan, against layers gone", 0.97, gone)
         if batch == 64:

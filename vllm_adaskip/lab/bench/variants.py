@@ -14,15 +14,17 @@ from typing import Any
 from vllm_adaskip.classifiers import SkipPlan
 from vllm_adaskip.lab.bench.bound import nearly_dense
 from vllm_adaskip.lab.bench.engines import Arguments, decode, engine, following, untrained_first
-from vllm_adaskip.lab.bench.plans import deal, distinct, shared
+from vllm_adaskip.lab.bench.plans import deal, distinct, shared, two_left_out
 from vllm_adaskip.lab.bench.rounds import Run
 from vllm_adaskip.lab.bench.shapes import Shape
 
 #: Distinct plans in one batch.
 MIXTURES = (2, 4, 8, 64)
 STOCK, CONTROL, OFF = "stock vLLM", "stock vLLM once more", "plugin, nothing skipped"
+EAGER = "stock vLLM, eager"
 ONE, SMALLER = "one plan for all", "layers physically gone"
 NEARLY, DECIDED = "all but one layer", "decided at prefill, drawn together"
+TWO = "two layers left out"
 
 #: Announces some work and in how many turns it comes; gives what to call after each of them.
 Say = Callable[[str, int], Callable[[], None]]
@@ -62,7 +64,8 @@ class Engines:
     Attributes:
         shape: of the model.
         model: its folder.
-        stock: stock vLLM.
+        stock: stock vLLM, compiled, as all but the next.
+        eager: stock vLLM with ``enforce_eager``.
         plugin: with the plugin; plans come with the requests.
         smaller: stock vLLM with half of the layers physically gone.
         first: the plugin with FiRST, which decides on half of the layers, ``coalesce`` 1.
@@ -72,6 +75,7 @@ class Engines:
     shape: Shape
     model: str
     stock: Any
+    eager: Any
     plugin: Any
     smaller: Any
     first: Any
@@ -88,14 +92,21 @@ class Engines:
             "budget": 0.5,
             "coalesce": 1.0,
         }
-        wanted: tuple[tuple[str, dict[str, Any] | None], ...]
-        wanted = ((model, None), (model, {}), (half, None), (model, first))
+        wanted: tuple[tuple[str, dict[str, Any] | None, bool], ...]
+        wanted = (
+            (model, None, False),
+            (model, None, True),
+            (model, {}, False),
+            (half, None, False),
+            (model, first, False),
+        )
         gc.collect()  # what earlier engines hold goes only with them
         started = say(f"{shape.name}: starting engines", len(wanted))
         with ExitStack() as stack:
             engines = []
-            for path_, plugin in wanted:
-                engines.append(stack.enter_context(engine(path_, plugin=plugin)))
+            for path_, plugin, eager in wanted:
+                one = engine(path_, plugin=plugin, enforce_eager=eager)
+                engines.append(stack.enter_context(one))
                 started()
             yield cls(shape, model, *engines)
 
@@ -111,6 +122,7 @@ class Engines:
             OFF: [SkipPlan(layers)] * batch,
             ONE: [shared(layers)] * batch,
             **mixtures,
+            TWO: [two_left_out(layers)] * batch,
             NEARLY: [nearly_dense(layers)] * batch,
         }
 
@@ -121,6 +133,7 @@ class Engines:
         return {
             STOCK: stepping(self.stock, nothing, effort),
             CONTROL: stepping(self.stock, nothing, effort),
+            EAGER: stepping(self.eager, nothing, effort),
             SMALLER: stepping(self.smaller, nothing, effort),
             **{name: stepping(self.plugin, following(plans), effort) for name, plans in planned},
             DECIDED: stepping(self.first, nothing, effort),

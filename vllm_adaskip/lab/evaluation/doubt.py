@@ -3,21 +3,17 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import sqrt
 from typing import Literal
 
-from vllm_adaskip.lab.data.items import Item
 from vllm_adaskip.lab.data.metrics import PERPLEXITY
 from vllm_adaskip.lab.evaluation.quality import LEAST_ROUNDS, Quality, resampled
 from vllm_adaskip.lab.evaluation.summary import SettingSummary, Speed, Summary
 
 #: A mean score up to this is near nothing.
 NOTHING = 0.05
-#: Of fewer items the labels' frequencies say nothing.
-_LABELS = 10
 #: Share of dense's time by which a time may be below the compute kept, which counts parameters.
 _SLACK = 0.02
 
@@ -47,24 +43,6 @@ class Doubts:
     def of(self, setting: str) -> list[Doubt]:
         """Return what speaks against a setting."""
         return [*self.run, *self.settings.get(setting, [])]
-
-
-def chance(items: Sequence[Item]) -> dict[str, float]:
-    """Return by task what answers without knowledge score, where references repeat or are choices.
-
-    It is the better of the most frequent reference as the answer to all, and of a drawn choice.
-    """
-    found: dict[str, float] = {}
-    for task in dict.fromkeys(item.task for item in items):
-        members = [item for item in items if item.task == task]
-        labels = Counter(item.references[0].strip().lower() for item in members)
-        luck = [labels.most_common(1)[0][1] / len(members)] if len(labels) < len(members) else []
-        choices = [len(own) for item in members if (own := item.choices)]
-        if len(choices) == len(members):
-            luck.append(sum(1 / many for many in choices) / len(members))
-        if luck and len(members) >= _LABELS:
-            found[task] = max(luck)
-    return found
 
 
 def doubts(summary: Summary, max_drop: float = 0.0) -> Doubts:

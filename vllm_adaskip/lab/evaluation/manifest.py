@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -17,7 +18,6 @@ from vllm_adaskip.classifiers.hub import CONTENTS, located
 from vllm_adaskip.classifiers.profile import fingerprint
 from vllm_adaskip.lab import digest
 from vllm_adaskip.lab.data.items import Item
-from vllm_adaskip.lab.evaluation.doubt import chance
 from vllm_adaskip.lab.evaluation.results import Manifest, Results, ResultsError, Setting
 
 #: Packages that decide answers and scores.
@@ -28,6 +28,9 @@ _DECIDING = (
 _OTHERS = ("numpy", "scipy")
 #: Of the hardware, what decides times; the operating system's release does not.
 _MACHINE = ("processor", "cores", "threads", "accelerators")
+
+#: Of fewer items the labels' frequencies say nothing.
+_LABELS = 10
 
 
 def new_manifest(
@@ -87,6 +90,24 @@ def metrics_of(items: Sequence[Item]) -> str:
     """Return the items' metrics: their names where they are few, else a digest."""
     names = dict.fromkeys(item.metric for item in items)
     return names.popitem()[0] if len(names) == 1 else digest.of_data([one.metric for one in items])
+
+
+def chance(items: Sequence[Item]) -> dict[str, float]:
+    """Return by task what answers without knowledge score, where references repeat or are choices.
+
+    It is the better of the most frequent reference as the answer to all, and of a drawn choice.
+    """
+    found: dict[str, float] = {}
+    for task in dict.fromkeys(item.task for item in items):
+        members = [item for item in items if item.task == task]
+        labels = Counter(item.references[0].strip().lower() for item in members)
+        luck = [labels.most_common(1)[0][1] / len(members)] if len(labels) < len(members) else []
+        choices = [len(own) for item in members if (own := item.choices)]
+        if len(choices) == len(members):
+            luck.append(sum(1 / many for many in choices) / len(members))
+        if luck and len(members) >= _LABELS:
+            found[task] = max(luck)
+    return found
 
 
 def start_or_resume(results: Results, manifest: Manifest) -> Manifest:
