@@ -31,7 +31,7 @@ def _main(model: str, which: str) -> None:
 
     alone()
     # Eager: what a compiler needs while it works is not what stays.
-    plugin = {} if which == "plugin" else None
+    plugin: dict[str, str] | None = {} if which == "plugin" else None
     with engine(model, plugin=plugin, enforce_eager=True) as llm:
         layers = llm.llm_engine.model_config.hf_config.num_hidden_layers
         plans = following(distinct(layers, _BATCH)) if which == "plugin" else [None] * _BATCH
