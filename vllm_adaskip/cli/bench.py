@@ -13,17 +13,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 from rich.table import Table
 
-from vllm_adaskip.cli.run import plain_errors
+from vllm_adaskip.cli.run import COLUMNS, plain_errors
 
 if TYPE_CHECKING:
     from vllm_adaskip.lab.bench.results import Results
     from vllm_adaskip.lab.bench.shapes import Shape
     from vllm_adaskip.lab.bench.variants import Effort, Say
 
-COLUMNS = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
 #: Parameters above which a step takes so long that few of them tell enough.
 _LARGE = 5e8
 #: What is timed where no model is named.

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from pydantic import BaseModel, ValidationError
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from vllm_adaskip.bundled import bundled_model
 from vllm_adaskip.classifiers.base import MethodOptions
 from vllm_adaskip.classifiers.profile import FILE, Profile, fingerprint
-from vllm_adaskip.cli.run import console
+from vllm_adaskip.cli.run import COLUMNS, console
 
 if TYPE_CHECKING:
     from vllm_adaskip.classifiers.plan import DecoderShape
@@ -167,8 +167,7 @@ def checked(kind: type[Settings], **told: Any) -> Settings:
 @contextmanager
 def progress(steps: int) -> Iterator[Callable[[str, int], None]]:
     """Show a bar; give what is told what is being done, and how many more steps are."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    with Progress(*columns, TimeRemainingColumn(), console=console) as shown:
+    with Progress(*COLUMNS, console=console) as shown:
         bar = shown.add_task("", total=steps)
         yield lambda what, done: shown.update(bar, description=what, advance=done)
 

@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from vllm_adaskip.bundled import bundled_model
 from vllm_adaskip.lab.data.items import Item
@@ -42,6 +49,15 @@ if TYPE_CHECKING:
 BUDGETS = [0.9, 0.75, 0.6]
 #: Times the rounds that were asked for, at most, where times vary.
 MORE = 3
+#: Of every progress bar: what, how much of it, the time so far, and the time that is left.
+COLUMNS = (
+    TextColumn("{task.description}"),
+    BarColumn(),
+    MofNCompleteColumn(),
+    TimeElapsedColumn(),
+    TextColumn("left"),
+    TimeRemainingColumn(),
+)
 console = Console(stderr=True)
 
 Model = Annotated[str, typer.Option(help="Path or hub id; the bundled model if left out.")]
@@ -253,8 +269,7 @@ def answer_and_time(
 
     timed = Timed(batch, max_tokens, most=MORE * rounds)
     work = Work.left(results, settings, items, rounds, timed)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+    with Progress(*COLUMNS, console=console) as progress:
         bar = progress.add_task("", total=work.steps)
         evaluate(
             results,

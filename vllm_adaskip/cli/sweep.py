@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from rich.table import Table
 
 from vllm_adaskip.cli.run import (
+    COLUMNS,
     ApplyChatTemplate,
     Columns,
     Data,
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
     from vllm_adaskip.lab.evaluation.results import SweepCell
     from vllm_adaskip.lab.evaluation.sleb import Step
     from vllm_adaskip.lab.evaluation.sweep import Damage, Judge, Sweep
-
-COLUMNS = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
 
 
 def sweep(
