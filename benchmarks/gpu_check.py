@@ -146,7 +146,7 @@ def replayed(llm: Any) -> int:
 
 
 def is_wrong(reference: Any, prompt: Any, plan: Any, tokens: list[int], kv_fill: str) -> bool:
-    """Tell whether tokens differ from the reference where they had to be the same."""
+    """Return whether tokens differ from the reference where they had to be the same."""
     want, _ = reference.generate(prompt, plan, len(tokens), kv_fill=kv_fill)
     if tokens == want:
         return False

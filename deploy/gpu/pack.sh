@@ -2,7 +2,7 @@
 # Packs vLLM for a machine that has a GPU and Python, but no network: torch, Triton, vLLM and what
 # they need, with the device code of other cards zeroed. Run it where pip works.
 #   deploy/gpu/pack.sh OUT [CARD] [PYTHON]      CARD 90: H100, H200; PYTHON 3.12: of that machine
-#   deploy/gpu/pack.sh OUT | on the machine: deploy/gpu/unpack.sh OUT SITE; export PYTHONPATH=SITE
+# There: deploy/gpu/unpack.sh OUT SITE, then export PYTHONPATH=SITE.
 # OUT/site.tar.xz.00, .01, ... are pieces of 48 MiB, for ways that take no more at a time.
 # CUDA's own libraries are not packed: they come with the machine's torch, as packages nvidia/*.
 set -euo pipefail

@@ -24,7 +24,7 @@ from deploy.ray.batch_args import BatchArgs
 from deploy.ray.batch_parts import Parts, digest
 from deploy.ray.batch_rows import SCHEMA, RowCheck, RowError, read
 from vllm_adaskip.classifiers.hub import CONTENTS, located
-from vllm_adaskip.lab.digest import of_folder, of_model
+from vllm_adaskip.lab.digest import commit_of, of_folder, of_model
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -63,7 +63,7 @@ def _files(args: BatchArgs) -> dict[str, str]:
     """Return digests of the model's and the profile's files, whose names may stay the same."""
     from transformers import AutoConfig
 
-    commit = getattr(AutoConfig.from_pretrained(args.model), "_commit_hash", None)
+    commit = commit_of(AutoConfig.from_pretrained(args.model))
     found = {"model files": of_model(args.model, commit)}
     if (profile := args.adaskip.get("profile")) is not None:
         found["profile files"] = of_folder(located(str(profile)), CONTENTS)

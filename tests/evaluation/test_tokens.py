@@ -93,10 +93,10 @@ def test_what_has_no_tokens_is_refused() -> None:
 
 def test_an_answer_begins_in_the_forms_in_which_models_write_it() -> None:
     letters = {ord(one) for one in "pP"}
-    assert first_tokens("Is it?\n", "positive", Letters()) == letters
-    assert first_tokens("Is it?", "Positive", Letters()) == letters  # a space alone says nothing
+    assert first_tokens("positive", Letters()) == letters
+    assert first_tokens("Positive", Letters()) == letters  # a space alone says nothing
     pairs = {sum(map(ord, one)) for one in ("po", "Po", "PO", " p", " P")}
-    assert first_tokens("Is it?\n", "positive", Letters(size=2)) == pairs
-    assert first_tokens("so: ", "7", Letters()) == {ord("7")}
+    assert first_tokens("positive", Letters(size=2)) == pairs
+    assert first_tokens("7", Letters()) == {ord("7")}
     unknown = Letters(unk_token_id=ord("P"))
-    assert first_tokens("Is it?\n", "positive", unknown) == {ord("p")}
+    assert first_tokens("positive", unknown) == {ord("p")}

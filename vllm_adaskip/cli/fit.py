@@ -83,6 +83,7 @@ def subject(
     from transformers import AutoConfig, AutoTokenizer
 
     from vllm_adaskip.lab.data.tokens import end_tokens
+    from vllm_adaskip.lab.digest import commit_of
     from vllm_adaskip.lab.fitting.samples import sample
 
     config = AutoConfig.from_pretrained(path)
@@ -93,8 +94,7 @@ def subject(
     for item, one in zip(items, samples, strict=True):
         if allowed is not None and len(one.ids) > allowed:
             raise ValueError(f"{item.item}: {len(one.ids)} tokens; the model allows {allowed}")
-    commit = getattr(config, "_commit_hash", None)
-    return Subject(model or "bundled", path, commit, config.to_dict(), samples)
+    return Subject(model or "bundled", path, commit_of(config), config.to_dict(), samples)
 
 
 def loaded(one: Subject, device: str) -> Any:

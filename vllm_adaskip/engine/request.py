@@ -209,8 +209,8 @@ class Planner:
     def _known_plans(self) -> list[SkipPlan]:
         num_layers = self.facts.shape.num_layers
         named = [SkipPlan.parse(one, num_layers) for one in self.facts.graph_plans]
-        first = [*dict.fromkeys(plan for plan in (self._default.plan, *named) if plan)]
-        first = [plan for plan in first if not plan.is_dense]
+        own = (self._default.plan, *named)
+        first = dict.fromkeys(plan for plan in own if plan and not plan.is_dense)
         if len(first) >= MOST_PLANS:
             raise ValueError(
                 f"graph_plans: {len(named)} plans; allowed: {MOST_PLANS} with dense and the "

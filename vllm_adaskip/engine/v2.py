@@ -82,11 +82,8 @@ class AdaSkipModelState(DefaultModelState):
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, *args, **kwargs)
         self._state = shared_state(vllm_config)
-        most_rows = vllm_config.scheduler_config.max_num_seqs
-        self._order = BatchOrder(self._state.table, most_rows)
-        self._most_rows = most_rows
+        self._order = BatchOrder(self._state.table, vllm_config.scheduler_config.max_num_seqs)
         self._graphs: dict[SkipPlan, PlanGraphs] = {}
-        self._shared: Shared | None = None
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         """Put a request into a row that enters, or comes back after preemption.
@@ -122,17 +119,18 @@ class AdaSkipModelState(DefaultModelState):
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         """Drop graphs that vLLM had captured to measure their memory; the cache is another now."""
         super().initialize_kv_cache(*args, **kwargs)
-        self._graphs, self._shared = {}, None
+        self._graphs, self._state.graphs = {}, None
 
     def capture_inner_cudagraphs(self, *runner: Any) -> None:
         """Capture a graph of each plan that is known now, for each size; from 0.32 on."""
         planner, table = self._state.planner, self._state.table
-        book = GraphBook(planner.known_plans, table.num_layers, self._most_rows)
+        most_rows = self.vllm_config.scheduler_config.max_num_seqs
+        book = GraphBook(planner.known_plans, table.num_layers, most_rows)
         self._graphs = {}
-        self._shared = Shared(self.vllm_config, book.sizes, super().prepare_attn, *runner)
+        shared = Shared(self.vllm_config, book.sizes, super().prepare_attn, *runner)
         for plan in book.plans:
             bodies = cache(lambda size, plan=plan: self.model.body(book.step(Entry(plan, size))))
-            self._graphs[plan] = graphs = PlanGraphs(self._shared)
+            self._graphs[plan] = graphs = PlanGraphs(shared)
             graphs.capture(bodies)
         self._state.graphs = book
 
@@ -143,14 +141,14 @@ class AdaSkipModelState(DefaultModelState):
         if (entry := self._entry()) is None:
             metadata: dict[str, Any] = super().prepare_attn(input_batch, *args, **kwargs)
             return metadata
-        assert self._shared is not None
-        state.replay = partial(self._graphs[entry.plan].replay, entry.size)
-        return self._shared.refresh(input_batch, entry.size)
+        graphs = self._graphs[entry.plan]
+        state.replay = partial(graphs.replay, entry.size)
+        return graphs.shared.refresh(input_batch, entry.size)
 
     def _entry(self) -> Entry | None:
         """Return the graph for the batch that `preprocess_state` told of; None: there is none."""
         book, lengths, table = self._state.graphs, self._state.lengths, self._state.table
-        if book is None or lengths is None or not self._graphs:  # a warm-up has no lengths
+        if book is None or lengths is None:  # a warm-up has no lengths
             return None
         starts, seq_lens = lengths
         rows = len(seq_lens)
@@ -159,5 +157,5 @@ class AdaSkipModelState(DefaultModelState):
         return entry
 
     def get_additional_cg_support(self) -> tuple[Any, str | None]:
-        """Tell the runner that none of its graphs may hold a whole step."""
+        """Return that none of the runner's graphs may hold a whole step."""
         return no_full_graphs()

@@ -31,6 +31,12 @@ def of_items(items: Sequence[Item]) -> str:
     return of_data([[getattr(item, name) for name in names] for item in items])
 
 
+def commit_of(config: Any) -> str | None:
+    """Return the commit of a hub id, from the config that transformers read; None for a folder."""
+    commit: str | None = getattr(config, "_commit_hash", None)
+    return commit
+
+
 def of_model(model: str, commit: str | None) -> str:
     """Return what tells a model from another one of the same shape.
 

@@ -102,7 +102,7 @@ def _from_file(
 
 
 def _labelled(items: list[Item]) -> list[Item]:
-    """Tell items of metric ``accuracy`` their choices, or else all labels of their task."""
+    """Return items that know, for metric ``accuracy``, their choices or all labels of the task."""
     labels: dict[str, dict[str, None]] = {}
     for item in items:
         if item.metric == "accuracy":

@@ -30,8 +30,8 @@ def answer_tokens(prompt: str, answer: str, tokenizer: Any) -> list[int]:
     return list(tokenizer.encode(text, add_special_tokens=False))
 
 
-def first_tokens(prompt: str, answer: str, tokenizer: Any) -> set[int]:
-    """Return the tokens by which a model may begin an answer to this prompt.
+def first_tokens(answer: str, tokenizer: Any) -> set[int]:
+    """Return the tokens by which a model may begin an answer.
 
     As it is written, with a capital letter and without, and in capitals; after a space and at once.
     """
@@ -41,7 +41,6 @@ def first_tokens(prompt: str, answer: str, tokenizer: Any) -> set[int]:
         for gap in ("", " ")
         for word in words
     }
-    begun.add(tuple(answer_tokens(prompt, answer, tokenizer)[:1]))
     # A space alone begins any answer, and so does what the tokenizer does not know.
     any_ones = {*tokenizer.encode(" ", add_special_tokens=False), tokenizer.unk_token_id}
     return {token for one in begun for token in one if token not in any_ones}

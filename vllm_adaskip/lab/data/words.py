@@ -79,7 +79,7 @@ def labels_as_words(labels: tuple[str, ...]) -> frozenset[tuple[str, ...]]:
 
 
 def _negated(before: Sequence[str]) -> bool:
-    """Tell whether what comes after these words is denied by them."""
+    """Return whether what comes after these words is denied by them."""
     left = [word for word in before if word not in _BETWEEN]
     return left[-2:] in _NEGATED or bool(_NEGATIONS.intersection(left[-1:]))
 

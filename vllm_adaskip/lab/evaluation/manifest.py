@@ -57,7 +57,7 @@ def new_manifest(
         engine=engine,
         settings=list(settings),
         seed=seed,
-        inputs={"model files": digest.of_model(model, getattr(config, "_commit_hash", None))},
+        inputs={"model files": digest.of_model(model, digest.commit_of(config))},
         versions=_versions(),
         hardware=_hardware(),
         commit=_commit(),

@@ -133,7 +133,7 @@ def median_interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def is_narrow(ratios: Sequence[float]) -> bool:
-    """Tell whether times against dense say enough: their interval is no wider than the gain."""
+    """Return whether times against dense say enough: their interval is no wider than the gain."""
     if len(ratios) < LEAST_ROUNDS:
         return False
     low, high = median_interval(ratios)

@@ -37,7 +37,7 @@ class Timed:
     most: int = 0
 
     def wants_more(self, ratios: Sequence[float]) -> bool:
-        """Tell whether a setting needs one more round after those that were asked for."""
+        """Return whether a setting needs one more round after those that were asked for."""
         return 0 < len(ratios) < self.most and not is_narrow(ratios)
 
 

@@ -96,18 +96,17 @@ class Below(nn.Module):
 @contextmanager
 def damaged(model: Any, damage: Damage, below: Below | None = None) -> Iterator[None]:
     """Damage a transformers model for a while; ``below`` runs in the stead of its first layers."""
-    whole = damage.order(len(model.model.layers))
-    order = whole if below is None else whole[below.layers :]
-    with running(model, order, below if below is not None and below.layers else None):
+    below = below or Below()
+    with running(model, below, damage.order(len(model.model.layers))[below.layers :]):
         yield
 
 
 @contextmanager
-def running(model: Any, order: Sequence[int], before: nn.Module | None = None) -> Iterator[None]:
-    """Have a transformers model run these layers, in this order, for a while."""
+def running(model: Any, below: Below, order: Sequence[int]) -> Iterator[None]:
+    """Have a transformers model run what stands for its first layers, then these, for a while."""
     decoder, config = model.model, model.model.config
     layers, types = decoder.layers, getattr(config, "layer_types", None)
-    first = [] if before is None else [before]
+    first = [below] if below.layers else []
     try:
         decoder.layers = nn.ModuleList([*first, *(layers[layer] for layer in order)])
         config.num_hidden_layers = len(decoder.layers)
@@ -157,11 +156,9 @@ class Judge:
         """
         if damage == WHOLE:
             top, loss = self._whole[task]
-        elif not self._keeps:
-            with damaged(self.model, damage):
-                top, loss = self._read(task)
         else:
-            self._go_on_to(damage.first)
+            if self._keeps:
+                self._go_on_to(damage.first)
             with damaged(self.model, damage, self._below):
                 top, loss = self._read(task)
         return SweepCell(
@@ -186,7 +183,7 @@ class Judge:
             return
         hook = self.model.model.layers[layer - 1].register_forward_hook(below.keep)
         try:
-            with running(self.model, range(below.layers, layer), below if below.layers else None):
+            with running(self.model, below, range(below.layers, layer)):
                 for task in self.samples:
                     self._read(task, logits=False)
         finally:

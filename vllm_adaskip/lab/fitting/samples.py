@@ -27,8 +27,8 @@ IGNORED = -100
 class Sample:
     """A prompt with its reference answer: all tokens, and how many at the end are the answer.
 
-    ``begins`` are tokens by which the answer may begin, in all forms in which models write it;
-    empty: as it stands there.
+    ``begins`` are more tokens by which the answer may begin, in all forms in which models write
+    it; empty: it begins as it stands there.
     """
 
     task: str
@@ -54,7 +54,7 @@ def sample(item: Item, tokenizer: Any, ends: Sequence[int] = ()) -> Sample:
     answer += end_after(prompt, ends, tokenizer)
     if not prompt or not answer:
         raise DataError(f"item {item.item!r}: {len(prompt)} tokens of a prompt, {len(answer)} more")
-    begins = frozenset(first_tokens(item.prompt, item.references[0], tokenizer))
+    begins = frozenset(first_tokens(item.references[0], tokenizer))
     return Sample(item.task, [*prompt, *answer], len(answer), begins)
 
 

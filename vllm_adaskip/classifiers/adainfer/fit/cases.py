@@ -167,16 +167,16 @@ def _cases(
     agrees = looks.best == looks.best[:, -1:]
     right = looks.best == labels[:, None]
     row = np.nonzero(looks.at)[0]
+    first = np.diff(row, prepend=-1) > 0
+    starts = np.flatnonzero(first)
     if scope != "token":  # which begins with the answer's second token
-        for first in np.flatnonzero(np.diff(row, prepend=-1) > 0):
-            right[first] |= np.isin(looks.best[first], [*samples[row[first]].begins])
+        for start in starts:
+            right[start] |= np.isin(looks.best[start], [*samples[row[start]].begins])
     passes = np.ones(len(row), dtype=np.int64)
     seen = looks.features
     if scope == "prompt":
-        first = np.diff(row, prepend=-1) > 0  # said by the prompt, at full depth
-        agrees[first] = True
+        agrees[first] = True  # said by the prompt, at full depth
         right[first] = right[first][:, -1:]
-        starts = np.flatnonzero(first)
         agrees = np.logical_and.reduceat(agrees, starts)
         right = np.logical_and.reduceat(right, starts)
         passes = np.add.reduceat(passes, starts) - 1
