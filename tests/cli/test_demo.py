@@ -68,7 +68,9 @@ def test_sub_layers_that_ran_equally_often_stand_together() -> None:
 
 def test_the_verdict_says_slower_where_it_is() -> None:
     taken = {"stock": [1.0, 2.0, 1.0], "dense": [1.0, 2.0, 1.0]}
-    taken |= {"everybody skip 1": [1.2, 2.4, 1.0], "everybody skip 1-5": [0.7, 1.4, 0.9]}
+    taken |= {"everybody skip 1": [1.2, 2.4, 1.1], "everybody skip 1-5": [0.7, 1.4, 0.9]}
+    taken["everybody skip 2"] = [0.9, 1.8, 1.1]
     said = demo._verdict(taken)
     assert "'skip 1' was 20% slower than compiled stock vLLM" in said
     assert "'skip 1-5' was 30% faster than compiled stock vLLM" in said
+    assert "'skip 2' was neither faster nor slower in all rounds than compiled stock" in said

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -73,13 +71,15 @@ def demo(
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # two compile at once
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else it compiles on one
     console = Console()
     one = _subject(console)
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
     with Progress(*columns, console=console) as progress:
-        step = progress.add_task(f"compiling {one.name} for vLLM, stock and with the plugin")
-        stock, plugin = _engines(one.path)
+        step = progress.add_task(f"compiling {one.name} in stock vLLM (a minute or two)")
+        stock = _engine(one.path)
+        progress.update(step, description=f"compiling {one.name} in vLLM with the plugin")
+        plugin = _engine(one.path, plugin=True)
         progress.update(step, description="answering each question under each plan, in one batch")
         answers, report = _answers(plugin, one)
         progress.update(step, description=f"timing {rounds} rounds of {len(one.plans) + 1}")
@@ -113,15 +113,6 @@ def _bundled() -> Subject:
     return Subject(
         "the bundled model", bundled_model(), 12, prompts, prompts, [5, 6], [*range(3, 9)]
     )
-
-
-def _engines(path: str) -> tuple[LLM, LLM]:
-    """Return stock vLLM, which another process compiles meanwhile into vLLM's cache, and ours."""
-    code = "import sys; from vllm_adaskip.cli.demo import _engine; _engine(sys.argv[1])"
-    command, null = [sys.executable, "-c", code, path], subprocess.DEVNULL
-    with subprocess.Popen(command, stdout=null, stderr=null):
-        plugin = _engine(path, plugin=True)
-    return _engine(path), plugin
 
 
 def _engine(path: str, plugin: bool = False) -> LLM:
@@ -202,28 +193,33 @@ def _ran_table(report: Mapping[str, Any]) -> Table:
     return table
 
 
-def _ratio(timings: Mapping[str, list[float]], name: str) -> float:
-    """Return a variant's time against stock's beside it: the machine's drift cancels out."""
+def _ratios(timings: Mapping[str, list[float]], name: str) -> list[float]:
+    """Return a variant's time against stock's, round by round: the machine's drift cancels out."""
     stock = next(iter(timings.values()))
-    return statistics.median(mine / his for mine, his in zip(timings[name], stock, strict=True))
+    return [mine / his for mine, his in zip(timings[name], stock, strict=True)]
 
 
 def _time_table(timings: Mapping[str, list[float]], batch: int, tokens: int) -> Table:
     rounds = len(next(iter(timings.values())))
     title = f"{batch} sequences of {tokens} tokens, {rounds} rounds in turn"
-    table = Table("variant", "median", "time against stock", title=title, box=SIMPLE_HEAD)
+    columns = "variant", "median", "time against stock", "least to most"
+    table = Table(*columns, title=title, box=SIMPLE_HEAD)
     for name, seconds in timings.items():
+        found = _ratios(timings, name)
         median = f"{statistics.median(seconds) * 1e3:.0f} ms"
-        table.add_row(name, median, f"{_ratio(timings, name):.2f}")
+        spread = f"{min(found):.2f} to {max(found):.2f}"
+        table.add_row(name, median, f"{statistics.median(found):.2f}", spread)
     return table
 
 
 def _verdict(timings: Mapping[str, list[float]]) -> str:
-    """Say of each plan whether it was faster."""
+    """Say of each plan whether it was faster, if all rounds agree."""
     said = []
     for name in [*timings][2:]:
-        share = _ratio(timings, name) - 1
-        word = "slower" if share > 0 else "faster"
-        plan = name.removeprefix("everybody ")
-        said.append(f"'{plan}' was {abs(share):.0%} {word} than compiled stock vLLM")
+        found = _ratios(timings, name)
+        share = statistics.median(found) - 1
+        words = f"{abs(share):.0%} {'slower' if share > 0 else 'faster'} than"
+        if min(found) <= 1 <= max(found):
+            words = "neither faster nor slower in all rounds than"
+        said.append(f"'{name.removeprefix('everybody ')}' was {words} compiled stock vLLM")
     return f"{'; '.join(said)}. Read above whether its answers are worth it."
