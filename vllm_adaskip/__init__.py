@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vllm_adaskip.bundled import bundled_model, bundled_profile
     from vllm_adaskip.classifiers.plan import DecoderShape, SkipPlan
+    from vllm_adaskip.lab.models import get_model
     from vllm_adaskip.launch import engine_args
 
 __version__ = "0.1.0"
@@ -22,9 +23,17 @@ _HOMES = {
     "bundled_model": "vllm_adaskip.bundled",
     "bundled_profile": "vllm_adaskip.bundled",
     "engine_args": "vllm_adaskip.launch",
+    "get_model": "vllm_adaskip.lab.models",
 }
 
-__all__ = ["DecoderShape", "SkipPlan", "bundled_model", "bundled_profile", "engine_args"]
+__all__ = [
+    "DecoderShape",
+    "SkipPlan",
+    "bundled_model",
+    "bundled_profile",
+    "engine_args",
+    "get_model",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -20,10 +20,19 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_adaskip.classifiers import SkipPlan
-from vllm_adaskip.cli.demo import PLANS, Entries
+from vllm_adaskip.cli.demo import Entries
 from vllm_adaskip.lab.testbed.tasks import TASKS, Sample, samples
 
 CONFIG = Path(__file__).with_name("serve.yaml")
+#: Plans that are dealt out in turn; the first is dense.
+PLANS: list[Entries] = [
+    [],
+    [5, 6],
+    [5, 6, "attn:7"],
+    ["attn:8", "attn:9", "attn:10", "attn:11"],
+    ["mlp:4", "mlp:5", "mlp:6"],
+    [3, 4, 5, 6, 7, 8],
+]
 #: Questions of each task, and how many requests are under way at once.
 PER_TASK, AT_ONCE = 40, 48
 

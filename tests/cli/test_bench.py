@@ -26,7 +26,7 @@ def test_planning_a_step_grows_no_faster_than_what_it_is_for() -> None:
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ("--model gpt-9", "'gpt-9' is no model to time; allowed: bundled, smollm2-135m"),
+        ("--model gpt-9", "'gpt-9' is no model to time; allowed: bundled, smollm2, smollm2-135m"),
         ("--model /nowhere", "'/nowhere' is no model to time"),
         ("--batch 1000", "less than or equal to 128"),
         ("--rounds 1", "greater than or equal to 2"),

@@ -39,6 +39,13 @@ def test_without_a_model_it_serves_the_bundled_one(written: list[str]) -> None:
     assert serve_arguments(written) == want
 
 
+def test_short_names_become_paths() -> None:
+    plugin = ["--plugin", "adaskip", *LOOPBACK]
+    assert serve_arguments(["bundled"]) == ["serve", bundled_model(), *plugin]
+    named = ["--model", bundled_model()]
+    assert serve_arguments(["--model", "bundled"]) == ["serve", *plugin, *named]
+
+
 @pytest.fixture(autouse=True)
 def keep_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """`--plugin` names the installed plugins in VLLM_PLUGINS; undo that after each test."""

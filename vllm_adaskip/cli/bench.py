@@ -33,7 +33,7 @@ Models = Annotated[
     typer.Option(
         "--model",
         help="bundled, smollm2-135m, llama-400m, llama-3.2-1b, llama-3.1-8b, tinyllama-1.1b, "
-        "opt-1.3b, or a folder with a config; repeatable. If left out: the first four.",
+        "opt-1.3b, smollm2, or a folder with a config; repeatable. If left out: the first four.",
     ),
 ]
 Rounds = Annotated[int, typer.Option(min=2, help="Turns that each variant takes.")]

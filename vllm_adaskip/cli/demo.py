@@ -1,129 +1,155 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``adaskip demo``: one batch, several plans, on the bundled model in a real engine."""
+"""``adaskip demo``: everyday questions to a real model, dense and under plans, in one batch."""
 
 from __future__ import annotations
 
 import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import cycle, islice
 from typing import TYPE_CHECKING, Annotated, Any
 
+import numpy as np
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from vllm_adaskip.classifiers import DecoderShape, SkipPlan
+from vllm_adaskip.bundled import bundled_model
+from vllm_adaskip.classifiers import SkipPlan
+from vllm_adaskip.lab.models import get_model
 
 if TYPE_CHECKING:
     from vllm import LLM
 
-    from vllm_adaskip.lab.testbed.tasks import Sample
-
 Entries = list[int | str]
 
-#: Plans that the demo deals out in turn; the first is dense.
-PLANS: list[Entries] = [
-    [],
-    [5, 6],
-    [5, 6, "attn:7"],
-    ["attn:8", "attn:9", "attn:10", "attn:11"],
-    ["mlp:4", "mlp:5", "mlp:6"],
-    [3, 4, 5, 6, 7, 8],
+#: Everyday questions for a model with a chat template.
+QUESTIONS = [
+    "How many legs does a spider have?",
+    "What is 7 plus 5?",
+    "What color is the sky?",
+    "Why do we sleep?",
+    "Write one sentence about the sea.",
+    "Who wrote Romeo and Juliet?",
+    "What is a dog?",
+    "What do bees make?",
 ]
 
 
 @dataclass(frozen=True)
-class Timing:
-    """Seconds of one variant's rounds."""
+class Subject:
+    """A model, questions to it as people read them and as it does, and a light and a heavy plan."""
 
     name: str
-    kept: float
-    seconds: list[float]
+    path: str
+    depth: int
+    questions: list[str]
+    prompts: list[str]
+    light: Entries
+    heavy: Entries
+
+    @property
+    def plans(self) -> dict[str, Entries]:
+        """By the names that the tables have for them."""
+        named = (self.light, self.heavy)
+        return {"dense": [], **{str(SkipPlan.parse(one, self.depth)): one for one in named}}
 
 
 def demo(
-    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds of each variant.")] = 7,
-    tokens: Annotated[int, typer.Option(min=2, max=256, help="Tokens a timed answer.")] = 64,
-    batch: Annotated[int, typer.Option(min=1, max=64, help="Sequences in the timed batch.")] = 16,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds of each variant.")] = 5,
+    tokens: Annotated[int, typer.Option(min=2, max=256, help="Tokens of a timed answer.")] = 32,
 ) -> None:
-    """Answer held-out questions in one batch, each with a plan of its own, and time it."""
-    # In one process, so that variants take turns on the same core.
+    """Ask SmolLM2 eight questions, dense and under plans, in one batch; time it beside stock vLLM.
+
+    Fetches the model first, as `adaskip get smollm2` does; without a network it is the bundled one.
+    """
+    # In one process, so that engines take turns on the same core; one thread repeats best.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    # The bundled model is too small to share a step among threads; one repeats best.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else it compiles on one
     console = Console()
+    one = _subject(console)
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
     with Progress(*columns, console=console) as progress:
-        step = progress.add_task("starting vLLM with the bundled model")
-        llm = _engine()
-        shape = _shape(llm)
-        progress.update(step, description="answering one batch of questions, a plan each")
-        questions = _questions()
-        plans = _deal(len(questions))
-        answers = _generate(llm, [question.prompt for question in questions], plans)
-        report = llm.collective_rpc("adaskip_report")[0]
-        progress.update(step, description=f"timing {rounds} rounds of 3 variants, in turn")
-        prompts = [question.prompt for question in _questions(batch)]
-        timings = _time(llm, shape, prompts, rounds, tokens)
-    console.print(_answers_table(shape, questions, plans, answers))
-    console.print(_rows_table(report))
-    console.print(_time_table(timings, batch, tokens))
+        step = progress.add_task(f"compiling {one.name} in stock vLLM (a minute or two)")
+        stock = _engine(one.path)
+        progress.update(step, description=f"compiling {one.name} in vLLM with the plugin")
+        plugin = _engine(one.path, plugin=True)
+        progress.update(step, description="answering each question under each plan, in one batch")
+        answers, report = _answers(plugin, one)
+        progress.update(step, description=f"timing {rounds} rounds of {len(one.plans) + 1}")
+        timings = _time(stock, plugin, one, rounds, tokens)
+    console.print(_answers_table(one, answers))
+    console.print(_ran_table(report))
+    console.print(_time_table(timings, len(one.prompts), tokens))
+    console.print(_verdict(timings), markup=False)
 
 
-def _engine() -> LLM:
-    from vllm import LLM
+def _subject(console: Console) -> Subject:
+    """Return SmolLM2, or the bundled model where nobody gives it, and say so."""
+    try:
+        path = get_model("smollm2")
+    except (OSError, ModuleNotFoundError) as error:
+        console.print(f"The bundled model stands in for SmolLM2: {error}.", markup=False)
+        return _bundled()
+    from vllm_adaskip.lab.data.chat import ChatTemplate
 
-    from vllm_adaskip.bundled import bundled_model
-    from vllm_adaskip.launch import engine_args
+    template = ChatTemplate(path)
+    prompts = [template.prompt([{"role": "user", "content": text}]) for text in QUESTIONS]
+    light: Entries = ["attn:5", "attn:7", "attn:10"]
+    return Subject("SmolLM2", path, 30, QUESTIONS, prompts, light, [*range(8, 20)])
 
-    return LLM(
-        bundled_model(),
-        enforce_eager=True,
-        max_model_len=512,
-        max_num_seqs=64,
-        distributed_executor_backend="uni",
-        **engine_args(),
+
+def _bundled() -> Subject:
+    """Return the bundled model with a held-out question of eight of its tasks."""
+    from vllm_adaskip.lab.testbed.tasks import TASKS, samples
+
+    prompts = [samples(task, "test", 1, 1)[0].prompt for task in TASKS][:8]
+    return Subject(
+        "the bundled model", bundled_model(), 12, prompts, prompts, [5, 6], [*range(3, 9)]
     )
 
 
-def _shape(llm: LLM) -> DecoderShape:
-    from vllm_adaskip.model_executors.registry import FAMILIES
+def _engine(path: str, plugin: bool = False) -> LLM:
+    """Start an engine, compiled as vLLM is by default."""
+    from vllm import LLM
 
-    return FAMILIES["LlamaForCausalLM"].shape(llm.llm_engine.model_config.hf_config)
+    from vllm_adaskip.launch import engine_args
+
+    return LLM(
+        path,
+        max_model_len=512,
+        max_num_seqs=32,
+        enable_prefix_caching=False,
+        distributed_executor_backend="uni",
+        **(engine_args() if plugin else {}),
+    )
 
 
-def _questions(count: int | None = None) -> list[Sample]:
-    """Held-out questions: one of each task, or ``count`` of them in turn."""
-    from vllm_adaskip.lab.testbed.tasks import TASKS, samples
-
-    count = count or len(TASKS)
-    per_task = -(-count // len(TASKS))
-    drawn = [samples(task, "test", 1, per_task) for task in TASKS]
-    return [questions[index] for index in range(per_task) for questions in drawn][:count]
-
-
-def _deal(count: int) -> list[Entries]:
-    return list(islice(cycle(PLANS), count))
+def _answers(llm: LLM, one: Subject) -> tuple[dict[str, list[str]], dict[str, Any]]:
+    """Return the answers under each plan, all of one batch, and what the worker counted."""
+    prompts = [prompt for prompt in one.prompts for _ in one.plans]
+    given = _generate(llm, prompts, [*one.plans.values()] * len(one.prompts), max_tokens=32)
+    answers = {name: given[place :: len(one.plans)] for place, name in enumerate(one.plans)}
+    return answers, llm.collective_rpc("adaskip_report")[0]
 
 
 def _generate(
-    llm: LLM, prompts: Sequence[str], plans: Sequence[Entries], **sampling: Any
+    llm: LLM, prompts: Sequence[str], plans: Sequence[Entries | None], **sampling: Any
 ) -> list[str]:
-    """Give the greedy answers of one batch."""
+    """Return the greedy answers of one batch; a plan of None is stock vLLM's, which knows none."""
     from vllm import SamplingParams
 
     params = [
         SamplingParams(
             temperature=0,
-            extra_args={"adaskip_skip": plan},
-            **{"max_tokens": 24, **sampling},
+            extra_args=None if plan is None else {"adaskip_skip": plan},
+            **sampling,
         )
         for plan in plans
     ]
@@ -132,77 +158,68 @@ def _generate(
 
 
 def _time(
-    llm: LLM, shape: DecoderShape, prompts: list[str], rounds: int, tokens: int
-) -> list[Timing]:
-    """Run the variants in turn, so that a noisy machine favours none."""
-    dense, shared = PLANS[0], PLANS[-1]
-    variants = {
-        "everybody dense": [dense] * len(prompts),
-        f"everybody '{SkipPlan.parse(shared, shape.num_layers)}'": [shared] * len(prompts),
-        f"{len(PLANS)} plans mixed": _deal(len(prompts)),
-    }
-    timings = [Timing(name, _kept(plans, shape), []) for name, plans in variants.items()]
+    stock: LLM, plugin: LLM, one: Subject, rounds: int, tokens: int
+) -> dict[str, list[float]]:
+    """Return seconds of a batch, round by round; variants take turns, so noise favours none."""
+    variants: dict[str, tuple[LLM, Entries | None]] = {"stock vLLM, compiled": (stock, None)}
+    variants |= {f"everybody {name}": (plugin, plan) for name, plan in one.plans.items()}
+    taken: dict[str, list[float]] = {name: [] for name in variants}
     for round_ in range(rounds + 1):
-        for timing, plans in zip(timings, variants.values(), strict=True):
+        for name, (llm, plan) in variants.items():
             start = time.perf_counter()
-            _generate(llm, prompts, plans, max_tokens=tokens, ignore_eos=True)
+            plans = [plan] * len(one.prompts)
+            _generate(llm, one.prompts, plans, max_tokens=tokens, ignore_eos=True)
             if round_:  # the first round warms up
-                timing.seconds.append(time.perf_counter() - start)
-    return timings
+                taken[name].append(time.perf_counter() - start)
+    return taken
 
 
-def _kept(plans: Sequence[Entries], shape: DecoderShape) -> float:
-    return statistics.fmean(SkipPlan.parse(plan, shape.num_layers).share(shape) for plan in plans)
-
-
-def _answers_table(
-    shape: DecoderShape, questions: list[Sample], plans: list[Entries], answers: list[str]
-) -> Table:
-    columns = "task", "question", "plan", "kept", "answer", "right?"
-    table = Table(*columns, title="one batch, a plan each", box=SIMPLE_HEAD)
-    for question, entries, answer in zip(questions, plans, answers, strict=True):
-        plan = SkipPlan.parse(entries, shape.num_layers)
-        text = question.prompt.removeprefix(f"{question.task} : ").removesuffix(" answer :")
-        verdict = "yes" if answer == question.answer else f"no: {question.answer}"
-        kept = f"{plan.share(shape):.0%}"
-        table.add_row(question.task, text, str(plan), kept, answer, verdict)
+def _answers_table(one: Subject, answers: Mapping[str, list[str]]) -> Table:
+    title = "one batch: each question under each plan"
+    table = Table("question", *answers, title=title, box=SIMPLE_HEAD)
+    for row in zip(one.questions, *answers.values(), strict=True):
+        table.add_row(*(" ".join(text.split()) for text in row), end_section=True)
     return table
 
 
-def _rows_table(report: dict[str, Any]) -> Table:
-    """Show what the worker counted while it answered."""
+def _ran_table(report: Mapping[str, Any]) -> Table:
+    """Show what the worker counted: sub-layers that ran equally often stand together."""
     total = report["decode_tokens"]
-    table = Table(
-        "decoder layer",
-        *map(str, range(report["num_layers"])),
-        title=f"generated tokens that ran each sub-layer, of {total}",
-        box=SIMPLE_HEAD,
-    )
-    table.add_row("attention", *map(str, report["attn_run"]))
-    table.add_row("MLP", *map(str, report["mlp_run"]))
+    ran = np.array([report["attn_run"], report["mlp_run"]]).T.reshape(-1)
+    table = Table("sub-layers", "ran", title=f"of {total} generated tokens", box=SIMPLE_HEAD)
+    for count in sorted(set(ran.tolist()), reverse=True):
+        named = str(SkipPlan.of_mask(ran == count)).removeprefix("skip ")
+        table.add_row(named, f"{count} ({count / total:.0%})")
     return table
 
 
-def _time_table(timings: list[Timing], batch: int, tokens: int) -> Table:
-    table = Table(
-        "variant",
-        "compute kept",
-        "median",
-        "fastest to slowest",
-        "time against dense",
-        title=f"{batch} sequences of {tokens} tokens, {len(timings[0].seconds)} rounds in turn",
-        caption="time against dense: median of the ratios in each round; below 1 is faster",
-        box=SIMPLE_HEAD,
-    )
-    for timing in timings:
-        # Round by round against the dense run beside it: drift of the machine cancels out.
-        pairs = zip(timing.seconds, timings[0].seconds, strict=True)
-        ratio = statistics.median(mine / dense for mine, dense in pairs)
-        table.add_row(
-            timing.name,
-            f"{timing.kept:.0%}",
-            f"{statistics.median(timing.seconds) * 1e3:.0f} ms",
-            f"{min(timing.seconds) * 1e3:.0f} to {max(timing.seconds) * 1e3:.0f} ms",
-            f"{ratio:.2f}",
-        )
+def _ratios(timings: Mapping[str, list[float]], name: str) -> list[float]:
+    """Return a variant's time against stock's, round by round: the machine's drift cancels out."""
+    stock = next(iter(timings.values()))
+    return [mine / his for mine, his in zip(timings[name], stock, strict=True)]
+
+
+def _time_table(timings: Mapping[str, list[float]], batch: int, tokens: int) -> Table:
+    rounds = len(next(iter(timings.values())))
+    title = f"{batch} sequences of {tokens} tokens, {rounds} rounds in turn"
+    columns = "variant", "median", "time against stock", "least to most"
+    table = Table(*columns, title=title, box=SIMPLE_HEAD)
+    for name, seconds in timings.items():
+        found = _ratios(timings, name)
+        median = f"{statistics.median(seconds) * 1e3:.0f} ms"
+        spread = f"{min(found):.2f} to {max(found):.2f}"
+        table.add_row(name, median, f"{statistics.median(found):.2f}", spread)
     return table
+
+
+def _verdict(timings: Mapping[str, list[float]]) -> str:
+    """Say of each plan whether it was faster, if all rounds agree."""
+    said = []
+    for name in [*timings][2:]:
+        found = _ratios(timings, name)
+        share = statistics.median(found) - 1
+        words = f"{abs(share):.0%} {'slower' if share > 0 else 'faster'} than"
+        if min(found) <= 1 <= max(found):
+            words = "neither faster nor slower in all rounds than"
+        said.append(f"'{name.removeprefix('everybody ')}' was {words} compiled stock vLLM")
+    return f"{'; '.join(said)}. Read above whether its answers are worth it."

@@ -19,6 +19,7 @@ from vllm_adaskip.bundled import bundled_model
 from vllm_adaskip.classifiers.base import MethodOptions
 from vllm_adaskip.classifiers.profile import FILE, Profile, fingerprint
 from vllm_adaskip.cli.run import COLUMNS, console
+from vllm_adaskip.lab.models import model_path
 
 if TYPE_CHECKING:
     from vllm_adaskip.classifiers.plan import DecoderShape
@@ -74,11 +75,11 @@ def subject(
     """
     # Read when torch and tqdm are imported. The bundled model is too small to share a step.
     os.environ.setdefault("TQDM_DISABLE", "1")
-    if not model:
+    path = model_path(model)
+    if path == bundled_model():
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     from vllm_adaskip.lab.data.examples import load_examples
 
-    path = model or bundled_model()
     items = load_examples(data, limit=limit, seed=seed, batch=batch, columns=columns, model=path)
     from transformers import AutoConfig, AutoTokenizer
 
@@ -192,10 +193,9 @@ def measured(
 
 def how_to_go_on(one: Subject, out: Path) -> None:
     """Print how to serve the profile, and how to measure it."""
-    model = one.name if one.name != "bundled" else one.path
     profile = shlex.quote(str(out))
-    serve = f"vllm serve --model {shlex.quote(model)} --plugin adaskip"
-    named = "" if one.name == "bundled" else f"--model {shlex.quote(model)} "
+    serve = f"vllm serve --model {shlex.quote(one.path)} --plugin adaskip"
+    named = "" if one.name == "bundled" else f"--model {shlex.quote(one.name)} "
     lines = {
         f"profile: {out}; serve it with": f"{serve} --additional-config.adaskip.profile {profile}",
         "measure it with": f"adaskip eval {named}--profile {profile} --out {profile}-eval",

@@ -18,6 +18,7 @@ from vllm_adaskip.cli.fit_ffn_skip import ffn_skip
 from vllm_adaskip.cli.fit_first import first
 from vllm_adaskip.cli.fit_similarity import similarity
 from vllm_adaskip.cli.fit_static import static
+from vllm_adaskip.cli.get import get
 from vllm_adaskip.cli.report import oracle, report
 from vllm_adaskip.cli.serve import publish, serve
 from vllm_adaskip.cli.sweep import sweep
@@ -31,6 +32,7 @@ app = typer.Typer(
 )
 app.command()(doctor)
 app.command()(demo)
+app.command()(get)
 app.command("eval")(evaluate)
 app.command()(report)
 fit.command()(adainfer)

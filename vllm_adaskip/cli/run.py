@@ -40,6 +40,7 @@ from vllm_adaskip.lab.evaluation.results import (
     Setting,
     Timing,
 )
+from vllm_adaskip.lab.models import model_path
 
 if TYPE_CHECKING:
     from vllm_adaskip.lab.evaluation.doubt import Doubts
@@ -60,7 +61,10 @@ COLUMNS = (
 )
 console = Console(stderr=True)
 
-Model = Annotated[str, typer.Option(help="Path or hub id; the bundled model if left out.")]
+Model = Annotated[
+    str,
+    typer.Option(help="Path, hub id, or smollm2 (adaskip get); the bundled model if left out."),
+]
 Data = Annotated[
     str,
     typer.Option(
@@ -128,7 +132,8 @@ def plain_errors(
         yield
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
-        extra = {"lm_eval": "lm-eval", "peft": "fit", "datasets": "fit"}.get(missing, "eval")
+        extras = {"lm_eval": "lm-eval", "peft": "fit", "datasets": "fit", "gguf": "get"}
+        extra = extras.get(missing, "eval")
         console.print(f"error: {error}; install vllm-adaskip[{extra}]", style="red", markup=False)
         raise typer.Exit(2) from None
     except (ValueError, OSError) as error:
@@ -160,7 +165,7 @@ def asked(
         seed=seed,
         metric=metric,
         lm_eval_path=lm_eval_path,
-        model=None if model is None else model or bundled_model(),
+        model=None if model is None else model_path(model),
         columns=named_columns(columns),
         apply_chat_template=apply_chat_template,
     )
@@ -186,7 +191,7 @@ def named_columns(text: str) -> tuple[str, str] | None:
 
 def described(model: str, data: dict[str, Any], seed: int, **engine: Any) -> Manifest:
     """Describe the run that starts now, with no settings yet; ``engine``: vLLM's options."""
-    path = model or bundled_model()
+    path = model_path(model)
     if path == bundled_model():  # too small to share a step among threads
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     return new_manifest(

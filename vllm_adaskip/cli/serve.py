@@ -12,11 +12,12 @@ import typer
 
 from vllm_adaskip.cli.run import console, plain_errors
 from vllm_adaskip.config import check_allow_list
+from vllm_adaskip.lab.models import model_path
 
 
 def serve(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="Path or hub name of the model.")] = "",
+    model: Annotated[str, typer.Argument(help="Path or hub id, or smollm2 (adaskip get).")] = "",
 ) -> None:
     """Serve MODEL (default: the bundled one); all further options are `vllm serve`'s own.
 
@@ -33,16 +34,17 @@ def serve_arguments(written: list[str]) -> list[str]:
 
     As for vLLM, the model stands first, or under ``--model``, or in the file of ``--config``.
     """
-    from vllm_adaskip.bundled import bundled_model
-
     # vLLM takes no notice of a file that is named by --config=FILE.
     written = [part for each in written for part in _split(each, "--config")]
     named = {each.partition("=")[0] for each in written} | _named_in_file(written)
     model: list[str] = []
     if written and not written[0].startswith("-"):
-        model, written = written[:1], written[1:]
+        model, written = [model_path(written[0])], written[1:]
+    elif "--model" in written[:-1]:
+        place = written.index("--model") + 1
+        written[place] = model_path(written[place])
     elif "--model" not in named:
-        model = [bundled_model()]
+        model = [model_path("")]
     host = [] if "--host" in named else ["--host", "127.0.0.1"]
     return ["serve", *model, "--plugin", "adaskip", *host, *written]
 

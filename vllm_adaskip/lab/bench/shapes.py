@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_adaskip.lab.models import NAMES, model_path
+
 #: Name -> a published config, as far as it decides what a step costs.
 SHAPES: dict[str, dict[str, Any]] = {
     "smollm2-135m": {
@@ -96,7 +98,7 @@ class Shape:
 
     @classmethod
     def of(cls, name: str) -> Shape:
-        """Give ``bundled``, one of `SHAPES`, or that of a model's folder.
+        """Give that of a short name, one of `SHAPES`, or that of a model's folder.
 
         Raises:
             ValueError: there is none of that name.
@@ -104,13 +106,11 @@ class Shape:
         """
         if name in SHAPES:
             return cls(name, {"max_position_embeddings": POSITIONS, **SHAPES[name]})
-        from vllm_adaskip import bundled_model
-
-        folder = bundled_model() if name == "bundled" else name
+        folder = model_path(name)
         if not (Path(folder) / "config.json").is_file():
             raise ValueError(
-                f"{name!r} is no model to time; allowed: bundled, {', '.join(SHAPES)}, or a "
-                "folder with a config.json"
+                f"{name!r} is no model to time; allowed: {', '.join([*NAMES, *SHAPES])}, or "
+                "a folder with a config.json"
             )
         from transformers import AutoConfig
 
