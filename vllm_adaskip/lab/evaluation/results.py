@@ -142,6 +142,7 @@ class WholeAnswer(Record):
     item: str
     prompt: list[int]
     answer: list[int]
+    text: str = ""
 
 
 class PlanReading(Record):
@@ -153,6 +154,7 @@ class PlanReading(Record):
         agreement: of each answer, the share of tokens that are the whole model's choice.
         surprise: of each answer, nats a token by which the whole model prefers its own choice.
         loss: cross-entropy of the whole model's choices under the plan, in nats a token.
+        texts: of each answer that was given under the plan.
 
     """
 
@@ -161,6 +163,7 @@ class PlanReading(Record):
     agreement: list[float]
     surprise: list[float]
     loss: float | None = None
+    texts: list[str] = []
 
 
 class StepTime(Record):

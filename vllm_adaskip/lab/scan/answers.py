@@ -51,23 +51,23 @@ def tokenised(items: Sequence[Item], model: str, tokens: int) -> tuple[list[list
     for item, one in zip(items, prompts, strict=True):
         if not 0 < len(one) < allowed - tokens:
             raise DataError(
-                f"{item.item}: a prompt of {len(one)} tokens; allowed: 1 to {allowed - tokens - 1}, "
-                f"as the model takes {allowed} with {tokens} of an answer"
+                f"{item.item}: a prompt of {len(one)} tokens; allowed: 1 to "
+                f"{allowed - tokens - 1}, as the model takes {allowed}, with {tokens} of an answer"
             )
     return prompts, min(allowed, max(max(map(len, prompts)) + tokens + 1, 128))
 
 
 def generated(
     llm: Any, prompts: Sequence[list[int]], plan: SkipPlan, tokens: int
-) -> list[list[int]]:
-    """Return the greedy answers under a plan, one batch."""
+) -> list[tuple[list[int], str]]:
+    """Return the greedy answers under a plan, one batch: tokens and text of each."""
     from vllm import SamplingParams, TokensPrompt
 
     args = None if plan.is_dense else {"adaskip_skip": plan.entries()}
-    params = SamplingParams(temperature=0, max_tokens=tokens, detokenize=False, extra_args=args)
+    params = SamplingParams(temperature=0, max_tokens=tokens, extra_args=args)
     asked = [TokensPrompt(prompt_token_ids=one) for one in prompts]
     outputs = llm.generate(asked, params, use_tqdm=False)
-    return [list(one.outputs[0].token_ids) for one in outputs]
+    return [(list(one.outputs[0].token_ids), one.outputs[0].text) for one in outputs]
 
 
 def whole_answers(
@@ -75,7 +75,10 @@ def whole_answers(
 ) -> list[WholeAnswer]:
     """Return the whole model's answers."""
     made = zip(items, prompts, generated(llm, prompts, dense, tokens), strict=True)
-    return [WholeAnswer(item=item.item, prompt=one, answer=answer) for item, one, answer in made]
+    return [
+        WholeAnswer(item=item.item, prompt=one, answer=answer, text=text)
+        for item, one, (answer, text) in made
+    ]
 
 
 def halves(answers: Sequence[WholeAnswer]) -> tuple[list[WholeAnswer], list[WholeAnswer]]:
@@ -102,7 +105,7 @@ def answered(llm: Any, asked: Sequence[WholeAnswer], plan: SkipPlan, tokens: int
     answers = generated(llm, [one.prompt for one in asked], plan, tokens)
     heard = [
         Heard([*one.prompt, *answer[:1]], answer[1:])
-        for one, answer in zip(asked, answers, strict=True)
+        for one, (answer, _) in zip(asked, answers, strict=True)
         if len(answer) > 1
     ]
     found = at_full_depth(llm, heard, {"adaskip_skip": DENSE.skip})
@@ -111,6 +114,7 @@ def answered(llm: Any, asked: Sequence[WholeAnswer], plan: SkipPlan, tokens: int
         skip=plan.entries(),
         agreement=[one["agreement"] or 0.0 for one in found],
         surprise=[one["surprise"] or 0.0 for one in found],
+        texts=[text for _, text in answers],
     )
 
 
@@ -129,8 +133,7 @@ EVERYDAY = (
     "Write a Python function that adds up the even numbers of a list.",
     "Name five animals that live in the desert.",
     "I have an interview tomorrow. What should I do tonight?",
-    "Sum this up in one sentence: 'The bridge was closed for repairs in March. It opened again in "
-    "June, two weeks early, and costs were lower than planned.'",
+    "Sum this up in one sentence: 'The bridge was closed in March. It opened again in June.'",
     "What does a heart do in the body?",
     "Suggest a name for a small bakery, and a slogan.",
     "Why do leaves turn red in autumn?",

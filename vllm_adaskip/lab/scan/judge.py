@@ -8,6 +8,7 @@ the plan damages.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -103,9 +104,8 @@ class Judge:
             gaps = part.whole.max(-1).values - part.whole.gather(1, top[:, None])[:, 0]
             losses.append(functional.cross_entropy(logits, best, reduction="none"))
             rows = part.real.sum(1).tolist()
-            own = zip((gaps <= 0).split(rows), gaps.split(rows), strict=True)
-            for place, (same, gap) in zip(places, own, strict=True):
-                found[place] = same.double().mean().item(), gap.double().mean().item()
+            for place, gap in zip(places, torch.split(gaps.double(), rows), strict=True):
+                found[place] = (gap <= 0).double().mean().item(), gap.mean().item()
         ordered = [found[place] for place in sorted(found)]
         return PlanReading(
             how=self._how,
@@ -153,8 +153,7 @@ class Judge:
                 below.layers, below.made[below.batch] = first, part.streams[first - 1]
                 rest = range(first, self.num_layers)
                 stack.enter_context(running(self._model, below, rest))
-            output = self._forward(part.ids, part.mask, part.cache, 0)
-        part.cache.crop(part.prompt)
+            output = self._forward(part.ids, part.mask, _copied(part.cache), 0)
         logits: Tensor = output.logits[part.real].float()
         return logits
 
@@ -170,3 +169,10 @@ class Judge:
             "logits_to_keep": logits,
         }
         return self._model(**{name: one for name, one in inputs.items() if name in self._wanted})
+
+
+def _copied(cache: Any) -> Any:
+    """Return a cache to which tokens may be added; the tensors that both hold are never written."""
+    copied = copy.copy(cache)
+    copied.layers = [copy.copy(layer) for layer in cache.layers]
+    return copied
