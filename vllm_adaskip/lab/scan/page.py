@@ -21,6 +21,8 @@ from vllm_adaskip.lab.scan.scan import Found
 
 #: Answers that the page shows side by side.
 _SHOWN = 6
+#: What a bar shows that costs nothing, or less.
+_NONE = 1e-4
 _MARKERS = {"greedy": "o", "SLEB": "s", "even": "^", "late": "v", "random": "."}
 
 
@@ -86,7 +88,7 @@ def _curve(found: Found, bound: float) -> Markup:
     titles = {}
     for index, (family, points) in enumerate(found.curve.items()):
         paint = PAINT[f"f{index}"]
-        style = "" if family == "random" else "-"
+        style = "None" if family == "random" else "-"
         times, shares = zip(*sorted(points), strict=True)
         axes.plot(times, shares, style, color=paint, linewidth=1.2, alpha=0.6)
         for place, (time, share) in enumerate(points):
@@ -104,28 +106,17 @@ def _curve(found: Found, bound: float) -> Markup:
 
 def _bars(found: Found) -> Markup:
     """Show what each candidate costs for the time that it saves, attention beside MLP."""
-    step = found.steps[max(found.steps)]
-    figure, axes = _axes(5.6, 2.6)
-    whole = found.whole_loss
+    figure, axes = _axes(5.6, 3.9)
     titles = {}
     for place, (entry, one) in enumerate(found.singles.items()):
-        kind = entry.partition(":")[0] if isinstance(entry, str) else "layer"
-        saved = {"attn": step.attention, "mlp": step.mlp}.get(kind, step.attention + step.mlp)
         assert one.loss is not None
-        price = (one.loss - whole) / (1000 * max(saved, LEAST))
-        name = f"bar{place}"
-        axes.bar(
-            place,
-            max(price, 1e-4),
-            width=0.8,
-            gid=name,
-            color=PAINT["f1" if kind == "mlp" else "f0"],
-        )
-        titles[name] = f"{entry}: {price:.3g} nats a millisecond"
-    per_layer = (
-        1 if "layer" in {"layer" if isinstance(one, int) else "" for one in found.singles} else 2
-    )
-    ticks = range(0, len(found.singles), 5 * per_layer)
-    axes.set(yscale="log", xlabel="layer; attention blue, MLP orange", xticks=[*ticks])
-    axes.set_xticklabels([str(tick // per_layer) for tick in ticks])
+        saved = 1000 * max(found.saved[entry], LEAST)
+        price = (one.loss - found.whole_loss) / saved
+        paint = PAINT["f1" if str(entry).startswith("mlp") else "f0"]
+        axes.bar(place, max(price, _NONE), width=0.8, gid=f"bar{place}", color=paint)
+        titles[f"bar{place}"] = f"{entry}: {price:.3g} nats a millisecond"
+    in_layer = len(found.singles) // found.num_layers
+    ticks = range(0, len(found.singles), 5 * in_layer)
+    axes.set(yscale="log", xlabel="layer", ylabel="nats a ms; attention blue, MLP orange")
+    axes.set_xticks([*ticks], [str(tick // in_layer) for tick in ticks])
     return inline_svg(figure, axes, titles)

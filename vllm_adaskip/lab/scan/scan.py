@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -39,7 +39,9 @@ class Found:
     """What a scan found.
 
     Attributes:
+        num_layers: of the model.
         steps: what a step takes, by batch size.
+        saved: seconds of a step at the largest batch size that each candidate saves.
         whole_loss: of the whole model, on the answers of the search.
         singles: each candidate left out alone, on the same answers.
         order: of the candidates, cheapest for their time first.
@@ -49,7 +51,9 @@ class Found:
 
     """
 
+    num_layers: int
     steps: dict[int, timing.Shape]
+    saved: dict[Entry, float]
     whole_loss: float
     singles: dict[Entry, PlanReading]
     order: tuple[Entry, ...]
@@ -103,14 +107,26 @@ class Scan:
             batch: timing.shape_of({one.variant: one for one in times}, plans)
             for batch, times in self._times("step", plans).items()
         }
-        order = self._order(steps[max(timing.BATCHES)])
-        curve = self._curve(order, steps[max(timing.BATCHES)])
+        deciding = steps[max(timing.BATCHES)]
+        saved = {one: deciding.saved(self._plan((one,))) for one in self._candidates}
+        order = self._search("an order", saved)
+        curve = self._curve(order, deciding)
         dense, *tried = self._confirm(self._worth_trying(order, bound))
-        found = verdict(dense, tried, bound, steps)
-        found = Verdict(found.sentence, found.chosen, [*found.doubts, *against_baselines(curve)])
-        singles = {one: self._reading("search", (one,)) for one in self._candidates}
-        whole = self._reading("search", ()).loss or 0.0
-        return Found(steps, whole, singles, order, curve, dense, tried, found)
+        tokens = sum(len(one.answer) - 1 for one in held_out)
+        found = verdict(dense, tried, bound, deciding, tokens)
+        doubts = [*found.doubts, *against_baselines(curve)]
+        return Found(
+            num_layers=self._shape.num_layers,
+            steps=steps,
+            saved=saved,
+            whole_loss=self._reading("search", ()).loss or 0.0,
+            singles={one: self._reading("search", (one,)) for one in self._candidates},
+            order=order,
+            curve=curve,
+            dense=dense,
+            plans=tried,
+            verdict=replace(found, doubts=doubts),
+        )
 
     @cached_property
     def _model(self) -> Any:
@@ -162,11 +178,10 @@ class Scan:
     def _agreement(self, how: How, entries: Sequence[Entry]) -> float:
         return float(np.mean(self._reading(how, entries).agreement))
 
-    def _search(self, candidates: Sequence[Entry], seconds: Sequence[float]) -> tuple[Entry, ...]:
+    def _search(self, what: str, saved: Mapping[Entry, float]) -> tuple[Entry, ...]:
         """Return candidates in the order in which they go, until too little is left."""
-        most = max(1, int(MOST * len(candidates)))
-        what = "layers as SLEB does" if candidates != self._candidates else "an order"
-        done = self._say(f"searching for {what}", len(candidates) + most * TRIED)
+        most = max(1, int(MOST * len(saved)))
+        done = self._say(f"searching for {what}", 1 + len(saved) + most * TRIED)
 
         def loss(entries: tuple[Entry, ...]) -> float:
             found = self._reading("search", entries).loss
@@ -175,19 +190,11 @@ class Scan:
             return found
 
         left_out: tuple[Entry, ...] = ()
-        for step in lazy_greedy(loss, dict(zip(candidates, seconds, strict=True))):
+        for step in lazy_greedy(loss, saved):
             left_out = step.left_out
             if len(left_out) >= most or self._agreement("search", left_out) < FLOOR:
                 break
         return left_out
-
-    def _order(self, step: timing.Shape) -> tuple[Entry, ...]:
-        plans = map(self._plan, zip(self._candidates))
-        saved = [
-            one.attention.bit_count() * step.attention + one.mlp.bit_count() * step.mlp
-            for one in plans
-        ]
-        return self._search(self._candidates, saved)
 
     def _families(self, order: tuple[Entry, ...]) -> Iterator[tuple[str, Sequence[Entry]]]:
         """Return the plans of the curve, with their families."""
@@ -197,7 +204,7 @@ class Scan:
                 yield name.partition(" ")[0], entries
         if self._unit != "layer":  # where it is the same search
             layers = units("layer", range(self._shape.num_layers))
-            found = self._search(layers, [1.0] * len(layers))
+            found = self._search("layers as SLEB does", dict.fromkeys(layers, 1.0))
             yield from (("SLEB", found[:size]) for size in sizes(len(found)))
 
     def _curve(self, order: tuple[Entry, ...], step: timing.Shape) -> Curve:

@@ -75,10 +75,13 @@ class Shape:
     attention: float
     mlp: float
 
+    def saved(self, plan: SkipPlan) -> float:
+        """Predict what a plan saves of a planned step."""
+        return plan.attention.bit_count() * self.attention + plan.mlp.bit_count() * self.mlp
+
     def ratio(self, plan: SkipPlan) -> float:
         """Predict a plan's time against stock vLLM."""
-        saved = plan.attention.bit_count() * self.attention + plan.mlp.bit_count() * self.mlp
-        return (self.planned - saved) / self.stock
+        return (self.planned - self.saved(plan)) / self.stock
 
 
 def shape_plans(num_layers: int) -> list[SkipPlan]:

@@ -15,6 +15,9 @@ from vllm_adaskip.lab.evaluation.results import PlanReading, StepTime
 from vllm_adaskip.lab.evaluation.summary import Speed, speed_of
 from vllm_adaskip.lab.scan.timing import DENSE, STOCK, Shape
 
+#: Fewer held-out tokens recommend nothing.
+FEW = 200
+
 
 @dataclass(frozen=True)
 class Confirmed:
@@ -91,7 +94,7 @@ def confirmed(
 
 
 def verdict(
-    dense: Confirmed, plans: Sequence[Confirmed], bound: float, steps: Mapping[int, Shape]
+    dense: Confirmed, plans: Sequence[Confirmed], bound: float, step: Shape, tokens: int
 ) -> Verdict:
     """Say what to leave out: of what keeps enough the fastest, if it surely is faster than stock.
 
@@ -99,21 +102,23 @@ def verdict(
         dense: ours with nothing left out, read again: the noise.
         plans: the confirmed ones.
         bound: share of tokens that must stay the whole model's.
-        steps: what a step takes, by batch size.
+        step: what a step takes at the batch size that decides.
+        tokens: of the held-out answers.
 
     """
     doubts = [doubt for one in plans for doubt in _doubts(one, dense)]
+    few = [*_of_tokens(tokens)]
     good = [one for one in plans if one.agreement.mean >= bound]
     if not good:
-        return Verdict(_falls(plans, bound), None, doubts)
+        return Verdict(_falls(plans, bound), None, [*few, *doubts])
     best = min(good, key=lambda one: one.speed.median)
     if best.speed.sure[1] >= 1:
-        return Verdict(_slow(best, bound, steps[best.batch]), None, doubts)
-    if against := [one for one in _doubts(best, dense) if one.kind in ("faster", "better")]:
-        sentence = f"Do not skip layers of this model for now: the figures of '{best.plan}' are in "
-        return Verdict(f"{sentence}doubt. {against[0].text}", None, doubts)
-    interval = [*_of_interval(best, bound)]
-    return Verdict(_good(best), best, [*doubts, *interval])
+        return Verdict(_slow(best, bound, step), None, [*few, *doubts])
+    against = [*few, *(one for one in _doubts(best, dense) if one.kind in ("faster", "better"))]
+    if against:
+        sentence = f"Do not skip layers of this model for now: what '{best.plan}' wins is in doubt"
+        return Verdict(f"{sentence}. {against[0].text.removesuffix('.')}", None, [*few, *doubts])
+    return Verdict(_good(best), best, [*doubts, *_of_interval(best, bound)])
 
 
 def _good(one: Confirmed) -> str:
@@ -153,13 +158,22 @@ def _kept(one: Confirmed) -> str:
 
 
 def _doubts(one: Confirmed, dense: Confirmed) -> Iterator[Doubt]:
-    for speed in one.speeds.values():
-        yield from of_time(f"'{one.plan}'", one.kept, speed, "compiled stock vLLM")
+    for batch, speed in one.speeds.items():
+        yield from of_time(f"'{one.plan}' at batch {batch}", one.kept, speed, "compiled stock vLLM")
     if one.agreement.low > dense.agreement.high:
         yield Doubt(
             "better",
             f"'{one.plan}' agrees with the whole model more than the whole model with itself: "
             "look at the answers, which may be short or say one thing again and again.",
+        )
+
+
+def _of_tokens(tokens: int) -> Iterator[Doubt]:
+    if tokens < FEW:
+        yield Doubt(
+            "nothing",
+            f"The held-out answers have {tokens} tokens after their first, and at least {FEW} are "
+            "needed: ask more questions (--data, --limit), or such as want longer answers.",
         )
 
 
