@@ -135,7 +135,9 @@ def _falls(plans: Sequence[Confirmed], bound: float) -> str:
     left_out = str(closest.plan).removeprefix("skip ")
     return (
         f"Do not skip layers of this model here: quality falls at once. Without {left_out} alone, "
-        f"{_kept(closest)} of answer tokens stay the whole model's, and {bound:.0%} are wanted"
+        f"{_kept(closest)} of answer tokens stay the whole model's, and {bound:.0%} are wanted; a "
+        f"step takes {closest.speed.median:.2f} of compiled stock vLLM's time at batch "
+        f"{closest.batch}"
     )
 
 
