@@ -113,6 +113,8 @@ def _measured(
     ):
 
         def say(what: str, total: int) -> Callable[[], None]:
+            for ended in progress.tasks:  # a search may end before its last turn
+                progress.update(ended.id, total=ended.completed)
             bar = progress.add_task(what, total=total)
             return lambda: progress.advance(bar)
 

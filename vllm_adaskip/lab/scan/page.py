@@ -90,7 +90,7 @@ def _curve(found: Found, bound: float) -> Markup:
         paint = PAINT[f"f{index}"]
         style = "None" if family == "random" else "-"
         times, shares = zip(*sorted(points), strict=True)
-        axes.plot(times, shares, style, color=paint, linewidth=1.2, alpha=0.6)
+        axes.plot(times, shares, linestyle=style, color=paint, linewidth=1.2, alpha=0.6)
         for place, (time, share) in enumerate(points):
             name = f"point{index}x{place}"
             axes.plot(time, share, _MARKERS[family], color=paint, markersize=6, gid=name)

@@ -204,7 +204,7 @@ def against_baselines(curve: Mapping[str, Sequence[tuple[float, float]]]) -> Ite
             yield Doubt(
                 "baseline",
                 f"Plans of the family '{family}' keep more than the order that was found, at "
-                f"{min(better):.2f} of the time: on so few answers the order may be luck.",
+                f"{min(better):.2f} of the time: that order is not the best there.",
             )
 
 
