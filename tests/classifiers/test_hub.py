@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from hub import hub
 
-from vllm_adaskip.classifiers.hub import located
+from vllm_adaskip.classifiers.hub import cell, located, readable
 from vllm_adaskip.classifiers.profile import FILE, Profile, ProfileError
 
 PROFILE = Profile(method="first", model="/home/me/secret", fingerprint="f00", metrics={"x": 0.5})
@@ -76,3 +76,12 @@ def test_what_the_hub_does_not_have(run: Run) -> None:
 def test_what_is_neither_folder_nor_hub_id(name: str) -> None:
     with pytest.raises(ProfileError, match="allowed: a folder, or a hub id"):
         located(name)
+
+
+def test_figures_in_words_with_their_intervals() -> None:
+    told = {"agreement": 0.9, "agreement_low": 0.8, "agreement_high": 1.0, "floor_low": 1, "x_y": 2}
+    found = dict(readable(told))
+    (whose,) = [name for name in found if "whole model" in name]
+    assert found[whose] == "0.9 (0.8 to 1.0)"
+    assert {"floor low": "1", "x y": "2"}.items() <= found.items() and len(found) == 3
+    assert cell("a|b\n[c](d) <e>") == r"a\|b \[c\]\(d\) \<e\>"

@@ -5,12 +5,21 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from vllm_adaskip.classifiers.profile import FILE, Profile, ProfileError, refuse_special
 
 #: What a profile may hold; nothing else is downloaded or published, pickles in particular.
 CONTENTS = [FILE, "*.safetensors", "lora/adapter_config.json", "lora/*.safetensors"]
+#: What `adaskip scan` measured, in words.
+_NAMES = {
+    "agreement": "share of answer tokens that stay the whole model's (95% interval)",
+    "surprise": "nats a token by which the whole model prefers its own",
+    "time_ratio_batch_1": "time against compiled stock vLLM, batch 1 (95% of the median)",
+    "time_ratio_batch_16": "time against compiled stock vLLM, batch 16 (95% of the median)",
+    "vllm": "vLLM",
+}
 _HUB_ID = re.compile(r"([\w.-]{1,96}/[\w.-]{1,96})(?:@([\w./-]{1,96}))?", re.ASCII)
 
 
@@ -94,7 +103,28 @@ def _card(profile: Profile, repo: str) -> str:
         f"for models with fingerprint `{profile.fingerprint}`.\n",
         f"    {serve} --additional-config.adaskip.profile {repo}\n",
     ]
-    if profile.metrics:
-        figures = (f"| {name} | {value} |" for name, value in profile.metrics.items())
-        lines += ["| figure | value |", "|---|---|", *figures]
+    told = dict(profile.metrics)
+    if base is None:
+        for private in ("model", "command"):
+            told.pop(private, None)
+    if told:
+        lines += ["| figure | value |", "|---|---|"]
+        lines += [f"| {cell(name)} | {cell(value)} |" for name, value in readable(told)]
     return "\n".join(lines) + "\n"
+
+
+def readable(metrics: Mapping[str, float | int | str]) -> Iterator[tuple[str, str]]:
+    """Return figures as people read them: names in words, an interval beside its figure."""
+    for key, value in metrics.items():
+        whole = key.removesuffix("_low").removesuffix("_high")
+        if whole != key and whole in metrics:
+            continue
+        ends = [metrics.get(f"{key}{end}") for end in ("_low", "_high")]
+        interval = f" ({ends[0]} to {ends[1]})" if None not in ends else ""
+        yield _NAMES.get(key, key.replace("_", " ")), f"{value}{interval}"
+
+
+def cell(text: str) -> str:
+    """Return text as one cell of a Markdown table, in which nothing is a mark."""
+    plain = " ".join(text.split())
+    return re.sub(r"([\\`*_{}\[\]<>()#|~!&])", r"\\\1", plain)

@@ -20,6 +20,7 @@ from vllm_adaskip.cli.fit_similarity import similarity
 from vllm_adaskip.cli.fit_static import static
 from vllm_adaskip.cli.get import get
 from vllm_adaskip.cli.report import oracle, report
+from vllm_adaskip.cli.scan import scan
 from vllm_adaskip.cli.serve import publish, serve
 from vllm_adaskip.cli.sweep import sweep
 from vllm_adaskip.cli.tune import tune
@@ -50,6 +51,7 @@ bench.command()(guard)
 bench.command()(regimes)
 bench.command()(server)
 app.add_typer(bench, name="bench")
+app.command()(scan)
 app.command()(publish)
 app.command()(tune)
 app.command()(sweep)

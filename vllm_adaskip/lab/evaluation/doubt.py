@@ -17,7 +17,18 @@ NOTHING = 0.05
 #: Share of dense's time by which a time may be below the compute kept, which counts parameters.
 _SLACK = 0.02
 
-Kind = Literal["nothing", "chance", "better", "faster", "rounds", "spread", "unfinished", "many"]
+Kind = Literal[
+    "nothing",
+    "chance",
+    "better",
+    "faster",
+    "rounds",
+    "spread",
+    "unfinished",
+    "many",
+    "interval",
+    "baseline",
+]
 
 
 @dataclass(frozen=True)
@@ -142,29 +153,38 @@ def _of_setting(one: SettingSummary, summary: Summary) -> Iterator[Doubt]:
     if speed.rounds < summary.rounds:
         done = f"{speed.rounds} of {summary.rounds} rounds"
         yield Doubt("unfinished", f"{one.name} was timed in {done}: let the run finish.")
-    yield from _of_time(one, speed)
+    yield from of_time(one.name, one.kept, speed)
 
 
-def _of_time(one: SettingSummary, speed: Speed) -> Iterator[Doubt]:
+def of_time(name: str, kept: float, speed: Speed, whose: str = "dense") -> Iterator[Doubt]:
+    """Collect what speaks against a time.
+
+    Args:
+        name: of what was timed.
+        kept: share of decoder compute that it keeps.
+        speed: its time against somebody's.
+        whose: that is.
+
+    """
     if speed.rounds < LEAST_ROUNDS:
         yield Doubt(
             "rounds",
-            f"{one.name} was timed in {speed.rounds} round{'s' * (speed.rounds > 1)}; at least "
+            f"{name} was timed in {speed.rounds} round{'s' * (speed.rounds > 1)}; at least "
             f"{LEAST_ROUNDS} are needed to see how much times vary (--rounds).",
         )
     elif speed.median < 1 and speed.width > 1 - speed.median:
         yield Doubt(
             "spread",
-            f"{one.name} takes {speed.median:.2f} of dense's time, and may take "
+            f"{name} takes {speed.median:.2f} of {whose}'s time, and may take "
             f"{speed.sure[0]:.2f} to {speed.sure[1]:.2f}: that is wider than what it saves. Time "
             "more rounds on a quiet machine.",
         )
-    if speed.sure[1] < one.kept - _SLACK:
+    if speed.sure[1] < kept - _SLACK:
         yield Doubt(
             "faster",
-            f"{one.name} takes {speed.median:.2f} of dense's time and keeps {one.kept:.2f} of the "
+            f"{name} takes {speed.median:.2f} of {whose}'s time and keeps {kept:.2f} of the "
             "compute. Leaving out compute cannot save more time than that: something else slowed "
-            "dense down. Time again on a quiet machine.",
+            f"{whose} down. Time again on a quiet machine.",
         )
 
 

@@ -84,7 +84,7 @@ def draw(
         )
         if one is chosen:
             axes.plot(x, y, "o", color=paint, markersize=17, fillstyle="none")
-    return _svg(figure, axes, titles)
+    return inline_svg(figure, axes, titles)
 
 
 def _aside(points: Sequence[Point]) -> list[float]:
@@ -103,7 +103,7 @@ def _aside(points: Sequence[Point]) -> list[float]:
     return shifts
 
 
-def _svg(figure: Any, axes: Any, titles: dict[str, str]) -> Markup:
+def inline_svg(figure: Any, axes: Any, titles: dict[str, str]) -> Markup:
     """Give the figure as inline SVG with the page's colours and with tooltips."""
     for part in ("xaxis", "yaxis"):
         axis = getattr(axes, part)

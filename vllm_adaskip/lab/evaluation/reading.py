@@ -55,22 +55,7 @@ class Reader:
     def _read(self, llm: Any, part: list[Answer], heard: Sequence[Heard]) -> list[Answer]:
         if not heard:
             return part
-        from vllm import SamplingParams, TokensPrompt
-
-        longest = llm.llm_engine.model_config.max_model_len - 1  # vLLM generates a token after it
-        params = SamplingParams(
-            temperature=0,
-            max_tokens=1,
-            prompt_logprobs=1,
-            detokenize=False,
-            extra_args=self._engine.arguments(DENSE),
-        )
-        prompts = [TokensPrompt(prompt_token_ids=(o.prompt + o.answer)[:longest]) for o in heard]
-        outputs = llm.generate(prompts, params, use_tqdm=False)
-        read = (
-            measured(output.prompt_logprobs[len(one.prompt) :], one.answer)
-            for one, output in zip(heard, outputs, strict=True)
-        )
+        read = iter(at_full_depth(llm, heard, self._engine.arguments(DENSE)))
         return [one if one.metric in _GIVEN else one.model_copy(update=next(read)) for one in part]
 
 
@@ -92,6 +77,31 @@ class _Listening:
             if FORCED not in (one.extra_args or {})
         ]
         return outputs
+
+
+def at_full_depth(
+    llm: Any, heard: Sequence[Heard], arguments: Mapping[str, Any]
+) -> list[dict[str, float | None]]:
+    """Have vLLM read answers as prompts; return what `measured` makes of each.
+
+    ``arguments`` are the requests' ``extra_args``.
+    """
+    from vllm import SamplingParams, TokensPrompt
+
+    longest = llm.llm_engine.model_config.max_model_len - 1  # vLLM generates a token after it
+    params = SamplingParams(
+        temperature=0,
+        max_tokens=1,
+        prompt_logprobs=1,
+        detokenize=False,
+        extra_args=dict(arguments),
+    )
+    prompts = [TokensPrompt(prompt_token_ids=(o.prompt + o.answer)[:longest]) for o in heard]
+    outputs = llm.generate(prompts, params, use_tqdm=False) if prompts else []
+    return [
+        measured(output.prompt_logprobs[len(one.prompt) :], one.answer)
+        for one, output in zip(heard, outputs, strict=True)
+    ]
 
 
 def measured(steps: Sequence[Mapping[int, Any]], answer: Sequence[int]) -> dict[str, float | None]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib.resources import files
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined
 
 from vllm_adaskip.lab.data.metrics import PERPLEXITY
 from vllm_adaskip.lab.evaluation.heat import fixed_plans, sweeps, varying_plans
@@ -67,9 +67,7 @@ def make_report(results: Results, max_drop: float) -> Report:
     advice = recommend(summary, max_drop)
     looks = looks_of(summary)
     fixed = [one for one in summary.settings if one.plan is not None]
-    page = _environment().from_string(
-        files("vllm_adaskip.lab.evaluation").joinpath("page.html.jinja").read_text("utf-8")
-    )
+    page = environment().get_template("page.html.jinja")
     html = page.render(
         manifest=manifest,
         summary=summary,
@@ -141,8 +139,14 @@ def headline(advice: Recommendation) -> str:
     return "Nothing to recommend: no setting can be compared with dense and switched on"
 
 
-def _environment() -> Environment:
-    env = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+def environment() -> Environment:
+    """Return the templates of all pages; they escape all text."""
+    env = Environment(
+        loader=FunctionLoader(_template),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+    )
     env.lstrip_blocks = True
     env.filters["start"] = lambda text: text if len(text) <= 600 else f"{text[:600]} …"
     env.filters["end"] = lambda text: text if len(text) <= 600 else f"… {text[-600:]}"
@@ -154,6 +158,10 @@ def _environment() -> Environment:
     env.filters["worst"] = lambda found: sorted(found, key=lambda each: -each[1].loss.low)
     env.tests["perplexity"] = lambda metric: metric == PERPLEXITY
     return env
+
+
+def _template(name: str) -> str:
+    return files("vllm_adaskip.lab.evaluation").joinpath(name).read_text("utf-8")
 
 
 def _change(loss: float) -> str:

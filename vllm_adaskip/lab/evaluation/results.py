@@ -136,6 +136,51 @@ class OraclePoint(Record):
     score: float
 
 
+class WholeAnswer(Record):
+    """A prompt and what the whole model answers, as token ids (``whole-answers.jsonl``)."""
+
+    item: str
+    prompt: list[int]
+    answer: list[int]
+    text: str = ""
+
+
+class PlanReading(Record):
+    """How far answers under a plan are the whole model's (``plan-readings.jsonl``).
+
+    Attributes:
+        how: ``search`` and ``held out``: the whole model's answers of that half, read under the
+            plan; ``answered``: answers that the engine gave under the plan, read at full depth.
+        agreement: of each answer, the share of tokens that are the whole model's choice.
+        surprise: of each answer, nats a token by which the whole model prefers its own choice.
+        loss: cross-entropy of the whole model's choices under the plan, in nats a token.
+        texts: of each answer that was given under the plan.
+
+    """
+
+    how: Literal["search", "held out", "answered"]
+    skip: list[int | str]
+    agreement: list[float]
+    surprise: list[float]
+    loss: float | None = None
+    texts: list[str] = []
+
+
+class StepTime(Record):
+    """Seconds of a decode step, one a round (``step-times.jsonl``).
+
+    Attributes:
+        stage: what takes turns in the same rounds.
+        variant: ``stock``, ``dense`` (ours, nothing skipped), or a plan.
+
+    """
+
+    stage: str
+    variant: str
+    batch: int
+    seconds: list[float]
+
+
 class Manifest(Record):
     """What a run was.
 
@@ -179,6 +224,9 @@ FILES: dict[type[Record], str] = {
     Timing: "timings.jsonl",
     SweepCell: "sweep.jsonl",
     OraclePoint: "oracle.jsonl",
+    WholeAnswer: "whole-answers.jsonl",
+    PlanReading: "plan-readings.jsonl",
+    StepTime: "step-times.jsonl",
 }
 R = TypeVar("R", bound=Record)
 

@@ -188,7 +188,7 @@ class _Own:
                 if (quality := _quality(p for p in pairs if (p[0].task, p[0].metric) == column))
             },
             complete=scored <= self.answers.keys(),
-            speeds={batch: _speed(list(each.values())) for batch, each in self.ratios.items()},
+            speeds={batch: speed_of(list(each.values())) for batch, each in self.ratios.items()},
             plans={
                 task: np.mean([m for m, a in zip(masks, answers, strict=True) if a.task == task], 0)
                 for task in dict.fromkeys(answer.task for answer in answers)
@@ -225,7 +225,8 @@ def _reading(answers: Sequence[Answer]) -> Reading | None:
     )
 
 
-def _speed(ratios: Sequence[float]) -> Speed:
+def speed_of(ratios: Sequence[float]) -> Speed:
+    """Sum up the ratios of rounds."""
     low, median, high = np.percentile(ratios, [25, 50, 75]).tolist()
     return Speed(median, low, high, len(ratios), median_interval(ratios))
 

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a model can be scanned here: found, of a family that we serve, not too large."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from vllm_adaskip.bundled import bundled_model
+from vllm_adaskip.classifiers.plan import DecoderShape
+from vllm_adaskip.model_executors.registry import FAMILIES, family_of
+
+#: What is read of a model on the hub.
+_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+#: Bytes of the KV caches of both engines, and of Python with all its libraries.
+_BESIDE = 4 << 30
+
+
+class ModelError(ValueError):
+    """A model that cannot be scanned; the message names it and says why."""
+
+
+def found_model(name: str) -> str:
+    """Return the folder of a model: the bundled one, a folder, or a hub id, which is downloaded.
+
+    Raises:
+        ModelError: no such model.
+
+    """
+    if not name or Path(name).is_dir():
+        return name or bundled_model()
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return str(snapshot_download(name, allow_patterns=_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ModelError(f"model {name!r:.200}: no such folder, and the hub: {reason}") from None
+
+
+def family_shape(folder: str) -> DecoderShape:
+    """Return the shape of a model of a family that we serve.
+
+    Raises:
+        ModelError: of another family, or no model.
+
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (ValueError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ModelError(f"{folder}: no model that transformers knows: {reason}") from None
+    names = getattr(config, "architectures", None) or []
+    families = [family for name in names if (family := family_of(name))]
+    if not families:
+        raise ModelError(
+            f"{folder}: of the family {' or '.join(names) or '?'}, in which vllm-adaskip cannot "
+            f"skip; supported: {', '.join(FAMILIES)}"
+        )
+    return families[0].shape(config)
+
+
+def check_memory(folder: str, available: int | None = None) -> None:
+    """Refuse a model that does not fit twice as it is stored, and once as float32.
+
+    Raises:
+        ModelError: so much memory is not available.
+
+    """
+    weights = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+    if not weights:
+        raise ModelError(f"{folder}: no weights; allowed: a model with *.safetensors")
+    config = json.loads((Path(folder) / "config.json").read_text())
+    stored = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    needed = weights * (2 + (1 if stored == "float32" else 2)) + _BESIDE
+    there = memory_available() if available is None else available
+    if needed > there:
+        raise ModelError(
+            f"{folder}: weights of {weights / 1e9:.1f} GB; a scan needs about {needed / 1e9:.1f} "
+            f"GB of memory (stock vLLM, ours, and float32 in transformers), and "
+            f"{there / 1e9:.1f} GB are available"
+        )
+
+
+def memory_available() -> int:
+    """Return the bytes that this process may still take: the machine's, or its control group's."""
+    found = [*_machine(), *_control_group()]
+    return min(found, default=1 << 62)
+
+
+def _machine() -> Iterable[int]:
+    for line in _lines(Path("/proc/meminfo")):
+        if line.startswith("MemAvailable:"):
+            yield int(line.split()[1]) << 10
+
+
+def _control_group() -> Iterable[int]:
+    folder = Path("/sys/fs/cgroup")
+    most, now = (_lines(folder / name) for name in ("memory.max", "memory.current"))
+    if most and now and most[0].isdigit():
+        # Pages of files go when memory is wanted.
+        cache = sum(
+            int(line.split()[1])
+            for line in _lines(folder / "memory.stat")
+            if line.startswith(("inactive_file ", "active_file "))
+        )
+        yield int(most[0]) - int(now[0]) + cache
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []
