@@ -118,7 +118,7 @@ def compare(reference: Any, kv_fill: str, eager: bool, backend: str) -> dict[str
     }
     llm = start(
         bundled_model(),
-        {"kv_fill": kv_fill, "graph_plans": [shared]},
+        {"kv_fill": kv_fill, "known_plans": [shared]},
         dtype="float32",
         max_num_batched_tokens=64,
         max_num_seqs=32,
@@ -171,7 +171,7 @@ def timed(name: str, device: str, eager: bool) -> dict[str, dict[str, float]]:
         for engine, model, options in (
             ("stock", whole.write(Path(folder) / "whole"), None),
             ("smaller", whole.of_depth(kept).write(Path(folder) / "half"), None),
-            ("plugin", str(Path(folder) / "whole"), {"graph_plans": [one.entries()]}),
+            ("plugin", str(Path(folder) / "whole"), {"known_plans": [one.entries()]}),
         ):
             begin = time.perf_counter()
             engines[engine] = start(

@@ -70,8 +70,9 @@ class AdaSkipConfig(BaseModel):
             what is set beside it goes before it.
         coalesce: how far a decided plan may leave what the prompt asks for, so that the sequences
             of a batch share plans; in [0, 1], 0: not at all. See docs/coalesce.md.
-        graph_plans: plans that requests will name, each in the form of ``adaskip_skip``. Where
-            vLLM uses CUDA graphs, steps in which all sequences follow one of them get one.
+        known_plans: plans that requests will name, each in the form of ``adaskip_skip``. Steps in
+            which all sequences follow one of them are compiled on a CPU, and get CUDA graphs on a
+            GPU, at start-up.
         untested_accelerator: serve on an accelerator on which nobody has run this yet; an
             NVIDIA GPU with vLLM 0.32 does not need it.
 
@@ -84,7 +85,7 @@ class AdaSkipConfig(BaseModel):
     kv_fill: Literal["copy", "project", "none"] = "none"
     profile: str | None = None
     coalesce: float = Field(default=0.0, ge=0, le=1)
-    graph_plans: list[list[int | str]] = []
+    known_plans: list[list[int | str]] = []
     untested_accelerator: bool = False
 
     @field_validator("method")
@@ -160,7 +161,7 @@ class AdaSkipConfig(BaseModel):
             kv_fill=self.kv_fill,
             profile=self.profile,
             coalesce=self.coalesce,
-            graph_plans=self.graph_plans,
+            known_plans=self.known_plans,
         )
         try:
             Planner(facts)

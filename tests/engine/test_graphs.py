@@ -74,13 +74,13 @@ def test_the_step_of_a_graph_runs_no_sub_layer_for_a_part_of_its_rows(size: int)
 
 
 def test_graphs_are_for_the_methods_own_plan_and_those_that_are_named() -> None:
-    facts = EngineFacts(SHAPE, "static", {"skip": [2]}, graph_plans=[[1], [], [2]])
+    facts = EngineFacts(SHAPE, "static", {"skip": [2]}, known_plans=[[1], [], [2]])
     assert Planner(facts).known_plans == [ONE, OTHER]
 
 
 def test_more_plans_than_graphs_are_made_for_are_refused_by_name() -> None:
     many = [[0], [1], [2], [3], [0, 1], [0, 2], [0, 3], [1, 2]]
-    with pytest.raises(ValueError, match=f"graph_plans: 8 plans; allowed: {MOST_PLANS} with dense"):
-        Planner(EngineFacts(SHAPE, graph_plans=many))
+    with pytest.raises(ValueError, match=f"known_plans: 8 plans; allowed: {MOST_PLANS} with dense"):
+        Planner(EngineFacts(SHAPE, known_plans=many))
     with pytest.raises(ValueError, match="layers 0 to 3"):
-        Planner(EngineFacts(SHAPE, graph_plans=[[4]]))
+        Planner(EngineFacts(SHAPE, known_plans=[[4]]))

@@ -58,7 +58,7 @@ JOBS: dict[str, dict[str, Any]] = {
     "answers": job(EXITS, [None] * 7, max_tokens=1),
     **{
         f"graphs, {fill}": job(
-            {"kv_fill": fill, "graph_plans": [SHARED]},
+            {"kv_fill": fill, "known_plans": [SHARED]},
             [*planned(4, 3), *[{"adaskip_skip": SHARED}] * 7, *[None] * 7],
             graphs=True,
         )

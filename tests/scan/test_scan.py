@@ -30,14 +30,14 @@ from vllm_adaskip.lab.scan.verdict import verdict
 
 ASKED = [([5, 30, 17, 42], [9, 11, 12, 13]), ([7, 8], [9, 50, 51]), ([3, 4, 5], [20, 21, 22])]
 SHAPE = DecoderShape(4, 100, 300)
-#: Milliseconds of a step; `planned` is reset by tests.
-COST = {"stock": 10.0, "planned": 11.0, "attention": 1.0, "mlp": 2.0}
+#: Milliseconds of a step; `dense` is reset by tests.
+COST = {"stock": 10.0, "dense": 11.0, "attention": 1.0, "mlp": 2.0}
 
 
 def step_ms(plan: SkipPlan) -> float:
     """What the made-up engine takes."""
     saved = plan.attention.bit_count() * COST["attention"] + plan.mlp.bit_count() * COST["mlp"]
-    return COST["planned"] - saved
+    return COST["dense"] - saved
 
 
 def made_up_times(
@@ -48,7 +48,7 @@ def made_up_times(
     rounds: int,
     done: Callable[[], None],
 ) -> list[StepTime]:
-    times = {"stock": COST["stock"], "dense": COST["stock"]}
+    times = {"stock": COST["stock"], "dense": COST["dense"]}
     times |= {str(plan): step_ms(plan) for plan in plans}
     return [
         StepTime(stage=stage, variant=name, batch=batch, seconds=[ms / 1000] * rounds)
@@ -71,7 +71,7 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Results:
     monkeypatch.setattr(timing, "timed", made_up_times)
     monkeypatch.setattr(answers, "answered", answered)
     monkeypatch.setattr("vllm_adaskip.lab.scan.verdict.FEW", 2)
-    monkeypatch.setitem(COST, "planned", 11.0)
+    monkeypatch.setitem(COST, "dense", 11.0)
     results = Results(tmp_path / "out")
     results.write_manifest(
         Manifest(
@@ -99,7 +99,7 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Results:
 
 
 class NoEngine:
-    def start(self, *, ours: bool) -> None:
+    def ours(self, known: Sequence[SkipPlan]) -> None:
         return None
 
 
@@ -127,7 +127,7 @@ def test_what_costs_nothing_and_saves_time_is_left_out(results: Results) -> None
     found = run(results, model=layer_1_useless())
     assert set(found.order[:2]) == {"attn:1", "mlp:1"}
     assert found.singles["mlp:1"].agreement == [1.0] * 6 > found.singles["mlp:2"].agreement
-    assert found.steps[16].planned == pytest.approx(0.011)
+    assert found.steps[16].dense == pytest.approx(0.011)
     assert found.saved["mlp:0"] == pytest.approx(0.002) and len(found.saved) == 8
     assert found.verdict.chosen is not None
     assert found.verdict.chosen.plan.entries() == [1]
@@ -147,11 +147,11 @@ def test_what_costs_nothing_and_saves_time_is_left_out(results: Results) -> None
     assert run(results).verdict == found.verdict
 
 
-def test_no_profile_where_leaving_compiled_code_costs_more(results: Results) -> None:
-    COST["planned"] = 20.0
+def test_no_profile_where_ours_costs_more_than_is_saved(results: Results) -> None:
+    COST["dense"] = 20.0
     found = run(results, "layer", layer_1_useless())
     assert found.verdict.chosen is None and found.order[0] == 1
-    assert "leaves compiled code, which costs +100%" in found.verdict.sentence
+    assert "ours dense costs +100.0%" in found.verdict.sentence
     assert "a layer that is left out saves 30.0%" in found.verdict.sentence
     (folder := results.folder / "profile").mkdir()
     assert save_profile(folder, found, results.manifest(), "x") is None and not folder.exists()
@@ -170,7 +170,7 @@ def test_few_tokens_recommend_nothing(results: Results, monkeypatch: pytest.Monk
 
 
 def test_a_time_below_the_compute_kept_is_in_doubt(results: Results) -> None:
-    COST["planned"] = 5.0
+    COST["dense"] = 5.0
     found = run(results, model=layer_1_useless())
     assert found.verdict.chosen is None and "is in doubt" in found.verdict.sentence
     assert any(one.kind == "faster" for one in found.verdict.doubts)

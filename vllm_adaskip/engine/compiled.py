@@ -8,9 +8,10 @@ it what the compiler saves: fused operations, and calls from Python.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
 from time import perf_counter
 from types import CodeType, FunctionType
-from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +21,10 @@ from vllm_adaskip.engine.step import Bools, Step
 
 if TYPE_CHECKING:
     from vllm_adaskip.engine.fill import KvFill
+
+
+#: Plans that are compiled at most: each takes some seconds at start-up.
+MOST = 4
 
 
 class Made(NamedTuple):
@@ -51,17 +56,15 @@ class CompiledPlans:
     """
 
     def __init__(self, plans: Iterable[SkipPlan], body: Callable[[Bools], Body]) -> None:
-        """Take the plans, and what returns the body, not compiled, of a plan's mask."""
+        """Take the plans, of which `MOST` are compiled, and what returns the body of a mask."""
         self.ran, self.seconds = 0, 0.0
-        self._uncompiled = {plan: body(plan.mask()) for plan in plans}
+        self._uncompiled = {plan: body(plan.mask()) for plan in islice(plans, MOST)}
         self._bodies: dict[bytes, Body] = {}
 
     def __len__(self) -> int:
         return len(self._bodies)
 
-    def compile(
-        self, fill: KvFill, options: Mapping[str, Any], *inputs: Unpack[Inputs]
-    ) -> None:
+    def compile(self, fill: KvFill, options: Mapping[str, Any], *inputs: *Inputs) -> None:
         """Compile all bodies, on the inputs of a warm-up, with inductor's options; once.
 
         The fill is told of a step as it will be, as the compiler follows what it does then.

@@ -119,7 +119,8 @@ def report(state: SkipState) -> dict[str, Any]:
     `SkipState.plans`; ``coalesced`` counts decisions that others in the batch changed. Where a
     method lets tokens exit, ``exits[l]`` counts those, or with scope ``answer`` the requests, that
     stopped after layer l. Where CUDA graphs hold plans, ``graphs`` says how many plans, dense among
-    them, and how many steps replayed one.
+    them, and how many steps replayed one; where a CPU compiles plans, ``compiled`` says how many,
+    how many steps ran one, and how many seconds compiling took.
     """
     table, facts = state.table, state.planner.facts
     counts, run = table.counts, table.counts.run.tolist()
@@ -138,6 +139,10 @@ def report(state: SkipState) -> dict[str, Any]:
     }
     if (graphs := state.graphs) is not None:
         found["graphs"] = {"plans": len(graphs.plans), "replayed": graphs.replayed}
+    if (compiled := state.compiled) is not None:
+        found["compiled"] = {
+            "plans": len(compiled), "ran": compiled.ran, "seconds": round(compiled.seconds, 1),
+        }  # fmt: skip
     if state.planner.classifier.gates_attention:
         found["exits"] = counts.exits.tolist()
     return found

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from vllm.config import VllmConfig
 
+    from vllm_adaskip.engine.compiled import CompiledPlans
     from vllm_adaskip.engine.graphs import GraphBook
 
 logger = getLogger("vllm.adaskip")
@@ -49,6 +50,7 @@ class SkipState:
         is_told_lengths: whether the feeder does; if not, they stand in attention metadata.
         replay: of the forward that comes next, what runs it as a graph; None: there is none.
         graphs: the engine's graphs; None: it has none.
+        compiled: its compiled plans, on a CPU; None: it compiles none.
         plans: sequences that entered, by plan: ``dense``, ``skipping``, or ``gated`` where the
             method may leave out more, token by token. Sequences that wait for a plan are in none.
         coalesced: decisions so far that others in the batch changed, see `engine/coalesce.py`.
@@ -62,6 +64,7 @@ class SkipState:
         self.lengths: tuple[Ints, Ints] | None = None
         self.replay: Callable[[], Tensor] | None = None
         self.graphs: GraphBook | None = None
+        self.compiled: CompiledPlans | None = None
         self.table = SequenceTable(planner.facts.shape.num_layers, capacity)
         self.plans = {"dense": 0, "skipping": 0, "gated": 0}
         self.memo: LRUCache[Undecided, SkipPlan] = LRUCache(_REMEMBERED)

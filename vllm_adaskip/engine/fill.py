@@ -58,6 +58,9 @@ class KvFill:
     def finish(self) -> None:
         """End the step; all layers have run."""
 
+    def abandon(self) -> None:
+        """End a step that was only a rehearsal; nothing is written."""
+
 
 class ProjectFill(KvFill):
     """``project``: the skipped layer's own norm, K/V projection and rotary embedding.
@@ -170,6 +173,10 @@ class CopyFill(KvFill):
         """Write all copies that are planned, at once."""
         if self._step is not None:
             self._write(self._copies())
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Forget the K/V that were kept."""
         self._step = None
         self._kept.clear()
 

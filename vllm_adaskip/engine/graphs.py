@@ -11,8 +11,6 @@ from bisect import bisect_left
 from collections.abc import Iterable
 from typing import NamedTuple
 
-import numpy as np
-
 from vllm_adaskip.classifiers import SkipPlan
 from vllm_adaskip.engine.step import Bools, Ints, Step
 
@@ -63,7 +61,4 @@ class GraphBook:
 
     def step(self, entry: Entry) -> Step:
         """Return the step that an entry's graph holds: every row decodes."""
-        rows = np.arange(entry.size + 1)
-        ones = np.ones(entry.size, dtype=np.int64)
-        skips = np.tile(entry.plan.mask(), (entry.size, 1))
-        return Step.of(rows, ones + 1, ones, skips)
+        return Step.of_one_plan(entry.plan.mask(), entry.size)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,11 +25,12 @@ from vllm_adaskip.engine import compat
 from vllm_adaskip.engine.compat.head import Head
 from vllm_adaskip.engine.compat.kernels import with_kernels
 from vllm_adaskip.engine.compat.kv_cache import KvCache
+from vllm_adaskip.engine.compiled import Body, CompiledPlans, Made
 from vllm_adaskip.engine.decide import shared_state
 from vllm_adaskip.engine.fill import KV_FILLS
 from vllm_adaskip.engine.gate import StepGate
 from vllm_adaskip.engine.prompts import PromptReader
-from vllm_adaskip.engine.step import NOBODY, Ints, Part, Step, Tokens
+from vllm_adaskip.engine.step import NOBODY, Bools, Ints, Part, Step, Tokens
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -123,6 +125,7 @@ class SkipRuntime:
         reader: shows prompts to the method.
         gate: asks the method in the middle of a forward.
         step: the step that runs now, or ran last.
+        body: compiled for the step that runs now; None: there is none.
 
     """
 
@@ -141,6 +144,7 @@ class SkipRuntime:
         gate = classifier.gate(hidden_size, device, lens) if scope else None
         self.gate = StepGate(gate, classifier, self._table)
         self.step: Step | None = None
+        self.body: Body | None = None
         self._planned: Step | None = None
         self._starts = b""
         self._only_decodes = False
@@ -154,6 +158,7 @@ class SkipRuntime:
         """
         metadata = self.batches.step_metadata()
         if (lengths := self._lengths(metadata)) is None:  # a warm-up: no sequences
+            self.step = None
             return None
         starts, seq_lens = lengths
         step = self._planned
@@ -167,6 +172,7 @@ class SkipRuntime:
         if self.state.replay is not None or (self._is_dense and not is_observed):
             self._count()
             return None
+        self.body = None if is_observed else self._compiled
         self.fill.begin(self.step, may_change=self.gate.is_open)
         return self.step
 
@@ -218,6 +224,8 @@ class SkipRuntime:
         self._version, self._starts = self._table.version, starts.tobytes()
         self._only_decodes = step.num_generated == step.num_tokens
         self._is_dense = step.is_dense
+        plans = self.state.compiled
+        self._compiled = None if plans is None else plans.of(step)
         return step
 
 
@@ -238,6 +246,11 @@ class SkippingDecoder(nn.Module):
         #: What steps run in which something is skipped or observed; not registered once more.
         self._stack = (with_kernels(stack),)
         self._layers = [*self.stack.layers]  # whose lookup takes longer than this list's
+        compilation = vllm_config.compilation_config
+        if compilation.mode and vllm_config.device_config.device_type == "cpu":
+            self._options = compilation.inductor_compile_config
+            state = self.adaskip.state
+            state.compiled = CompiledPlans(state.planner.known_plans, self._body_of)
 
     @staticmethod
     def get_model_state_cls() -> type[Any]:
@@ -301,6 +314,8 @@ class SkippingDecoder(nn.Module):
         """Return what the LM head takes, ``[tokens, width]``."""
         adaskip = self.adaskip
         step = adaskip.begin()
+        if adaskip.step is None and (plans := adaskip.state.compiled) is not None:
+            plans.compile(adaskip.fill, self._options, input_ids, positions, inputs_embeds)
         if (replay := adaskip.state.replay) is not None:
             adaskip.state.replay = None
             return replay()
@@ -310,9 +325,54 @@ class SkippingDecoder(nn.Module):
         real = slice(step.num_tokens)
         input_ids = None if input_ids is None else input_ids[real]
         inputs_embeds = None if inputs_embeds is None else inputs_embeds[real]
-        output = self._run(step, input_ids, positions[real], inputs_embeds)
+        run = self._run if adaskip.body is None else self._run_compiled
+        output = run(step, input_ids, positions[real], inputs_embeds)
         adaskip.end()
         return output
+
+    def _body_of(self, left_out: Bools) -> Body:
+        """Return what a step runs in which all rows leave out ``[2 * num_layers]``.
+
+        It runs the modules as stock vLLM made them, whose small operations the compiler fuses.
+        """
+        bare = copy(self)
+        bare._stack = (self.stack_of(self.model),)
+        layers, projects = [*bare.stack.layers], self.adaskip.fill.projects
+        sub_layers = list(enumerate(left_out.tolist()))
+
+        def body(input_ids: Tensor | None, positions: Tensor, inputs_embeds: Tensor | None) -> Made:
+            stream = Stream(bare.embed(input_ids, positions, inputs_embeds), None)
+            passed = []
+            for sub_layer, is_left_out in sub_layers:
+                layer, is_mlp = layers[sub_layer // 2], sub_layer % 2
+                if is_left_out:
+                    if projects and not is_mlp:
+                        passed.append(bare.project_kv(layer, positions, stream))
+                elif is_mlp:
+                    stream = bare.run_mlp(layer, stream)
+                else:
+                    stream = bare.run_attention(layer, positions, stream)
+            return Made(bare.finish(stream), passed)
+
+        return body
+
+    def _run_compiled(
+        self,
+        step: Step,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        inputs_embeds: Tensor | None,
+    ) -> Tensor:
+        """Run the body that is compiled for the step's plan, and fill what it passed by."""
+        adaskip = self.adaskip
+        plans = adaskip.state.compiled
+        assert adaskip.body is not None and plans is not None
+        made = adaskip.body(input_ids, positions, inputs_embeds)
+        plans.ran += 1
+        left_out = (layer for layer, part in enumerate(step.attention_parts) if part is NOBODY)
+        for layer, (key, value) in zip(left_out, made.passed, strict=False):
+            adaskip.fill.pass_by(layer, step.passing(2 * layer), key, value)
+        return made.hidden
 
     def body(self, step: Step) -> Callable[[Tensor, Tensor], Tensor]:
         """Return what a graph of a step holds, in which all tokens follow one plan.

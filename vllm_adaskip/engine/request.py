@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 KEYS = ("adaskip", "adaskip_skip", "adaskip_budget")
 UNKNOWN = "unknown"
-#: That have CUDA graphs, dense among them: each costs one a size, and some seconds at start-up.
+#: That are known, dense among them: each costs some seconds at start-up, on a GPU graphs too.
 MOST_PLANS = 8
 #: Why requests are refused: the argument that is wrong, or ``unknown``. A closed set, so that
 #: clients cannot make up metric labels.
@@ -94,7 +94,7 @@ class EngineFacts:
     """The model's depth and the server's options, already checked; they travel as JSON.
 
     ``profile``, a folder or hub id, is where a method finds its tensors, in every process.
-    ``graph_plans`` are plans that requests will name, in the form of `SkipPlan.parse`.
+    ``known_plans`` are plans that requests will name, in the form of `SkipPlan.parse`.
     """
 
     shape: DecoderShape
@@ -104,7 +104,7 @@ class EngineFacts:
     kv_fill: str = "none"
     profile: str | None = None
     coalesce: float = 0.0
-    graph_plans: Sequence[Sequence[int | str]] = field(default_factory=list)  # as JSON has it
+    known_plans: Sequence[Sequence[int | str]] = field(default_factory=list)  # as JSON has it
 
     def to_json(self) -> str:
         """Write the facts as JSON text."""
@@ -145,7 +145,7 @@ class Planner:
 
     Attributes:
         known_plans: that sequences are likely to follow: the method's one plan, those of option
-            ``graph_plans``, and the method's codebook; without dense, `MOST_PLANS` in all at most.
+            ``known_plans``, and the method's codebook; without dense, `MOST_PLANS` in all at most.
         refused: requests that `admit` has refused in this process, by `RequestError.reason`.
 
     """
@@ -208,13 +208,13 @@ class Planner:
 
     def _known_plans(self) -> list[SkipPlan]:
         num_layers = self.facts.shape.num_layers
-        named = [SkipPlan.parse(one, num_layers) for one in self.facts.graph_plans]
+        named = [SkipPlan.parse(one, num_layers) for one in self.facts.known_plans]
         own = (self._default.plan, *named)
         first = dict.fromkeys(plan for plan in own if plan and not plan.is_dense)
         if len(first) >= MOST_PLANS:
             raise ValueError(
-                f"graph_plans: {len(named)} plans; allowed: {MOST_PLANS} with dense and the "
-                "method's own, as each gets CUDA graphs of its own"
+                f"known_plans: {len(named)} plans; allowed: {MOST_PLANS} with dense and the "
+                "method's own, as each is compiled, or gets CUDA graphs"
             )
         more = (plan for plan in self.classifier.codebook if not plan.is_dense)
         return [*dict.fromkeys([*first, *more])][: MOST_PLANS - 1]

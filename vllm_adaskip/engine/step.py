@@ -142,6 +142,12 @@ class Step:
         spans = (each[length > 0] for each in (row, length, behind, generated, runs))
         return cls(*spans)
 
+    @classmethod
+    def of_one_plan(cls, left_out: Bools, rows: int) -> Step:
+        """Lay out a step in which every row decodes and leaves out ``[2 * num_layers]``."""
+        ones = np.ones(rows, dtype=np.int64)
+        return cls.of(np.arange(rows + 1), ones + 1, ones, np.tile(left_out, (rows, 1)))
+
     def fork(self) -> Step:
         """Return a step of its own with the same spans, for a forward that may clear some."""
         other = Step(self.row, self.length, self.behind, self.generated, self.runs.copy())

@@ -66,7 +66,7 @@ class Engines:
         model: its folder.
         stock: stock vLLM, compiled, as all but the next.
         eager: stock vLLM with ``enforce_eager``.
-        plugin: with the plugin; plans come with the requests.
+        plugin: with the plugin; plans come with the requests, `ONE` and `TWO` are known to it.
         smaller: stock vLLM with half of the layers physically gone.
         first: the plugin with FiRST, which decides on half of the layers, ``coalesce`` 1.
 
@@ -92,11 +92,13 @@ class Engines:
             "budget": 0.5,
             "coalesce": 1.0,
         }
+        layers = shape.num_layers
+        known = [one.entries() for one in (shared(layers), two_left_out(layers))]
         wanted: tuple[tuple[str, dict[str, Any] | None, bool], ...]
         wanted = (
             (model, None, False),
             (model, None, True),
-            (model, {}, False),
+            (model, {"known_plans": known}, False),
             (half, None, False),
             (model, first, False),
         )

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from vllm_adaskip.bundled import bundled_model
 from vllm_adaskip.classifiers.plan import DecoderShape
+from vllm_adaskip.lab.models import model_path
 from vllm_adaskip.model_executors.registry import FAMILIES, family_of
 
 #: What is read of a model on the hub.
@@ -22,14 +23,14 @@ class ModelError(ValueError):
 
 
 def found_model(name: str) -> str:
-    """Return the folder of a model: the bundled one, a folder, or a hub id, which is downloaded.
+    """Return the folder of a model, downloaded if its name is a short one or a hub id.
 
     Raises:
         ModelError: no such model.
 
     """
-    if not name or Path(name).is_dir():
-        return name or bundled_model()
+    if os.path.isdir(name := model_path(name)):  # unlike Path, which raises if it is too long
+        return name
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

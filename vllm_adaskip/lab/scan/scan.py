@@ -140,7 +140,7 @@ class Scan:
             return known
         done = self._say("the whole model answers", 1)
         dense = self._plan(())
-        llm = self._engines.start(ours=True)
+        llm = self._engines.ours(timing.shape_plans(self._shape.num_layers))
         made = asking.whole_answers(llm, items, prompts, dense, self._tokens)
         self._results.append(made)
         done()
@@ -236,7 +236,7 @@ class Scan:
         for plan in asked:
             key = ("answered", *plan.entries())
             if key not in self._known:
-                llm = self._engines.start(ours=True)
+                llm = self._engines.ours(plans)
                 held_out = self._halves["held out"]
                 self._known[key] = asking.answered(llm, held_out, plan, self._tokens)
                 self._results.append([self._known[key]])

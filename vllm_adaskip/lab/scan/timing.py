@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a decode step takes: compiled stock vLLM, ours dense, and ours under plans.
 
-All layers have the same shape, so a few plans say what any plan takes: a step that leaves the
-compiled code has a fixed price, and each attention and each MLP that is left out saves its part.
+All layers have the same shape, so two plans say what any plan takes: each attention and each MLP
+that is left out saves its part of ours dense. Plans are known when the engine starts, as they are
+when a profile is served, so a CPU runs them compiled and a GPU as graphs.
 """
 
 from __future__ import annotations
@@ -13,8 +14,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
-
-import numpy as np
 
 from vllm_adaskip.classifiers.plan import SkipPlan
 from vllm_adaskip.lab.bench.engines import decode, engine, following
@@ -40,15 +39,30 @@ class Engines:
 
     def __init__(self, stack: ExitStack, model: str, **options: Any) -> None:
         self._stack, self._model, self._options = stack, model, options
-        self._started: dict[bool, Any] = {}
+        self._stock: Any = None
+        self._ours: Any = None
+        self._close = ExitStack()
+        self._known: Sequence[SkipPlan] = ()
 
-    def start(self, *, ours: bool) -> Any:
-        """Return vLLM's ``LLM``."""
-        if ours not in self._started:
-            plugin: dict[str, Any] | None = {} if ours else None
-            one = engine(self._model, plugin=plugin, load_format="auto", **self._options)
-            self._started[ours] = self._stack.enter_context(one)
-        return self._started[ours]
+    def stock(self) -> Any:
+        """Return stock vLLM's ``LLM``."""
+        if self._stock is None:
+            self._stock = self._stack.enter_context(self._engine())
+        return self._stock
+
+    def ours(self, known: Sequence[SkipPlan]) -> Any:
+        """Return our ``LLM`` to which these plans are known; one that knows others is closed."""
+        if self._ours is None or [*known] != [*self._known]:
+            if self._ours is not None:
+                self._close.close()
+            self._close = self._stack.enter_context(ExitStack())
+            plans = [plan.entries() for plan in known]
+            self._ours = self._close.enter_context(self._engine(plugin={"known_plans": plans}))
+            self._known = known
+        return self._ours
+
+    def _engine(self, **more: Any) -> Any:
+        return engine(self._model, load_format="auto", **more, **self._options)
 
 
 @contextmanager
@@ -64,40 +78,43 @@ class Shape:
 
     Attributes:
         stock: of compiled stock vLLM.
-        planned: under a plan that leaves out nothing, if there were one: uncompiled.
+        dense: of ours with nothing left out.
         attention: what each attention that is left out saves.
         mlp: the same of an MLP.
 
     """
 
     stock: float
-    planned: float
+    dense: float
     attention: float
     mlp: float
 
     def saved(self, plan: SkipPlan) -> float:
-        """Predict what a plan saves of a planned step."""
+        """Predict what a plan saves of a dense step."""
         return plan.attention.bit_count() * self.attention + plan.mlp.bit_count() * self.mlp
 
     def ratio(self, plan: SkipPlan) -> float:
         """Predict a plan's time against stock vLLM."""
-        return (self.planned - self.saved(plan)) / self.stock
+        return (self.dense - self.saved(plan)) / self.stock
 
 
 def shape_plans(num_layers: int) -> list[SkipPlan]:
-    """Return the plans of which `shape_of` is reckoned: one sub-layer, and half of each kind."""
-    half = [*range(0, num_layers, 2)]
+    """Return the plans of which `shape_of` is reckoned: without half of each kind."""
+    half = range(0, num_layers, 2)
     kinds = [[f"{kind}:{layer}" for layer in half] for kind in ("attn", "mlp")]
-    return [SkipPlan.parse(one, num_layers) for one in (["attn:0"], *kinds, half)]
+    return [SkipPlan.parse(one, num_layers) for one in kinds]
 
 
 def shape_of(times: Mapping[str, StepTime], plans: Sequence[SkipPlan]) -> Shape:
-    """Fit the fixed price and both savings to the plans' median times (least squares)."""
-    middles = [statistics.median(times[str(plan)].seconds) for plan in plans]
-    left_out = [[1, -plan.attention.bit_count(), -plan.mlp.bit_count()] for plan in plans]
-    (planned, attention, mlp), *_ = np.linalg.lstsq(np.array(left_out), np.array(middles))
-    stock = statistics.median(times[STOCK].seconds)
-    return Shape(stock, float(planned), float(attention), float(mlp))
+    """Reckon what each attention and each MLP saves, of the median times of `shape_plans`."""
+    stock, dense, *under = (
+        statistics.median(times[name].seconds) for name in (STOCK, DENSE, *map(str, plans))
+    )
+    attention, mlp = (
+        (dense - seconds) / (plan.attention.bit_count() + plan.mlp.bit_count())
+        for seconds, plan in zip(under, plans, strict=True)
+    )
+    return Shape(stock, dense, attention, mlp)
 
 
 def timed(
@@ -109,7 +126,7 @@ def timed(
     done: Callable[[], None],
 ) -> list[StepTime]:
     """Time stock vLLM, ours dense and ours under each plan, round by round in turn."""
-    stock, ours = engines.start(ours=False), engines.start(ours=True)
+    stock, ours = engines.stock(), engines.ours(plans)
     variants: dict[str, Run] = {
         STOCK: partial(_step, stock, [None] * batch),
         DENSE: partial(_step, ours, [None] * batch),

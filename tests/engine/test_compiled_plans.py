@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Known plans run compiled where all rows follow one, and mean what they mean in the loop.
+
+Fails when a plan runs another's code, when a step that mixes plans runs compiled, or when the
+compiler drops what a fill needs, or writes over it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from batches import Entries, greedy, random_prompts
+from conftest import TINY_LAYERS
+from reference import Reference
+
+from vllm_adaskip import engine_args
+from vllm_adaskip.classifiers import SkipPlan
+from vllm_adaskip.engine.compiled import MOST, CompiledPlans
+from vllm_adaskip.engine.step import Step
+
+ONE: Entries = [2, 3, "attn:5"]
+OTHER: Entries = [0, "mlp:3", "attn:6", 7]
+TOKENS = 10
+
+
+def plan(entries: Entries) -> SkipPlan:
+    return SkipPlan.parse(entries, TINY_LAYERS)
+
+
+class NoFill:
+    def begin(self, step: Step, *, may_change: bool) -> None: ...
+
+    def abandon(self) -> None: ...
+
+
+def made(count: int) -> CompiledPlans:
+    plans = [plan([layer]) for layer in range(count)]
+    return CompiledPlans(plans, lambda mask: lambda ids, *_: ids * int(np.flatnonzero(mask)[0]))
+
+
+def test_each_plan_has_its_own_code_and_what_is_not_one_plan_has_none() -> None:
+    plans = made(3)
+    one, two = (Step.of_one_plan(plan([layer]).mask(), 3) for layer in (1, 2))
+    assert plans.of(one) is None  # not compiled yet
+    ids = torch.arange(20)
+    plans.compile(NoFill(), {}, ids, ids, None)  # type: ignore[arg-type]
+    bodies = [plans.of(step) for step in (one, two)]
+    assert [body(ids[:1] + 1, ids[:1], None).tolist() for body in bodies] == [[2], [4]]  # type: ignore[union-attr,misc]
+    assert plans.of(Step.of_one_plan(plan([5]).mask(), 3)) is None
+    rows, ones = np.arange(3), np.ones(2, dtype=np.int64)
+    masks = np.stack([plan([1]).mask(), plan([2]).mask()])
+    assert plans.of(Step.of(rows, ones + 1, ones, masks)) is None
+    assert plans.of(Step.of(np.array([0, 2, 3]), ones + 1, ones, masks[[0, 0]])) is None  # a prompt
+
+
+def test_a_few_are_compiled() -> None:
+    plans, ids = made(MOST + 2), torch.arange(20)
+    plans.compile(NoFill(), {}, ids, ids, None)  # type: ignore[arg-type]
+    assert len(plans) == MOST
+
+
+@pytest.mark.parametrize("kv_fill", ["none", "copy", "project"])
+def test_compiled_plans_give_the_tokens_of_the_reference_and_fill_what_the_loop_fills(
+    engine: Callable[..., Any], tiny_llama: str, kv_fill: str
+) -> None:
+    options = engine_args(kv_fill=kv_fill, known_plans=[ONE, OTHER])
+    llm = engine(tiny_llama, enforce_eager=False, num_gpu_blocks_override=40, **options)
+    reference, prompts = Reference(tiny_llama), random_prompts(3, 6)
+
+    def ran(plans: list[Entries]) -> int:
+        """Compare with the reference; return how many steps ran compiled."""
+        before = report(llm)["ran"]
+        got = greedy(llm, prompts, plans, max_tokens=TOKENS)
+        want = [
+            reference.generate(prompt, one, TOKENS)[0]
+            for prompt, one in zip(prompts, plans, strict=True)
+        ]
+        assert got == want
+        return int(report(llm)["ran"] - before)
+
+    assert report(llm)["plans"] == 2
+    assert ran([ONE] * 6) == ran([OTHER] * 6) == TOKENS - 1
+    assert ran([ONE, OTHER] * 3) < 3  # where one sequence is left
+    assert ran([[]] * 6) == ran([[1]] * 6) == 0
+    compiled, loop = (filled(llm, prompts, known) for known in (True, False))
+    for layer, (one, other) in enumerate(zip(compiled, loop, strict=True)):
+        assert one.any() and torch.allclose(one, other, atol=1e-4), layer
+
+
+def filled(llm: Any, prompts: list[list[int]], compiled: bool) -> list[torch.Tensor]:
+    """Return each layer's K/V after answers under `ONE`, sorted, as blocks may be others."""
+
+    def start(model: Any) -> None:
+        if not compiled:
+            model.adaskip.state.compiled = None
+        for layer in model.adaskip.cache._layers:
+            layer.kv_cache.zero_()
+
+    llm.apply_model(start)
+    greedy(llm, prompts, [ONE] * len(prompts), max_tokens=TOKENS)
+    read = llm.apply_model(lambda model: [one.kv_cache for one in model.adaskip.cache._layers])
+    return [torch.sort(one.flatten()).values for one in read[0]]
+
+
+def report(llm: Any) -> dict[str, Any]:
+    found: dict[str, Any] = llm.collective_rpc("adaskip_report")[0]["compiled"]
+    return found
