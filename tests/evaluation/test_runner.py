@@ -28,7 +28,7 @@ from vllm_adaskip.lab.evaluation.engine import (
 from vllm_adaskip.lab.evaluation.manifest import new_manifest, start_or_resume
 from vllm_adaskip.lab.evaluation.quality import is_narrow
 from vllm_adaskip.lab.evaluation.results import Answer, Results, Setting, Timing
-from vllm_adaskip.lab.evaluation.runner import Timed, Work, evaluate
+from vllm_adaskip.lab.evaluation.runner import Timed, Work, check, evaluate
 from vllm_adaskip.lab.evaluation.settings import DENSE, decided, explicit
 
 SETTINGS: list[Setting] = [
@@ -38,6 +38,13 @@ SETTINGS: list[Setting] = [
 ]
 ROUNDS, MAX_TOKENS = 2, 8
 TIMED = Timed(batch=2, tokens=4, most=4)
+
+
+def test_a_budget_that_cannot_be_met_is_refused_before_an_engine_starts() -> None:
+    shape = DecoderShape(12, 100, 300)
+    check([*SETTINGS, *decided("ffn-skip", {}, [0.9])], shape)
+    with pytest.raises(ValueError, match=r"^ffn-skip 0\.3: .* cannot be met: method 'ffn-skip'"):
+        check([*SETTINGS, *decided("ffn-skip", {}, [0.3])], shape)
 
 
 @pytest.fixture(scope="module")

@@ -260,18 +260,20 @@ def answer_and_time(
     batch: int,
 ) -> None:
     """Start a run under these settings, or do what is left of it, with a progress bar."""
+    # In one process, so that an engine dies with the command; unless the user wants otherwise.
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from vllm_adaskip.lab.evaluation.runner import Timed, Work, check, evaluate
+    from vllm_adaskip.lab.scan.fits import family_shape
+
+    check(settings, family_shape(manifest.model))
     _warn_of_single_tokens(manifest.model, items)
     told: dict[str, str | int | bool] = {"metric": metrics_of(items), "max_tokens": max_tokens}
     manifest = manifest.model_copy(update={"rounds": rounds})
     manifest = start_or_resume(results, asking(manifest, settings, items, **told))
     if len(results.read(Question)) < len(items):
         results.replace(Question, map(as_question, items))
-    # In one process, so that an engine dies with the command; unless the user wants otherwise.
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    from vllm_adaskip.lab.evaluation.runner import Timed, Work, evaluate
-
     timed = Timed(batch, max_tokens, most=MORE * rounds)
     work = Work.left(results, settings, items, rounds, timed)
     with Progress(*COLUMNS, console=console) as progress:

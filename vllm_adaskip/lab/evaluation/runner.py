@@ -9,6 +9,10 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+from vllm_adaskip.classifiers import DecoderShape
+from vllm_adaskip.config import AdaSkipConfig
+from vllm_adaskip.engine.compiled import MOST
+from vllm_adaskip.engine.request import Planner, RequestError
 from vllm_adaskip.lab.data.harness import HarnessItem
 from vllm_adaskip.lab.data.items import Item
 from vllm_adaskip.lab.evaluation.engine import Engine
@@ -82,6 +86,17 @@ class Work:
         return len(self.answers[setting.name]) + len(self.rounds.get(setting.name, ()))
 
 
+def check(settings: Sequence[Setting], shape: DecoderShape) -> None:
+    """Refuse, before an engine starts, a setting that it would refuse (`ValueError`)."""
+    for one in settings:
+        if one.skip is None:
+            facts = AdaSkipConfig.parse({"method": one.method, **one.options}).facts(shape)
+            try:
+                Planner(facts).wanted({"adaskip_budget": one.budget})
+            except RequestError as error:
+                raise ValueError(f"{one.name}: {error}") from None
+
+
 def evaluate(
     results: Results,
     model: str,
@@ -106,7 +121,7 @@ def evaluate(
         if not members:
             continue
         report(f"starting vLLM, method {method}", 0)
-        runs_on = start(model, method, members[0].options, **engine)
+        runs_on = start(model, method, {**members[0].options, **_known(members, work)}, **engine)
         reader = Reader(runs_on)
         for setting in members:
             for part in reader.answers(setting, work.answers[setting.name], max_tokens):
@@ -120,6 +135,12 @@ def evaluate(
                 results.append([_time(runs_on, settings[0], setting, round_, prompts, timed)])
                 report(f"timing {setting.name} again: its times vary", 0)
         runs_on.close()
+
+
+def _known(members: Sequence[Setting], work: Work) -> dict[str, Any]:
+    """Return the option by which a few plans that are timed run as a profile's would."""
+    plans = [one.skip for one in members if one.skip and work.rounds.get(one.name)]
+    return {"known_plans": plans} if 0 < len(plans) <= MOST else {}
 
 
 def _ratios(results: Results, batch: int) -> dict[str, dict[int, float]]:
