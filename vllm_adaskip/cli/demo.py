@@ -79,7 +79,7 @@ def demo(
         step = progress.add_task(f"compiling {one.name} in stock vLLM (a minute or two)")
         stock = _engine(one.path)
         progress.update(step, description=f"compiling {one.name} in vLLM with the plugin")
-        plugin = _engine(one.path, plugin=True)
+        plugin = _engine(one.path, known_plans=[one.light, one.heavy])
         progress.update(step, description="answering each question under each plan, in one batch")
         answers, report = _answers(plugin, one)
         progress.update(step, description=f"timing {rounds} rounds of {len(one.plans) + 1}")
@@ -115,8 +115,8 @@ def _bundled() -> Subject:
     )
 
 
-def _engine(path: str, plugin: bool = False) -> LLM:
-    """Start an engine, compiled as vLLM is by default."""
+def _engine(path: str, **plugin: Any) -> LLM:
+    """Start an engine, compiled as vLLM is by default; stock vLLM without options of ours."""
     from vllm import LLM
 
     from vllm_adaskip.launch import engine_args
@@ -127,7 +127,7 @@ def _engine(path: str, plugin: bool = False) -> LLM:
         max_num_seqs=32,
         enable_prefix_caching=False,
         distributed_executor_backend="uni",
-        **(engine_args() if plugin else {}),
+        **(engine_args(**plugin) if plugin else {}),
     )
 
 
