@@ -63,6 +63,16 @@ def test_a_few_are_compiled() -> None:
     assert len(plans) == MOST
 
 
+def test_a_plan_that_cannot_be_compiled_runs_in_the_loop(caplog: pytest.LogCaptureFixture) -> None:
+    def broken(ids: torch.Tensor, *_: Any) -> torch.Tensor:
+        return ids if ids.sum().item() > 3 else ids + 1  # depends on data: no whole graph
+
+    plans, ids = CompiledPlans([plan([1])], lambda mask: broken), torch.arange(20)  # type: ignore[arg-type,return-value]
+    plans.compile(NoFill(), {}, ids, ids, None)  # type: ignore[arg-type]
+    assert len(plans) == 0 and plans.of(Step.of_one_plan(plan([1]).mask(), 3)) is None
+    assert "'skip 1' runs layer by layer, as it cannot be compiled" in caplog.text
+
+
 @pytest.mark.parametrize("kv_fill", ["none", "copy", "project"])
 def test_compiled_plans_give_the_tokens_of_the_reference_and_fill_what_the_loop_fills(
     engine: Callable[..., Any], tiny_llama: str, kv_fill: str

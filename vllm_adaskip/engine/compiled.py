@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
+from logging import getLogger
 from time import perf_counter
 from types import CodeType, FunctionType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,6 +23,8 @@ from vllm_adaskip.engine.step import Bools, Step
 if TYPE_CHECKING:
     from vllm_adaskip.engine.fill import KvFill
 
+
+logger = getLogger("vllm.adaskip")
 
 #: Plans that are compiled at most: each takes some seconds at start-up.
 MOST = 4
@@ -67,19 +70,21 @@ class CompiledPlans:
     def compile(self, fill: KvFill, options: Mapping[str, Any], *inputs: *Inputs) -> None:
         """Compile all bodies, on the inputs of a warm-up, with inductor's options; once.
 
-        The fill is told of a step as it will be, as the compiler follows what it does then.
+        The fill is told of a step as it will be, as the compiler follows what it does then. A plan
+        that cannot be compiled runs layer by layer, which the log says.
         """
         start = perf_counter()
-        tokens = len(inputs[1])
         for plan, body in self._uncompiled.items():
-            compiled = _compiled(body, options)
-            for each in inputs:
-                if each is not None:
-                    torch._dynamo.mark_dynamic(each, 0)
-            fill.begin(Step.of_one_plan(plan.mask(), tokens), may_change=False)
-            compiled(*inputs)
-            fill.abandon()
-            self._bodies[plan.mask().tobytes()] = compiled
+            fill.begin(Step.of_one_plan(plan.mask(), len(inputs[1])), may_change=False)
+            try:
+                self._bodies[plan.mask().tobytes()] = _compiled(body, options, inputs)
+            except Exception as error:  # whatever a compiler may say
+                reason = str(error).strip().partition("\n")[0]
+                logger.warning(
+                    "'%s' runs layer by layer, as it cannot be compiled: %s", plan, reason
+                )
+            finally:
+                fill.abandon()
         self._uncompiled = {}
         self.seconds += perf_counter() - start
 
@@ -91,7 +96,7 @@ class CompiledPlans:
         return self._bodies.get((~runs[0]).tobytes())
 
 
-def _compiled(body: Callable[..., Made], options: Mapping[str, Any]) -> Body:
+def _compiled(body: Body, options: Mapping[str, Any], inputs: Inputs) -> Body:
     """Compile a body without guards, as vLLM does: what it closes over never changes.
 
     The compiler finds what it compiled by the code object, and bodies of different plans share
@@ -104,4 +109,8 @@ def _compiled(body: Callable[..., Made], options: Mapping[str, Any]) -> Body:
     found: Body = torch.compile(
         own, fullgraph=True, dynamic=False, backend="inductor", options={**options, **unguarded}
     )
+    for each in inputs:
+        if each is not None:
+            torch._dynamo.mark_dynamic(each, 0)
+    found(*inputs)
     return found
