@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from evaluation.synthetic import SETTINGS, realistic, write
+from evaluation.synthetic import DENSE, PLAIN, SETTINGS, answer, realistic, write
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 evidence = import_module("evidence")
@@ -27,8 +27,10 @@ def test_each_setting_has_a_line_and_dense_no_loss(
 
 
 def test_a_picture_shows_what_was_named(tmp_path: Path) -> None:
-    write(tmp_path, [*realistic(["sum"], 12)])
-    one, two = tmp_path / "one.png", tmp_path / "two.png"
-    evidence.main(tmp_path, "similarity 0.9", one)
-    evidence.main(tmp_path, "similarity 0.9,similarity 0.75", two)
-    assert one.read_bytes() != two.read_bytes()
+    dense = [answer("dense", f"sum/{number}", 1.0) for number in range(10)]
+    without = [answer("skip 5", one.item, 0.0, [5]) for one in dense]
+    write(tmp_path, [*dense, *without], [DENSE, PLAIN])
+    named, other = tmp_path / "named.png", tmp_path / "other.png"
+    evidence.main(tmp_path, "skip 5", named)
+    evidence.main(tmp_path, "skip 6", other)
+    assert named.read_bytes() != other.read_bytes()
