@@ -2,7 +2,7 @@
 """The tables and pictures of docs/evidence.md, from runs of `adaskip eval`.
 
     python benchmarks/evidence.py RUN                     # a table of all settings
-    python benchmarks/evidence.py RUN --draw ffn,ffn25 --picture docs/pictures/evidence-ffn-skip.png
+    python benchmarks/evidence.py RUN --draw ffn,ffn-token --picture ffn-skip.png
 
 Each picture shows the settings that are named, by the ends of their names, beside all fixed plans
 of the run.
@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MultipleLocator, PercentFormatter
 
 from vllm_adaskip.lab.evaluation.results import Answer, Results, Timing
 from vllm_adaskip.lab.evaluation.settings import PLAN_FAMILIES
@@ -88,7 +88,8 @@ def shown(summary: Summary, chosen: Sequence[SettingSummary], path: Path) -> Non
             axes.plot(1 - one.kept, value(one), "o", markersize=8, label=called(one))
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        axes.set(xlabel="decoder compute left out", ylabel=label, ylim=(0, None))
+        axes.xaxis.set_major_locator(MultipleLocator(0.05))
+        axes.set(xlabel="decoder compute left out", ylabel=label, xlim=(0, None), ylim=(0, 1.05))
         axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
     figure.savefig(path, dpi=110)

@@ -12,9 +12,12 @@ from typer.testing import CliRunner, Result
 from vllm_adaskip import SkipPlan
 from vllm_adaskip.classifiers import DecoderShape, PlanError
 from vllm_adaskip.classifiers.profile import Profile, fingerprint
+from vllm_adaskip.classifiers.static.fit import Found
 from vllm_adaskip.classifiers.static.method import Static, StaticOptions
+from vllm_adaskip.cli.fit_static import table
 from vllm_adaskip.cli.main import app
 from vllm_adaskip.config import AdaSkipConfig
+from vllm_adaskip.lab.fitting.greedy import Step
 
 FEW = ["--data", "bundled:topic,sum", "--limit", "9", "--device", "cpu"]
 
@@ -101,3 +104,11 @@ def test_what_cannot_be_searched_is_refused_before_a_model_is_loaded(
     for word in words:
         assert word in refused.output.replace("\n", " ")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("loss", "doubted"), [(5.0, False), (4.9, False), (3.6, True)])
+def test_a_plan_that_seems_better_than_the_whole_model_is_doubted(
+    loss: float, doubted: bool
+) -> None:
+    found = Found(SkipPlan.parse([3], 5), [Step((), 5.0), Step((3,), loss)])
+    assert bool(table(found, DecoderShape(5, 1, 1)).caption) is doubted

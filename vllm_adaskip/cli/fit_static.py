@@ -114,11 +114,23 @@ def _metrics(
     }
 
 
+def doubt(found: Found) -> str | None:
+    """Say so if a damaged model took the references better than the whole one."""
+    dense, loss = found.steps[0].loss, found.steps[-1].loss
+    if loss > 0.95 * dense:  # less than that may be luck
+        return None
+    return (
+        f"less than the whole model's {dense:.4g}: these references are not what it writes, so the "
+        "search did not look for what keeps its answers; give it answers of its own"
+    )
+
+
 def table(found: Found, shape: DecoderShape) -> Table:
     """Show what went step by step, each with the loss then; the last row is the plan."""
     rows = Table(
         *("step", "goes", "left out", "compute kept", "loss"),
         title="loss: cross-entropy of the answers in nats, prompts at full depth",
+        caption=doubt(found),
         box=SIMPLE_HEAD,
     )
     before: set[int | str] = set()
