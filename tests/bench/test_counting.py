@@ -105,7 +105,7 @@ def test_the_bound_adds_up_what_each_layer_takes_at_its_rows() -> None:
 
 
 def test_a_shape_that_is_not_there_is_named() -> None:
-    with pytest.raises(ValueError, match=r"'gpt-9' is no model .* bundled, smollm2-135m"):
+    with pytest.raises(ValueError, match=r"'gpt-9' is no model .* bundled, smollm2, smollm2-135m"):
         Shape.of("gpt-9")
 
 
