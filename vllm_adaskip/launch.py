@@ -33,14 +33,13 @@ class UseAdaSkip:
             return hf_config
         check_allow_list()
         architectures = getattr(hf_config, "architectures", None) or []
-        families = [family for name in architectures if (family := family_of(name))]
-        if not families:
+        if (family := family_of(*architectures)) is None:
             raise ValueError(
                 f"vllm-adaskip cannot skip in architecture {' or '.join(architectures) or '?'}; "
                 f"supported: {', '.join(FAMILIES)}. Serve it without --plugin adaskip, or add "
                 "it: docs/add-a-model.md in our repository says how."
             )
-        hf_config.architectures = [families[0].architecture]
+        hf_config.architectures = [family.architecture]
         return hf_config
 
 

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from vllm_adaskip.bundled import bundled_model
 from vllm_adaskip.classifiers import SkipPlan
+from vllm_adaskip.cli.run import in_this_process
 from vllm_adaskip.lab.models import get_model
 
 if TYPE_CHECKING:
@@ -66,10 +67,7 @@ def demo(
 
     Fetches the model first, as `adaskip get smollm2` does; without a network it is the bundled one.
     """
-    # In one process, so that engines take turns on the same core; one thread repeats best.
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    in_this_process()  # where engines take turns on the same core; one thread repeats best
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else it compiles on one
     console = Console()

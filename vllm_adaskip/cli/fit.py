@@ -18,6 +18,7 @@ from rich.progress import Progress
 from vllm_adaskip.bundled import bundled_model
 from vllm_adaskip.classifiers.base import MethodOptions
 from vllm_adaskip.classifiers.profile import FILE, Profile, fingerprint
+from vllm_adaskip.cli import run
 from vllm_adaskip.cli.run import COLUMNS, console
 from vllm_adaskip.lab.models import model_path
 
@@ -100,19 +101,7 @@ def subject(
 
 def loaded(one: Subject, device: str) -> Any:
     """Load the model: as stored on a GPU, float32 on a CPU."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    name = device
-    if device == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        where = torch.device(name)
-        dtype = torch.float32 if where.type == "cpu" else "auto"
-        model = AutoModelForCausalLM.from_pretrained(one.path, dtype=dtype).eval().to(where)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {device!r:.80}: {reason}; allowed: auto, cpu, cuda") from None
+    model = run.loaded(one.path, device)
     model.name_or_path = one.name  # what an adapter says that it is for
     return model
 
@@ -194,10 +183,9 @@ def measured(
 def how_to_go_on(one: Subject, out: Path) -> None:
     """Print how to serve the profile, and how to measure it."""
     profile = shlex.quote(str(out))
-    serve = f"vllm serve --model {shlex.quote(one.path)} --plugin adaskip"
     named = "" if one.name == "bundled" else f"--model {shlex.quote(one.name)} "
     lines = {
-        f"profile: {out}; serve it with": f"{serve} --additional-config.adaskip.profile {profile}",
+        f"profile: {out}; serve it with": run.serve_command(one.path, str(out)),
         "measure it with": f"adaskip eval {named}--profile {profile} --out {profile}-eval",
     }
     for what, command in lines.items():

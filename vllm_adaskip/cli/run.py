@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -204,6 +205,44 @@ def described(model: str, data: dict[str, Any], seed: int, **engine: Any) -> Man
     )
 
 
+def in_this_process() -> None:
+    """Have vLLM run here, so that engines die with the command; unless the user wants otherwise.
+
+    To be called before vLLM is imported.
+    """
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+
+def loaded(path: str, device: str = "auto") -> Any:
+    """Load a model in transformers: as stored on a GPU, float32 on a CPU.
+
+    Raises:
+        ValueError: no such device.
+
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    name = device
+    if device == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        where = torch.device(name)
+        dtype = torch.float32 if where.type == "cpu" else "auto"
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval().to(where)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {device!r:.80}: {reason}; allowed: auto, cpu, cuda") from None
+
+
+def serve_command(model: str, profile: str) -> str:
+    """Return the command that serves a profile."""
+    serve = f"vllm serve --model {shlex.quote(model)} --plugin adaskip"
+    return f"{serve} --additional-config.adaskip.profile {shlex.quote(profile)}"
+
+
 def candidates(
     num_layers: int,
     families: Sequence[str] | None,
@@ -260,10 +299,7 @@ def answer_and_time(
     batch: int,
 ) -> None:
     """Start a run under these settings, or do what is left of it, with a progress bar."""
-    # In one process, so that an engine dies with the command; unless the user wants otherwise.
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    in_this_process()
     from vllm_adaskip.lab.evaluation.runner import Timed, Work, check, evaluate
     from vllm_adaskip.lab.scan.fits import family_shape
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -100,10 +99,7 @@ def _measured(
     prompts, longest = tokenised(items, manifest.model, tokens)
     start_or_resume(results, asking(manifest, [], items, max_tokens=tokens, scan_rounds=rounds))
     results.replace(Question, map(run.as_question, items))
-    # In one process, so that engines die with the command; unless the user wants otherwise.
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    run.in_this_process()
     from vllm_adaskip.lab.scan.scan import Scan
     from vllm_adaskip.lab.scan.timing import engines
 
@@ -119,19 +115,10 @@ def _measured(
             return lambda: progress.advance(bar)
 
         one = Scan(
-            results, partial(_loaded, manifest.model), shape, started,
+            results, partial(run.loaded, manifest.model), shape, started,
             unit=cast("Unit", unit), rounds=rounds, tokens=tokens, say=say,
         )  # fmt: skip
         return one.run(items, prompts, bound)
-
-
-def _loaded(path: str) -> Any:
-    """Load the model for reading: float32 on a CPU, as stored on a GPU."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    device, dtype = ("cuda", "auto") if torch.cuda.is_available() else ("cpu", torch.float32)
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval().to(device)
 
 
 def _write(results: Results, found: Found, model: str, bound: float) -> None:
@@ -149,9 +136,7 @@ def _write(results: Results, found: Found, model: str, bound: float) -> None:
         echo(f"- {one.text}")
     echo(f"the page: {results.folder / 'scan.html'}")
     if profile:
-        named = shlex.quote(str(profile))
-        serve = f"vllm serve --model {shlex.quote(manifest.model)} --plugin adaskip"
         echo(f"profile: {profile}; serve it with", style="bold")
-        echo(f"{serve} --additional-config.adaskip.profile {named}")
+        echo(run.serve_command(manifest.model, str(profile)))
     else:
         echo("no profile is written")

@@ -24,6 +24,7 @@ from vllm_adaskip.cli.run import (
     Seed,
     asked,
     described,
+    loaded,
     plain_errors,
 )
 
@@ -94,19 +95,16 @@ def _one_thread() -> None:
 
 
 def _judge(model: str, items: Sequence[Item], end: bool, batch: int) -> Judge:
-    """Load the model: as stored on a GPU, float32 on a CPU."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    """Load the model and tokenize the items."""
+    from transformers import AutoTokenizer
 
     from vllm_adaskip.lab.data.tokens import end_tokens
     from vllm_adaskip.lab.evaluation.sweep import Judge
     from vllm_adaskip.lab.fitting.samples import sample
 
-    device, dtype = ("cuda", "auto") if torch.cuda.is_available() else ("cpu", torch.float32)
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval().to(device)
     tokenizer = AutoTokenizer.from_pretrained(model)
     ends = end_tokens(model, tokenizer) if end else []
-    return Judge(loaded, [sample(item, tokenizer, ends) for item in items], batch)
+    return Judge(loaded(model), [sample(item, tokenizer, ends) for item in items], batch)
 
 
 def _measure(cells: Sweep, plan: Sequence[Damage], progress: Progress) -> None:

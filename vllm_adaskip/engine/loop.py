@@ -25,7 +25,7 @@ from vllm_adaskip.engine import compat
 from vllm_adaskip.engine.compat.head import Head
 from vllm_adaskip.engine.compat.kernels import with_kernels
 from vllm_adaskip.engine.compat.kv_cache import KvCache
-from vllm_adaskip.engine.compiled import Body, CompiledPlans, Made
+from vllm_adaskip.engine.compiled import Body, CompiledPlans, Inputs, Made
 from vllm_adaskip.engine.decide import shared_state
 from vllm_adaskip.engine.fill import KV_FILLS
 from vllm_adaskip.engine.gate import StepGate
@@ -356,18 +356,12 @@ class SkippingDecoder(nn.Module):
 
         return body
 
-    def _run_compiled(
-        self,
-        step: Step,
-        input_ids: Tensor | None,
-        positions: Tensor,
-        inputs_embeds: Tensor | None,
-    ) -> Tensor:
+    def _run_compiled(self, step: Step, *inputs: *Inputs) -> Tensor:
         """Run the body that is compiled for the step's plan, and fill what it passed by."""
         adaskip = self.adaskip
         plans = adaskip.state.compiled
         assert adaskip.body is not None and plans is not None
-        made = adaskip.body(input_ids, positions, inputs_embeds)
+        made = adaskip.body(*inputs)
         plans.ran += 1
         left_out = (layer for layer, part in enumerate(step.attention_parts) if part is NOBODY)
         for layer, (key, value) in zip(left_out, made.passed, strict=False):

@@ -56,9 +56,10 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def family_of(architecture: str) -> Family | None:
-    """Give the family of a stock architecture, or of one of ours."""
-    for stock, family in FAMILIES.items():
-        if architecture in (stock, family.architecture):
-            return family
+def family_of(*architectures: str) -> Family | None:
+    """Return the family of the first of these that has one, stock architectures or ours."""
+    for architecture in architectures:
+        for stock, family in FAMILIES.items():
+            if architecture in (stock, family.architecture):
+                return family
     return None

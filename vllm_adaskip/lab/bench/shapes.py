@@ -98,7 +98,7 @@ class Shape:
 
     @classmethod
     def of(cls, name: str) -> Shape:
-        """Give that of a short name, one of `SHAPES`, or that of a model's folder.
+        """Return that of a short name, one of `SHAPES`, or that of a model's folder.
 
         Raises:
             ValueError: there is none of that name.

@@ -104,7 +104,7 @@ def _aside(points: Sequence[Point]) -> list[float]:
 
 
 def inline_svg(figure: Any, axes: Any, titles: dict[str, str]) -> Markup:
-    """Give the figure as inline SVG with the page's colours and with tooltips."""
+    """Return the figure as inline SVG with the page's colours and with tooltips."""
     for part in ("xaxis", "yaxis"):
         axis = getattr(axes, part)
         axis.label.set_color(PAINT["ink"])

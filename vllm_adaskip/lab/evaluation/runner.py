@@ -10,9 +10,8 @@ from itertools import groupby
 from typing import Any
 
 from vllm_adaskip.classifiers import DecoderShape
-from vllm_adaskip.config import AdaSkipConfig
+from vllm_adaskip.config import AdaSkipConfig, ConfigError
 from vllm_adaskip.engine.compiled import MOST
-from vllm_adaskip.engine.request import Planner, RequestError
 from vllm_adaskip.lab.data.harness import HarnessItem
 from vllm_adaskip.lab.data.items import Item
 from vllm_adaskip.lab.evaluation.engine import Engine
@@ -90,10 +89,10 @@ def check(settings: Sequence[Setting], shape: DecoderShape) -> None:
     """Refuse, before an engine starts, a setting that it would refuse (`ValueError`)."""
     for one in settings:
         if one.skip is None:
-            facts = AdaSkipConfig.parse({"method": one.method, **one.options}).facts(shape)
+            options = {**one.options, "method": one.method, "budget": one.budget}
             try:
-                Planner(facts).wanted({"adaskip_budget": one.budget})
-            except RequestError as error:
+                AdaSkipConfig.parse(options).facts(shape)
+            except ConfigError as error:
                 raise ValueError(f"{one.name}: {error}") from None
 
 

@@ -56,13 +56,12 @@ def family_shape(folder: str) -> DecoderShape:
         reason = str(error).strip().partition("\n")[0]
         raise ModelError(f"{folder}: no model that transformers knows: {reason}") from None
     names = getattr(config, "architectures", None) or []
-    families = [family for name in names if (family := family_of(name))]
-    if not families:
+    if (family := family_of(*names)) is None:
         raise ModelError(
             f"{folder}: of the family {' or '.join(names) or '?'}, in which vllm-adaskip cannot "
             f"skip; supported: {', '.join(FAMILIES)}"
         )
-    return families[0].shape(config)
+    return family.shape(config)
 
 
 def check_memory(folder: str, available: int | None = None) -> None:
@@ -89,14 +88,10 @@ def check_memory(folder: str, available: int | None = None) -> None:
 
 def memory_available() -> int:
     """Return the bytes that this process may still take: the machine's, or its control group's."""
-    found = [*_machine(), *_control_group()]
-    return min(found, default=1 << 62)
+    import psutil
 
-
-def _machine() -> Iterable[int]:
-    for line in _lines(Path("/proc/meminfo")):
-        if line.startswith("MemAvailable:"):
-            yield int(line.split()[1]) << 10
+    machine: int = psutil.virtual_memory().available
+    return min([machine, *_control_group()])
 
 
 def _control_group() -> Iterable[int]:

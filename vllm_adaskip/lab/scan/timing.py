@@ -53,8 +53,7 @@ class Engines:
     def ours(self, known: Sequence[SkipPlan]) -> Any:
         """Return our ``LLM`` to which these plans are known; one that knows others is closed."""
         if self._ours is None or [*known] != [*self._known]:
-            if self._ours is not None:
-                self._close.close()
+            self._close.close()
             self._close = self._stack.enter_context(ExitStack())
             plans = [plan.entries() for plan in known]
             self._ours = self._close.enter_context(self._engine(plugin={"known_plans": plans}))
