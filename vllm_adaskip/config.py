@@ -70,6 +70,9 @@ class AdaSkipConfig(BaseModel):
             what is set beside it goes before it.
         coalesce: how far a decided plan may leave what the prompt asks for, so that the sequences
             of a batch share plans; in [0, 1], 0: not at all. See docs/coalesce.md.
+        guard: let no sequence follow a plan that a method decided and that does not pay on this
+            machine, as measured at start-up and while serving; a plan that a request names is
+            always followed. On the CPU alone. See docs/performance.md.
         known_plans: plans that requests will name, each in the form of ``adaskip_skip``. Steps in
             which all sequences follow one of them are compiled on a CPU, and get CUDA graphs on a
             GPU, at start-up.
@@ -85,6 +88,7 @@ class AdaSkipConfig(BaseModel):
     kv_fill: Literal["copy", "project", "none"] = "none"
     profile: str | None = None
     coalesce: float = Field(default=0.0, ge=0, le=1)
+    guard: bool = False
     known_plans: list[list[int | str]] = []
     untested_accelerator: bool = False
 
@@ -161,6 +165,7 @@ class AdaSkipConfig(BaseModel):
             kv_fill=self.kv_fill,
             profile=self.profile,
             coalesce=self.coalesce,
+            guard=self.guard,
             known_plans=self.known_plans,
         )
         try:
@@ -188,7 +193,12 @@ def _with_profile(options: Mapping[str, Any]) -> Mapping[str, Any]:
             f"adaskip.method: {method!r:.80} does not go with profile {name!r:.200}, which is "
             f"for method {profile.method!r}; leave one out"
         )
-    brought = {"method": method, "budget": profile.budget, **profile.options}
+    brought = {
+        "method": method,
+        "budget": profile.budget,
+        "guard": profile.guard,
+        **profile.options,
+    }
     return {**brought, **options}
 
 

@@ -102,6 +102,8 @@ def prepare(vllm_config: VllmConfig) -> None:
         config.budget,
         config.kv_fill,
     )
+    if config.guard and not current_platform.is_cpu():
+        logger.warning("vllm-adaskip: guard measures on CPUs alone; here every plan is followed")
     if config.coalesce:
         logger.info(
             "vllm-adaskip: coalesce %g, so a plan depends on who is in the batch when it is "

@@ -22,9 +22,10 @@ from vllm_adaskip import SkipPlan
 from vllm_adaskip.classifiers import Gate, Look, Stream
 from vllm_adaskip.engine.fill import KV_FILLS
 from vllm_adaskip.engine.gate import StepGate
-from vllm_adaskip.engine.loop import SkippingDecoder, SkipRuntime, Window
+from vllm_adaskip.engine.loop import SkippingDecoder, SkipRuntime
 from vllm_adaskip.engine.step import NOBODY, Step
 from vllm_adaskip.engine.table import SequenceTable
+from vllm_adaskip.engine.window import Window
 
 LAYERS = 4
 SUB_LAYERS = 2 * LAYERS

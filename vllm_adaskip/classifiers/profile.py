@@ -52,6 +52,7 @@ class Profile(BaseModel):
     Attributes:
         method: the server's method; ``options`` are its own.
         budget: largest share of decoder compute a decided plan may keep.
+        guard: whether a server follows its plans only where they pay, see `AdaSkipConfig`.
         fingerprint: of the model's config, see `fingerprint`; ``model`` is its name, to read.
         metrics: figures of how it was made, to read.
 
@@ -63,6 +64,7 @@ class Profile(BaseModel):
     method: str
     options: dict[str, Any] = {}
     budget: float = Field(default=1.0, gt=0, le=1)
+    guard: bool = False
     model: str
     fingerprint: str
     metrics: dict[str, float | int | str] = {}

@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import shlex
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from vllm_adaskip.classifiers import METHODS, Scope
 from vllm_adaskip.classifiers.hub import located
 from vllm_adaskip.classifiers.profile import Profile
 from vllm_adaskip.cli import run
@@ -104,6 +105,12 @@ def tune(
     )
 
 
+def decides_once(method: str, options: Mapping[str, Any]) -> bool:
+    """Return whether a method decides a sequence's plan once, which is what a guard can judge."""
+    scope = getattr(METHODS[method].Options.model_validate(options), "scope", None)
+    return scope not in get_args(Scope)
+
+
 def write_profile(
     setting: Setting, trial: Trial, manifest: Manifest, speed: dict[str, float], out: Path
 ) -> None:
@@ -120,9 +127,11 @@ def write_profile(
         "compute_kept": trial.kept,
         "time_against_dense": speed.get(setting.name),
     }
+    method = "static" if fixed else setting.method
     made = Profile(
-        method="static" if fixed else setting.method,
+        method=method,
         options=options,
+        guard=decides_once(method, options),
         budget=1.0 if fixed else setting.budget,
         model=manifest.model,
         fingerprint=manifest.fingerprint,

@@ -42,8 +42,10 @@ def block_mark(
     wanted = planner.wanted(extra_args)
     is_gated = wanted.gate == "token"
     plan, kv_fill = wanted.plan, planner.facts.kv_fill
+    if planner.facts.guard and wanted.by_method and not (plan and plan.is_dense):
+        return unfindable  # what it runs depends on the batch, so nothing we know here tells it
     if plan is None:
-        # A coalesced plan also depends on the batch, so nothing we know here tells whose it is.
+        # A coalesced plan also depends on the batch.
         holes = kv_fill == "none" or planner.facts.coalesce > 0
         identity = f"budget {wanted.budget!r}"
     elif plan.is_dense and not is_gated and not _reads_whole_prompts(planner.classifier):

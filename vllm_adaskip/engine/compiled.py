@@ -14,6 +14,7 @@ from time import perf_counter
 from types import CodeType, FunctionType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -87,6 +88,11 @@ class CompiledPlans:
                 fill.abandon()
         self._uncompiled = {}
         self.seconds += perf_counter() - start
+
+    @property
+    def bodies(self) -> list[tuple[Bools, Body]]:
+        """The mask ``[2 * num_layers]`` and the body of each plan that is compiled."""
+        return [(np.frombuffer(mask, dtype=np.bool_), body) for mask, body in self._bodies.items()]
 
     def of(self, step: Step) -> Body | None:
         """Return the body of a step whose tokens are all generated under one plan, if known."""

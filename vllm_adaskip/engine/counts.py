@@ -120,7 +120,7 @@ def report(state: SkipState) -> dict[str, Any]:
     method lets tokens exit, ``exits[l]`` counts those, or with scope ``answer`` the requests, that
     stopped after layer l. Where CUDA graphs hold plans, ``graphs`` says how many plans, dense among
     them, and how many steps replayed one; where a CPU compiles plans, ``compiled`` says how many,
-    how many steps ran one, and how many seconds compiling took.
+    how many steps ran one, and how many seconds compiling took. ``guard`` is `Guard.report`.
     """
     table, facts = state.table, state.planner.facts
     counts, run = table.counts, table.counts.run.tolist()
@@ -143,6 +143,8 @@ def report(state: SkipState) -> dict[str, Any]:
         found["compiled"] = {
             "plans": len(compiled), "ran": compiled.ran, "seconds": round(compiled.seconds, 1),
         }  # fmt: skip
+    if state.guard is not None:
+        found["guard"] = state.guard.report()
     if state.planner.classifier.gates_attention:
         found["exits"] = counts.exits.tolist()
     return found

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from vllm_adaskip.engine.compiled import CompiledPlans
     from vllm_adaskip.engine.graphs import GraphBook
+    from vllm_adaskip.engine.guard import Guard
 
 logger = getLogger("vllm.adaskip")
 
@@ -45,6 +46,8 @@ class SkipState:
     Attributes:
         table: the rows of the batch.
         memo: decided plans.
+        guard: says which of them are followed; None: all.
+        given: what sequences follow since the guard was asked, for those that come back.
         lengths: of the forward that comes next, ``query_start_loc`` ``[rows + 1]`` and
             ``seq_lens`` ``[rows]``, from a feeder that knows them; None for a warm-up.
         is_told_lengths: whether the feeder does; if not, they stand in attention metadata.
@@ -68,6 +71,8 @@ class SkipState:
         self.table = SequenceTable(planner.facts.shape.num_layers, capacity)
         self.plans = {"dense": 0, "skipping": 0, "gated": 0}
         self.memo: LRUCache[Undecided, SkipPlan] = LRUCache(_REMEMBERED)
+        self.guard: Guard | None = None
+        self.given: LRUCache[Undecided, SkipPlan] = LRUCache(_REMEMBERED)
 
     def enter(
         self,
@@ -91,7 +96,7 @@ class SkipState:
 
         """
         wanted = self.planner.wanted(extra_args)
-        plan = self._known(wanted, prompt)
+        plan = self._known(wanted, prompt, is_new=not generated)
         if generated and isinstance(plan, Undecided):
             logger.warning(
                 "vllm-adaskip: the plan of a preempted sequence was forgotten (more than %d "
@@ -146,16 +151,56 @@ class SkipState:
             if undecided not in self.memo:
                 new.setdefault(undecided, prompts[row])
         self.memo.update(zip(new, self._plans(new), strict=True))
-        for row, undecided in rows.items():
-            plan = self.memo[undecided]
-            self.table.follow(row, plan)
+        self._follow({row: self.memo[undecided] for row, undecided in rows.items()})
+
+    def settle(self) -> None:
+        """Ask the guard about rows that wait for nothing else; all that enter now are in."""
+        if self.guard is not None:
+            plans = {row: self._own(undecided) for row, undecided in self.table.undecided.items()}
+            self._follow({row: plan for row, plan in plans.items() if plan is not None})
+
+    def _own(self, undecided: Undecided) -> SkipPlan | None:
+        """Return the plan that the method decided, or decides without the prompt; else None."""
+        if self.planner.classifier.width:
+            return self.memo.get(undecided)
+        return self.planner.classifier.decide(undecided.budget, None)
+
+    def _follow(self, plans: Mapping[int, SkipPlan]) -> None:
+        """Let rows follow the plans that were decided for them, unless the guard says no."""
+        table = self.table
+        undecided = {row: table.undecided[row] for row in plans}
+        for row, plan in plans.items():
+            table.follow(row, plan, wants=plan)
+        if not self._admits(len(plans)):
+            for row, plan in plans.items():
+                table.follow(row, self.planner.dense, wants=plan)
+        for row, waited in undecided.items():
+            plan = SkipPlan.of_mask(table.skips[row])
+            if self.guard is not None:
+                self.given[waited] = plan
             self._count(row, plan)
 
-    def _known(self, wanted: Wanted, prompt: Sequence[int]) -> SkipPlan | Undecided:
-        if wanted.plan is not None:
+    def _admits(self, waiting: int) -> bool:
+        if self.guard is None or not waiting:
+            return True
+        own, wanted = (each[self.table.has_plan] for each in (self.table.skips, self.table.wants))
+        if not wanted.any():
+            return True
+        return self.guard.admits(own | wanted, own & ~wanted, waiting)
+
+    def _known(
+        self, wanted: Wanted, prompt: Sequence[int], *, is_new: bool = False
+    ) -> SkipPlan | Undecided:
+        """Return a request's plan, or what it waits for; with a guard a new one always waits."""
+        if wanted.plan is not None and not self._is_guarded(wanted):
             return wanted.plan
         undecided = Undecided(_digest(prompt), wanted.budget)
+        if self._is_guarded(wanted):
+            return undecided if is_new else self.given.get(undecided, undecided)
         return self.memo.get(undecided, undecided)
+
+    def _is_guarded(self, wanted: Wanted) -> bool:
+        return self.guard is not None and wanted.by_method
 
     def _plans(self, new: Mapping[Undecided, PromptStatistics]) -> list[SkipPlan]:
         """Decide for these, which have no plan yet, each by itself or with a look at the batch."""

@@ -13,6 +13,8 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
+from functools import partial
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,89 +31,15 @@ from vllm_adaskip.engine.compiled import Body, CompiledPlans, Inputs, Made
 from vllm_adaskip.engine.decide import shared_state
 from vllm_adaskip.engine.fill import KV_FILLS
 from vllm_adaskip.engine.gate import StepGate
+from vllm_adaskip.engine.guard import PARTS, SIZES, Costs, Guard, measured
+from vllm_adaskip.engine.probes import Probes, runs
 from vllm_adaskip.engine.prompts import PromptReader
-from vllm_adaskip.engine.step import NOBODY, Bools, Ints, Part, Step, Tokens
+from vllm_adaskip.engine.step import NOBODY, Bools, Ints, Step
+from vllm_adaskip.engine.window import Window
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.model_executor.layers.attention import Attention
-
-
-class Window:
-    """The residual stream of a step, and the rows of it that a sub-layer works on.
-
-    Rows are gathered when other tokens run the next sub-layer, and put back when they
-    have run theirs.
-
-    Attributes:
-        stream: of the tokens that are shown.
-        part: those tokens; None: all.
-
-    """
-
-    def __init__(self, stream: Stream, positions: Tensor) -> None:
-        """Take the stream before the first sub-layer, and ``[tokens]`` positions."""
-        self.stream = self._whole = stream
-        self.part: Part | None = None
-        self._positions = self._own = positions
-        self._of: Part | None = None
-
-    @property
-    def positions(self) -> Tensor:
-        """Positions of the tokens that are shown."""
-        if self._of is not self.part:
-            whole, self._of = self._positions, self.part
-            self._own = whole if self._of is None else rows(whole, self._of.on(whole.device))
-        return self._own
-
-    def show(self, part: Part | None) -> None:
-        """Show other tokens; None: all."""
-        if part is self.part:
-            return
-        device = self.stream.update.device
-        whole = self.stream
-        if self.part is not None:
-            whole = scatter(self._whole, self.part.on(device), self.stream)
-        self.part, self._whole = part, whole
-        self.stream = whole if part is None else gather(whole, part.on(device))
-
-    def of(self, tokens: Tokens) -> Stream:
-        """Return the stream of some of the tokens that are shown; a copy, or a view."""
-        return gather(self.stream, tokens.places(self.part).on(self.stream.update.device))
-
-    def passing(self, tokens: Tokens) -> tuple[Tensor, Stream]:
-        """Return positions and stream, copied, of tokens that are not shown; all may be."""
-        index = tokens.on(self.stream.update.device)
-        update, before = gather(self.stream if self.part is None else self._whole, index)
-        if isinstance(index, slice):  # a view, and vLLM's norms work in place
-            update, before = update.clone(), None if before is None else before.clone()
-        return rows(self._positions, index), Stream(update, before)
-
-
-def gather(stream: Stream, tokens: slice | Tensor) -> Stream:
-    """Return some tokens' rows: copies, of a slice views."""
-    update, before = stream
-    return Stream(rows(update, tokens), None if before is None else rows(before, tokens))
-
-
-def rows(values: Tensor, tokens: slice | Tensor) -> Tensor:
-    """Return some rows of a tensor ``[tokens, ...]``."""
-    # Plain indexing does the same, but takes twice as long to find out what is asked for.
-    return values[tokens] if isinstance(tokens, slice) else values.index_select(0, tokens)
-
-
-def scatter(stream: Stream, tokens: slice | Tensor, part: Stream) -> Stream:
-    """Put a part's rows back; before any sub-layer has run the others' pair is (0, stream)."""
-    update, before = stream
-    if before is None:
-        update, before = torch.zeros_like(update), update.clone()
-    assert part.before is not None  # a sub-layer has run
-    for whole, own in ((update, part.update), (before, part.before)):
-        if isinstance(tokens, slice):
-            whole[tokens] = own
-        else:
-            whole.index_copy_(0, tokens, own)
-    return Stream(update, before)
 
 
 class SkipRuntime:
@@ -246,11 +174,12 @@ class SkippingDecoder(nn.Module):
         #: What steps run in which something is skipped or observed; not registered once more.
         self._stack = (with_kernels(stack),)
         self._layers = [*self.stack.layers]  # whose lookup takes longer than this list's
-        compilation = vllm_config.compilation_config
+        compilation, state = vllm_config.compilation_config, self.adaskip.state
         if compilation.mode and vllm_config.device_config.device_type == "cpu":
             self._options = compilation.inductor_compile_config
-            state = self.adaskip.state
             state.compiled = CompiledPlans(state.planner.known_plans, self._body_of)
+        if state.planner.facts.guard and vllm_config.device_config.device_type == "cpu":
+            state.guard = Guard(partial(self._costs, vllm_config), compat.of_rank_0)
 
     @staticmethod
     def get_model_state_cls() -> type[Any]:
@@ -312,6 +241,25 @@ class SkippingDecoder(nn.Module):
         inputs_embeds: Tensor | None = None,
     ) -> Any:
         """Return what the LM head takes, ``[tokens, width]``."""
+        inputs = input_ids, positions, intermediate_tensors, inputs_embeds
+        if (guard := self.adaskip.state.guard) is None:
+            return self._forward(*inputs)
+        start = perf_counter()
+        output = self._forward(*inputs)
+        step = self.adaskip.step
+        if step is None:
+            guard.measure(input_ids, positions)
+        elif step.num_generated == step.num_tokens:
+            guard.saw(~step.runs, perf_counter() - start)
+        return output
+
+    def _forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: Any,
+        inputs_embeds: Tensor | None,
+    ) -> Any:
         adaskip = self.adaskip
         step = adaskip.begin()
         if adaskip.step is None and (plans := adaskip.state.compiled) is not None:
@@ -329,6 +277,27 @@ class SkippingDecoder(nn.Module):
         output = run(step, input_ids, positions[real], inputs_embeds)
         adaskip.end()
         return output
+
+    def _costs(
+        self, vllm_config: VllmConfig, ids: Tensor | None = None, positions: Tensor | None = None
+    ) -> Costs:
+        """Time what steps take here, by what their rows leave out; on all ranks together."""
+        most = vllm_config.scheduler_config.max_num_seqs
+        if ids is None or positions is None:  # no warm-up: vLLM compiles nothing
+            ids, positions = torch.zeros(2, most, dtype=torch.int64).unbind()
+        sizes = [size for size in SIZES if size <= min(most, len(positions))]
+        compiled = self.adaskip.state.compiled
+        bodies = [] if compiled is None else compiled.bodies
+        dense = super().forward
+
+        def timed(size: int) -> list[Callable[[], Any]]:
+            inputs = ids[:size], positions[:size]
+            return [partial(dense, *inputs), *runs(Probes(self, *inputs), bodies)]
+
+        with compat.warm_up(vllm_config):
+            table = measured(timed, sizes)
+        table[PARTS.index("attention") : len(PARTS)] /= len(self._layers)
+        return Costs(sizes, compat.of_rank_0(table), [mask for mask, _ in bodies])
 
     def _body_of(self, left_out: Bools) -> Body:
         """Return what a step runs in which all rows leave out ``[2 * num_layers]``.

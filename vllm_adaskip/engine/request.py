@@ -104,6 +104,7 @@ class EngineFacts:
     kv_fill: str = "none"
     profile: str | None = None
     coalesce: float = 0.0
+    guard: bool = False
     known_plans: Sequence[Sequence[int | str]] = field(default_factory=list)  # as JSON has it
 
     def to_json(self) -> str:
@@ -125,12 +126,14 @@ class Wanted:
         plan: its plan; None where the method reads the prompt first.
         budget: largest share of decoder compute that a decided plan may keep.
         gate: scope in which the method's `Gate` may leave out more; None: it may not.
+        by_method: whether the server's method decides the plan, and not the request.
 
     """
 
     plan: SkipPlan | None
     budget: float
     gate: Scope | None = None
+    by_method: bool = False
 
     def is_gated(self, one_answer: bool) -> bool:
         """Return whether that holds for a request, which asks for one token or not."""
@@ -168,6 +171,12 @@ class Planner:
             raise ValueError(
                 f"coalesce: {facts.coalesce:g} is not allowed with method {facts.method!r}, which "
                 f"cannot say how much worse another plan is; allowed: 0, or method {able}"
+            )
+        if facts.guard and gate:
+            raise ValueError(
+                f"guard: True is not allowed with method {facts.method!r} and scope {gate!r}, as "
+                "nobody knows before a step what it will leave out; allowed: False, or a method "
+                "that decides once a sequence"
             )
         self._default = self._decided(facts.budget)
         self.known_plans = self._known_plans()
@@ -224,7 +233,7 @@ class Planner:
         self.classifier.check(budget)
         reads = self.classifier.width > 0
         plan = None if reads else self.classifier.decide(budget, None)
-        return Wanted(plan, budget, self.classifier.gate_scope)
+        return Wanted(plan, budget, self.classifier.gate_scope, by_method=True)
 
     def _explicit(self, skip: object, budget: float | None) -> SkipPlan:
         """Return the plan a request names itself; the server's budget does not bind it."""

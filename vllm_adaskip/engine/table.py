@@ -41,6 +41,8 @@ class SequenceTable:
         prompt_lens: ``[capacity]`` int64, tokens of the row's prompt; 0 where the row is empty.
         skips: ``[capacity, 2 * num_layers]`` bool, True where the row leaves out the
             sub-layer, in running order attention 0, MLP 0, attention 1, ...
+        wants: the same, what the method decided for the row, also where a guard has it run dense;
+            nothing where the request named its plan.
         undecided: rows that have no plan yet.
         gated: ``[capacity]`` bool, True where the method's `Gate` may leave out more.
         allowed: of gated rows that say so, the token ids they may draw.
@@ -55,6 +57,7 @@ class SequenceTable:
         self.num_layers = num_layers
         self.prompt_lens = np.zeros(capacity, dtype=np.int64)
         self.skips = np.zeros((capacity, 2 * num_layers), dtype=np.bool_)
+        self.wants = np.zeros_like(self.skips)
         self.undecided: dict[int, Undecided] = {}
         self.gated = np.zeros(capacity, dtype=np.bool_)
         self.allowed: dict[int, Sequence[int]] = {}
@@ -70,9 +73,7 @@ class SequenceTable:
     @property
     def followed(self) -> Bools:
         """``[rows, 2 * num_layers]``, what each sequence that has a plan leaves out."""
-        has_plan = self.prompt_lens > 0
-        has_plan[[*self.undecided]] = False
-        return self.skips[has_plan]
+        return self.skips[self.has_plan]
 
     @property
     def live_plans(self) -> int:
@@ -98,20 +99,30 @@ class SequenceTable:
         else:
             self.follow(row, plan)
 
-    def follow(self, row: int, plan: SkipPlan) -> None:
+    @property
+    def has_plan(self) -> Bools:
+        """``[capacity]`` rows whose sequence has a plan."""
+        found: Bools = self.prompt_lens > 0
+        found[[*self.undecided]] = False
+        return found
+
+    def follow(self, row: int, plan: SkipPlan, wants: SkipPlan | None = None) -> None:
         """Let a row's sequence follow a plan from its next generated token on.
+
+        ``wants`` is what a method decided for it, which a guard may have replaced.
 
         A sequence that runs an attention sub-layer again which it left out before reads
         there what `kv_fill` wrote in the meantime, so that must not be ``none``.
         """
         self.undecided.pop(row, None)
         self.skips[row] = plan.mask()
+        self.wants[row] = False if wants is None else wants.mask()
         self.version += 1
 
     def remove(self, row: int) -> None:
         """Empty a row."""
         self.prompt_lens[row] = 0
-        self.skips[row] = False
+        self.skips[row] = self.wants[row] = False
         self.gated[row] = False
         self.counts.leave(row)
         self.allowed.pop(row, None)
@@ -126,7 +137,7 @@ class SequenceTable:
     def swap(self, one: int, other: int) -> None:
         """Exchange the sequences of two rows."""
         pair, swapped = [one, other], [other, one]
-        for values in (self.prompt_lens, self.skips, self.gated):
+        for values in (self.prompt_lens, self.skips, self.wants, self.gated):
             values[pair] = values[swapped]
         self.counts.swap(one, other)
         _swap(self.undecided, one, other)

@@ -58,6 +58,7 @@ class V1Feeder(LogitsProcessor):
                 self._table.swap(source, target)
             else:
                 self._table.move(source, target)
+        self._state.settle()
 
     def is_argmax_invariant(self) -> bool:
         """Tell vLLM that greedy sampling need not call us."""

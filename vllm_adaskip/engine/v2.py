@@ -114,6 +114,7 @@ class AdaSkipModelState(DefaultModelState):
         """
         super().preprocess_state(input_batch, *args, **kwargs)
         self._order.arrange(input_batch.req_ids)
+        self._state.settle()
         self._state.lengths = batch_lengths(input_batch)
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:

@@ -13,8 +13,14 @@ _WORKERS: Final[dict[str, tuple[str, str | None]]] = {
     "rows_run": ("Generated tokens that went through a sub-layer, over all layers.", "kind"),
     "rows_skipped": ("Generated tokens that left a sub-layer out, over all layers.", "kind"),
     "requests": ("Sequences whose plan is known, by plan: dense, skipping, gated.", "plan"),
+    "guarded": (
+        "Sequences whose plan a guard judged: followed, or dense, as slower or within the margin.",
+        "verdict",
+    ),
     "exits": ("Tokens, or whole one-token answers, that a method stopped on their way up.", None),
 }
+#: See `engine.guard.Guard.sequences`.
+VERDICTS: Final = ("followed", "slower", "margin")
 _REFUSED: Final = "Requests refused for their adaskip arguments, by the argument that was wrong."
 
 Figures = dict[tuple[str, str | None], int]
@@ -82,5 +88,6 @@ def figures(report: Mapping[str, Any]) -> Figures:
             for kind, rows in run.items()
         },
         **{("requests", plan): entered for plan, entered in report["plans"].items()},
+        **{("guarded", verdict): report.get("guard", {}).get(verdict, 0) for verdict in VERDICTS},
         ("exits", None): sum(report.get("exits", ())),
     }

@@ -10,9 +10,11 @@ imported where they are used.
 from vllm_adaskip.engine.compat.admission import name_feeder
 from vllm_adaskip.engine.compat.forward import (
     SubBatches,
+    of_rank_0,
     share,
     shared,
     step_lengths,
+    warm_up,
 )
 from vllm_adaskip.engine.compat.startup import (
     check_engines,
@@ -29,8 +31,10 @@ __all__ = [
     "extend_parser",
     "is_probe",
     "name_feeder",
+    "of_rank_0",
     "register_config_hook",
     "share",
     "shared",
     "step_lengths",
+    "warm_up",
 ]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vllm_adaskip.engine.compat.kv_cache import WHOLE_STEP
@@ -51,6 +52,35 @@ def step_lengths(metadata: Any) -> tuple[Ints, Ints]:
     starts: Ints = metadata.query_start_loc.numpy()
     lengths: Ints = metadata.seq_lens.numpy()
     return starts.astype(np.int64), lengths.astype(np.int64)
+
+
+def warm_up(vllm_config: VllmConfig) -> AbstractContextManager[Any]:
+    """Enter a forward without sequences, in which vLLM's attention writes and reads nothing.
+
+    Since 0.26 (`set_forward_context` without metadata, as in `profile_run`). Remove when a
+    model is asked to warm up.
+    """
+    from vllm.forward_context import set_forward_context
+
+    entered: AbstractContextManager[Any] = set_forward_context(None, vllm_config)
+    return entered
+
+
+def of_rank_0(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return what the first tensor-parallel rank has; all ranks call this at the same time.
+
+    Since 0.26 (`get_tp_group`, `GroupCoordinator.cpu_group`). Remove when vLLM documents
+    a group for plugins.
+    """
+    from vllm.distributed import get_tp_group
+
+    group = get_tp_group()
+    if group.world_size == 1:
+        return values
+    sent = torch.from_numpy(values.copy())
+    torch.distributed.broadcast(sent, src=group.ranks[0], group=group.cpu_group)
+    found: NDArray[np.float64] = sent.numpy()
+    return found
 
 
 class SubBatches:

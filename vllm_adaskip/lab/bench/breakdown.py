@@ -14,8 +14,8 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
-from vllm_adaskip.engine.loop import Window
 from vllm_adaskip.engine.v1 import V1Feeder
+from vllm_adaskip.engine.window import Window
 from vllm_adaskip.lab.bench.engines import Arguments, Batch
 
 #: What a plan adds to a step, beside the sub-layers that it runs.

@@ -12,6 +12,7 @@ from vllm_adaskip.lab.bench.suite import first_tokens
 from vllm_adaskip.lab.bench.variants import (
     DECIDED,
     EAGER,
+    GUARDED,
     OFF,
     ONE,
     SMALLER,
@@ -31,6 +32,7 @@ FLOORS = {
     (EAGER, mixed(8)): 1.05,
     (EAGER, mixed(64)): 1.05,
     (EAGER, DECIDED): 1.30,
+    (STOCK, GUARDED): 0.92,
     ("first token, stock vLLM", "first token, FiRST"): 0.75,
 }
 _BATCH = 64

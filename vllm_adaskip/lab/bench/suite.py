@@ -22,6 +22,8 @@ from vllm_adaskip.lab.bench.variants import (
     CONTROL,
     DECIDED,
     EAGER,
+    GUARDED,
+    GUARDED_HALF,
     MIXTURES,
     NEARLY,
     OFF,
@@ -76,6 +78,8 @@ class Suite:
         self._promise(name, 0.9, Spread.of([each / due for each in saved]))
         gone = ratio(taken, SMALLER, ONE)
         self._promise(f"{case}: one plan, against layers gone", 0.97, gone)
+        for guarded in (GUARDED, GUARDED_HALF):
+            self._promise(f"{case}: {guarded}", 0.99, ratio(taken, STOCK, guarded))
         if batch == 64:
             drawn = ratio(taken, STOCK, DECIDED)
             self._promise(f"{case}: half skippable, coalesce, against dense", 1.5, drawn)

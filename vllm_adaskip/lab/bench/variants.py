@@ -25,6 +25,7 @@ EAGER = "stock vLLM, eager"
 ONE, SMALLER = "one plan for all", "layers physically gone"
 NEARLY, DECIDED = "all but one layer", "decided at prefill, drawn together"
 TWO = "two layers left out"
+GUARDED, GUARDED_HALF = "a little by prompt, guarded", "half by prompt, guarded"
 
 #: Announces some work and in how many turns it comes; gives what to call after each of them.
 Say = Callable[[str, int], Callable[[], None]]
@@ -69,6 +70,7 @@ class Engines:
         plugin: with the plugin; plans come with the requests, `ONE` and `TWO` are known to it.
         smaller: stock vLLM with half of the layers physically gone.
         first: the plugin with FiRST, which decides on half of the layers, ``coalesce`` 1.
+        guarded: the plugin with `similarity`, a plan for each prompt, and ``guard``.
 
     """
 
@@ -79,6 +81,7 @@ class Engines:
     plugin: Any
     smaller: Any
     first: Any
+    guarded: Any
 
     @classmethod
     @contextmanager
@@ -101,6 +104,7 @@ class Engines:
             (model, {"known_plans": known}, False),
             (half, None, False),
             (model, first, False),
+            (model, {"method": "similarity", "guard": True}, False),
         )
         gc.collect()  # what earlier engines hold goes only with them
         started = say(f"{shape.name}: starting engines", len(wanted))
@@ -139,6 +143,8 @@ class Engines:
             SMALLER: stepping(self.smaller, nothing, effort),
             **{name: stepping(self.plugin, following(plans), effort) for name, plans in planned},
             DECIDED: stepping(self.first, nothing, effort),
+            GUARDED: stepping(self.guarded, [{"adaskip_budget": 0.95}] * batch, effort),
+            GUARDED_HALF: stepping(self.guarded, [{"adaskip_budget": 0.5}] * batch, effort),
         }
 
 

@@ -46,7 +46,8 @@ class Engine:
             logits_processors=["vllm_adaskip.lab.evaluation.forced:ForcedAnswer"],
             enable_prefix_caching=False,  # a repeated prompt would be timed without its prefill
             **engine,
-            **engine_args(method=method, **options),
+            # A profile's guard would not follow plans that do not pay; we ask what they do.
+            **engine_args(method=method, **{**options, "guard": False}),
         )
         model_config = self.llm.llm_engine.model_config
         family = family_of(model_config.architecture)

@@ -43,6 +43,7 @@ def save_profile(folder: Path, found: Found, manifest: Manifest, model: str) -> 
     Profile(
         method="static",
         options={"skip": chosen.plan.entries()},
+        guard=True,
         model=model,
         fingerprint=manifest.fingerprint,
         metrics=metrics(chosen, manifest, model),
