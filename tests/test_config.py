@@ -28,6 +28,8 @@ def test_defaults_decide_nothing() -> None:
         ({"coalesce": -0.1}, ["coalesce", "-0.1"]),
         ({"coalesce": float("nan")}, ["coalesce", "nan"]),
         ({"coalesce": True}, ["coalesce", "True"]),
+        ({"guard": "yes"}, ["guard", "'yes'", "boolean"]),
+        ({"guard": 1}, ["guard", "1"]),
         ({"kv_fill": "paste"}, ["kv_fill", "'paste'", "'copy', 'project' or 'none'"]),
         ({"method": "static"}, ["skip is missing", "static"]),
         ({"method": "static", "skip": "5"}, ["skip", "'5'", "list"]),

@@ -94,7 +94,8 @@ def test_tune_writes_a_profile_that_a_server_takes(folder: Path) -> None:
     assert f"adaskip.profile {out}" in said and "--enforce-eager" in said
     found = Profile.load(out)
     assert found.method == "first" and "held_out_loss_bound_95" in found.metrics
-    assert AdaSkipConfig.parse({"profile": str(out)}).method == "first"
+    served = AdaSkipConfig.parse({"profile": str(out)})
+    assert served.method == "first" and served.guard
     assert (out / "routers.safetensors").exists()
 
 

@@ -24,6 +24,7 @@ TOKENS = 10
 BUDGET = 0.6
 METHOD = Similarity(DecoderShape(*TINY_SHAPE), EndsOptions())
 READING = {"method": "similarity", "budget": BUDGET, "kv_fill": "project"}
+GUARDED = {**READING, "guard": True}
 GATING = {"method": "ffn-skip", "scope": "token", "threshold": 0.9, "warm_up": 2}
 EXITING = {
     "method": "adainfer",
@@ -49,17 +50,19 @@ if __name__ == "__main__":
               **engine_args(**options))
     greedy(llm, prompts, plans, tokens)  # again, now from the prefix cache
     got = greedy(llm, prompts, plans, tokens)
-    ran = llm.collective_rpc("adaskip_ran", args=([(None, prompt) for prompt in prompts],))
+    asked = [(None, prompt) for prompt in prompts]
+    ran = llm.collective_rpc("adaskip_ran", args=(asked,))
+    given = llm.collective_rpc("adaskip_plans", args=(asked,))
     report = llm.collective_rpc("adaskip_report")
-    print(json.dumps([got, report, ran, llm.apply_model(decisions)]))
+    print(json.dumps([got, report, ran, given, llm.apply_model(decisions)]))
 """
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two ranks need two cores")
 @pytest.mark.parametrize(
     "options",
-    [READING, GATING, EXITING],
-    ids=["reading", "gating", "exiting"],
+    [READING, GUARDED, GATING, EXITING],
+    ids=["reading", "guarded", "gating", "exiting"],
 )
 def test_two_ranks_give_the_reference_s_tokens_and_equal_reports(
     tiny_llama: str, tmp_path: Path, options: dict[str, object]
@@ -81,9 +84,11 @@ def test_two_ranks_give_the_reference_s_tokens_and_equal_reports(
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    got, reports, ran, decisions = json.loads(done.stdout.splitlines()[-1])
+    got, reports, ran, given, decisions = json.loads(done.stdout.splitlines()[-1])
     reference = Reference(tiny_llama)
-    for prompt, plan, tokens, here, there in zip(prompts, PLANS, got, *ran, strict=True):
+    assert given[0] == given[1]
+    for number, (prompt, plan, tokens) in enumerate(zip(prompts, PLANS, got, strict=True)):
+        here, there = (each[number] for each in ran)
         rule = exit = None
         gates = options in (GATING, EXITING)
         assert here == there and (here is None) == (plan is not None or not gates)
@@ -91,6 +96,8 @@ def test_two_ranks_give_the_reference_s_tokens_and_equal_reports(
             plan, rule = [], MlpRule(range(1, TINY_SHAPE[0] - 1), 0.9, warm_up=2)
         if plan is None and options is EXITING:
             plan, exit = [], Exit([1, 2, 4, 6], 0.04, 0.01)
+        if plan is None and options is GUARDED:  # each judges by its own clock, and asks the first
+            plan = given[0][number]
         if plan is None:
             plan = METHOD.decide(BUDGET, reference.observe(prompt, METHOD)).entries()
         fill = str(options.get("kv_fill", "none"))
@@ -99,6 +106,10 @@ def test_two_ranks_give_the_reference_s_tokens_and_equal_reports(
         if rule is not None:
             assert here["tokens"] == 2 * (TOKENS - 1)
             assert sum(here["left_out"]) == 2 * sum(map(len, rule.left_out))
+    guards = [one.pop("guard", None) for one in reports]
     assert len(reports) == 2 and reports[0] == reports[1]
+    if options is GUARDED:
+        counted = [[one[key] for key in ("followed", "slower", "margin")] for one in guards]
+        assert counted[0] == counted[1] and sum(counted[0]) == 2 * PLANS.count(None)
     assert decisions[0] == decisions[1]
     assert options is not READING or decisions[0]

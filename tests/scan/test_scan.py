@@ -134,8 +134,9 @@ def test_what_costs_nothing_and_saves_time_is_left_out(results: Results) -> None
     assert found.verdict.sentence.startswith("Leave out 1: 20% less time at batch 16")
     profile = save_profile(results.folder / "profile", found, results.manifest(), "org/name")
     assert profile is not None
-    metrics = Profile.load(profile).metrics
-    assert metrics["time_ratio_batch_16"] == 0.8 and metrics["left_out"] == "1"
+    written = Profile.load(profile)
+    metrics = written.metrics
+    assert written.guard and metrics["time_ratio_batch_16"] == 0.8 and metrics["left_out"] == "1"
     assert metrics["machine"] == "one <of> them, 2 cores" and metrics["vllm"] == "0.32.0"
     told = json.loads(as_json(found, results.manifest(), "org/name", 0.95))
     assert told["verdict"] == found.verdict.sentence

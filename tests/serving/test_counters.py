@@ -53,6 +53,10 @@ def test_rows_are_added_up_over_layers_by_kind() -> None:
     assert page.value("requests", plan="skipping") == 2
     assert page.value("requests", plan="gated") == 1
     assert page.value("exits") == 0
+    assert page.value("guarded", verdict="slower") == 0
+    judged = {"followed": 3, "slower": 2, "margin": 1}
+    page.counters.show_report(0, report(guard={**judged, "factors": {}, "last": {}}))
+    assert {each: page.value("guarded", verdict=each) for each in judged} == judged
 
 
 def test_every_counter_has_its_zeros_before_anything_ran() -> None:

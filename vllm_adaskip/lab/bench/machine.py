@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this machine can do at most: bytes and operations per second, measured."""
+"""What this machine can do at most: bytes and operations per second, measured; its memory."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 #: Far more than any cache holds.
 _BYTES = 1 << 29
@@ -55,3 +56,31 @@ def _fastest(call: Callable[[], object]) -> float:
         call()
         taken.append(time.perf_counter() - start)
     return min(taken)
+
+
+def memory_available() -> int:
+    """Return the bytes that this process may still take: the machine's, or its control group's."""
+    import psutil
+
+    machine: int = psutil.virtual_memory().available
+    return min([machine, *_control_group()])
+
+
+def _control_group() -> Iterable[int]:
+    folder = Path("/sys/fs/cgroup")
+    most, now = (_lines(folder / name) for name in ("memory.max", "memory.current"))
+    if most and now and most[0].isdigit():
+        # Pages of files go when memory is wanted.
+        cache = sum(
+            int(line.split()[1])
+            for line in _lines(folder / "memory.stat")
+            if line.startswith(("inactive_file ", "active_file "))
+        )
+        yield int(most[0]) - int(now[0]) + cache
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []

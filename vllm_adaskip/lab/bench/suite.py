@@ -78,9 +78,9 @@ class Suite:
         self._promise(name, 0.9, Spread.of([each / due for each in saved]))
         gone = ratio(taken, SMALLER, ONE)
         self._promise(f"{case}: one plan, against layers gone", 0.97, gone)
-        for guarded in (GUARDED, GUARDED_HALF):
+        for guarded in sorted({GUARDED, GUARDED_HALF} & taken.keys()):
             self._promise(f"{case}: {guarded}", 0.99, ratio(taken, STOCK, guarded))
-        if batch == 64:
+        if batch == 64 and DECIDED in taken:
             drawn = ratio(taken, STOCK, DECIDED)
             self._promise(f"{case}: half skippable, coalesce, against dense", 1.5, drawn)
         return taken
@@ -125,12 +125,15 @@ class Suite:
         }
         case = f"prefill, {prompts} x {tokens} tokens"
         variants = {
-            name: partial(first_tokens, llm, prompts, tokens) for name, llm in timed.items()
+            name: partial(first_tokens, llm, prompts, tokens)
+            for name, llm in timed.items()
+            if llm is not None
         }
         taken = self._turns(case, variants, self.effort.rounds)
         self._keep(case, taken, {})
         self._promise(f"{case}: nothing skipped", 0.99, ratio(taken, STOCK, OFF))
-        self._promise(f"{case}: first token with FiRST", 0.99, ratio(taken, STOCK, DECIDED))
+        if DECIDED in taken:
+            self._promise(f"{case}: first token with FiRST", 0.99, ratio(taken, STOCK, DECIDED))
 
     def _break_down(self, engines: Engines, batch: int) -> None:
         plans = {OFF: [SkipPlan(self.shape.num_layers)]}

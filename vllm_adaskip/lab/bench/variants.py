@@ -14,9 +14,11 @@ from typing import Any
 from vllm_adaskip.classifiers import SkipPlan
 from vllm_adaskip.lab.bench.bound import nearly_dense
 from vllm_adaskip.lab.bench.engines import Arguments, decode, engine, following, untrained_first
+from vllm_adaskip.lab.bench.machine import memory_available
 from vllm_adaskip.lab.bench.plans import deal, distinct, shared, two_left_out
 from vllm_adaskip.lab.bench.rounds import Run
 from vllm_adaskip.lab.bench.shapes import Shape
+from vllm_adaskip.lab.bench.work import Work
 
 #: Distinct plans in one batch.
 MIXTURES = (2, 4, 8, 64)
@@ -69,8 +71,10 @@ class Engines:
         eager: stock vLLM with ``enforce_eager``.
         plugin: with the plugin; plans come with the requests, `ONE` and `TWO` are known to it.
         smaller: stock vLLM with half of the layers physically gone.
-        first: the plugin with FiRST, which decides on half of the layers, ``coalesce`` 1.
         guarded: the plugin with `similarity`, a plan for each prompt, and ``guard``.
+        first: the plugin with FiRST, which decides on half of the layers, ``coalesce`` 1.
+
+    The last two are None where memory is short.
 
     """
 
@@ -80,8 +84,8 @@ class Engines:
     eager: Any
     plugin: Any
     smaller: Any
-    first: Any
-    guarded: Any
+    guarded: Any = None
+    first: Any = None
 
     @classmethod
     @contextmanager
@@ -103,10 +107,11 @@ class Engines:
             (model, None, True),
             (model, {"known_plans": known}, False),
             (half, None, False),
-            (model, first, False),
             (model, {"method": "similarity", "guard": True}, False),
+            (model, first, False),
         )
         gc.collect()  # what earlier engines hold goes only with them
+        wanted = wanted[: max(4, int(memory_available() / memory_of(shape)))]
         started = say(f"{shape.name}: starting engines", len(wanted))
         with ExitStack() as stack:
             engines = []
@@ -135,17 +140,27 @@ class Engines:
     def decoding(self, batch: int, effort: Effort) -> dict[str, Run]:
         """Give what each variant runs at a batch size: seconds of a decode step."""
         nothing: Arguments = [None] * batch
-        planned = self.plans(batch).items()
-        return {
-            STOCK: stepping(self.stock, nothing, effort),
-            CONTROL: stepping(self.stock, nothing, effort),
-            EAGER: stepping(self.eager, nothing, effort),
-            SMALLER: stepping(self.smaller, nothing, effort),
-            **{name: stepping(self.plugin, following(plans), effort) for name, plans in planned},
-            DECIDED: stepping(self.first, nothing, effort),
-            GUARDED: stepping(self.guarded, [{"adaskip_budget": 0.95}] * batch, effort),
-            GUARDED_HALF: stepping(self.guarded, [{"adaskip_budget": 0.5}] * batch, effort),
+        variants = {
+            STOCK: (self.stock, nothing),
+            CONTROL: (self.stock, nothing),
+            EAGER: (self.eager, nothing),
+            SMALLER: (self.smaller, nothing),
+            **{name: (self.plugin, following(plans)) for name, plans in self.plans(batch).items()},
+            GUARDED: (self.guarded, [{"adaskip_budget": 0.95}] * batch),
+            GUARDED_HALF: (self.guarded, [{"adaskip_budget": 0.5}] * batch),
+            DECIDED: (self.first, nothing),
         }
+        return {
+            name: stepping(llm, arguments, effort)
+            for name, (llm, arguments) in variants.items()
+            if llm is not None
+        }
+
+
+def memory_of(shape: Shape) -> float:
+    """Estimate the bytes of an engine: weights, a GiB of KV cache, half of one for the compiler."""
+    dense = Work.of(shape, [SkipPlan(shape.num_layers)], 0)
+    return dense.weight_bytes + 1.5 * (1 << 30)
 
 
 def stepping(llm: Any, arguments: Arguments, effort: Effort) -> Run:

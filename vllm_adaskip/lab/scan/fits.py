@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
 from pathlib import Path
 
 from vllm_adaskip.classifiers.plan import DecoderShape
+from vllm_adaskip.lab.bench.machine import memory_available
 from vllm_adaskip.lab.models import model_path
 from vllm_adaskip.model_executors.registry import FAMILIES, family_of
 
@@ -84,31 +84,3 @@ def check_memory(folder: str, available: int | None = None) -> None:
             f"GB of memory (stock vLLM, ours, and float32 in transformers), and "
             f"{there / 1e9:.1f} GB are available"
         )
-
-
-def memory_available() -> int:
-    """Return the bytes that this process may still take: the machine's, or its control group's."""
-    import psutil
-
-    machine: int = psutil.virtual_memory().available
-    return min([machine, *_control_group()])
-
-
-def _control_group() -> Iterable[int]:
-    folder = Path("/sys/fs/cgroup")
-    most, now = (_lines(folder / name) for name in ("memory.max", "memory.current"))
-    if most and now and most[0].isdigit():
-        # Pages of files go when memory is wanted.
-        cache = sum(
-            int(line.split()[1])
-            for line in _lines(folder / "memory.stat")
-            if line.startswith(("inactive_file ", "active_file "))
-        )
-        yield int(most[0]) - int(now[0]) + cache
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text().splitlines()
-    except OSError:
-        return []
