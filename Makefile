@@ -32,7 +32,10 @@ setup: .venv/.ready
 .venv/.ready: pyproject.toml deploy/setup_venv.py deploy/vllm-metadata/pyproject.toml
 	$(PYTHON) deploy/setup_venv.py
 
-demo: setup
+.venv/.demo: pyproject.toml deploy/setup_venv.py deploy/vllm-metadata/pyproject.toml
+	$(PYTHON) deploy/setup_venv.py --demo
+
+demo: .venv/.demo
 	$(BIN)/adaskip demo
 
 # Two processes, as there are cores on the smallest machine that is wanted; a file stays in one.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make ``.venv`` for development on a CPU: what ``make demo`` and ``make test`` need.
+"""Make ``.venv`` for development on a CPU: what ``make test`` needs, or ``make demo`` alone.
 
 With the name of another extra that pins vLLM, as ``make test-0.29`` gives one, makes a virtual
 environment beside it, with what the tests for that release need. Needs only Python's standard
@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+#: What the demo needs besides vLLM: nobody should wait for linters to see it.
+DEMO = ["get", "eval"]
 #: Extra that pins vLLM -> the virtual environment with it, and what goes into it besides.
 ENVIRONMENTS = {
     "cpu": (".venv", ["bench", "eval", "lm-eval", "fit", "get", "train", "dev"]),
@@ -35,7 +37,9 @@ def main() -> None:
         stop(f"Python {sys.version.split()[0]} is not supported here; use 3.11 (or 3.12, 3.13)")
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("extra", nargs="?", choices=ENVIRONMENTS, default="cpu")
-    Environment(parser.parse_args().extra).make()
+    parser.add_argument("--demo", action="store_true", help="Only what the demo needs.")
+    asked = parser.parse_args()
+    Environment(asked.extra, asked.demo).make()
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Environment:
     """A virtual environment in the repository, named by the extra that pins its vLLM."""
 
     extra: str
+    for_demo: bool
 
     @property
     def folder(self) -> Path:
@@ -63,14 +68,18 @@ class Environment:
             except (OSError, subprocess.CalledProcessError) as error:
                 stop(f"no {self.folder.name}: {error}. Is Python's module ensurepip installed?")
         self.check_torch()
-        extras = ",".join([self.extra, *ENVIRONMENTS[self.extra][1]])
+        more = DEMO if self.for_demo else ENVIRONMENTS[self.extra][1]
+        extras = ",".join([self.extra, *more])
         say(f"installing vllm-adaskip[{extras}] into {self.folder.name} (some minutes)")
-        self.pip("install", "-e", f"{ROOT}[{extras}]")
+        # Python compiles what is imported; pip would compile all, for a minute or more.
+        self.pip("install", "--no-compile", "-e", f"{ROOT}[{extras}]")
         say(f"removing {', '.join(UNWANTED)}, which text models do not need")
         self.pip("uninstall", "-q", "-y", *UNWANTED)
         say("installing the metadata-only distribution 'vllm' that the vllm command looks for")
         self.install_metadata()
-        (self.folder / ".ready").touch()
+        (self.folder / ".demo").touch()
+        if not self.for_demo:
+            (self.folder / ".ready").touch()
         say("ready")
 
     def check_torch(self) -> None:
