@@ -109,18 +109,26 @@ def test_plans_of_all_kinds_in_one_batch(matrix: Matrix, name: str, fill: str) -
     check(matrix, name, fill, [random_plan(rng, LAYERS) for _ in range(14)], seed=83)
 
 
-@pytest.mark.parametrize("name", ["opt, post-norm and projections", "qwen3"])
+@pytest.mark.parametrize("name", ["mistral", "opt, post-norm and projections", "qwen3"])
 def test_compiled(matrix: Matrix, name: str) -> None:
-    """Where nothing is skipped vLLM's compiled model runs, else its modules one by one."""
-    llm = matrix.make(name, enforce_eager=False, **engine_args())
+    """Dense steps run vLLM's compiled model, a known plan's its own body, others the modules.
+
+    With ``project`` a body holds all that a family says.
+    """
+    known: Entries = [2, "attn:1", "mlp:4"]
+    options = engine_args(kv_fill="project", known_plans=[known])
+    llm = matrix.make(name, enforce_eager=False, **options)
     rng = random.Random(86)
     plans: list[Entries] = [[], *(random_plan(rng, LAYERS) for _ in range(5))]
     prompts = random_prompts(86, len(plans))
-    for together in (plans, [[]] * len(plans)):
+    for together in (plans, [[]] * len(plans), [known] * len(plans)):
         got = greedy(llm, prompts, together, TOKENS)
         for prompt, plan, tokens in zip(prompts, together, got, strict=True):
-            want, gap = matrix.reference(name).generate(prompt, plan, TOKENS)
+            reference = matrix.reference(name)
+            want, gap = reference.generate(prompt, plan, TOKENS, kv_fill="project")
             assert tokens == want, f"{plan}, smallest gap {gap:.2g}"
+    compiled = llm.collective_rpc("adaskip_report")[0]["compiled"]
+    assert compiled["plans"] == 1 and compiled["ran"] == TOKENS - 1
 
 
 @pytest.mark.parametrize("name", CASES)
