@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from vllm_adaskip.classifiers import METHODS, DecoderShape
+from vllm_adaskip.classifiers import METHODS, DecoderShape, method_of
 from vllm_adaskip.classifiers.hub import located
+from vllm_adaskip.classifiers.methods import is_path
 from vllm_adaskip.classifiers.plan import shown
 from vllm_adaskip.classifiers.profile import Profile, ProfileError
 from vllm_adaskip.engine.request import EngineFacts, Planner
@@ -62,7 +63,8 @@ class AdaSkipConfig(BaseModel):
     """Frozen and validated; a method's own options stand beside the common ones.
 
     Attributes:
-        method: which classifier decides plans, ``none`` by default.
+        method: which classifier decides plans, ``none`` by default; one of `METHODS`, or
+            ``module:Class`` of your own, see docs/write-a-method.md.
         budget: largest share of decoder compute a decided plan may keep, in (0, 1].
         kv_fill: what is written into the KV cache where a generated token leaves out an
             attention sub-layer.
@@ -95,8 +97,7 @@ class AdaSkipConfig(BaseModel):
     @field_validator("method")
     @classmethod
     def _method_exists(cls, method: str) -> str:
-        if method not in METHODS:
-            raise ValueError(f"no such method; allowed: {', '.join(METHODS)}")
+        method_of(method)
         return method
 
     @classmethod
@@ -112,7 +113,7 @@ class AdaSkipConfig(BaseModel):
         options = _with_profile(options)
         try:
             config = cls.model_validate(dict(options))
-            METHODS[config.method].Options.model_validate(config.method_options)
+            method_of(config.method).Options.model_validate(config.method_options)
         except ValidationError as error:
             raise ConfigError(_explain(error, options)) from None
         return config
@@ -188,6 +189,11 @@ def _with_profile(options: Mapping[str, Any]) -> Mapping[str, Any]:
     except ProfileError as error:
         raise ConfigError(f"adaskip.profile: {error}") from None
     method = options.get("method", profile.method)
+    if is_path(profile.method) and "method" not in options:
+        raise ConfigError(
+            f"adaskip.profile: {name!r:.200} is for method {profile.method!r:.200}, which is code; "
+            "a profile cannot name code to load, so set adaskip.method to it if you trust it"
+        )
     if method != profile.method:
         raise ConfigError(
             f"adaskip.method: {method!r:.80} does not go with profile {name!r:.200}, which is "
@@ -219,7 +225,7 @@ def _explain(error: ValidationError, options: Mapping[str, Any]) -> str:
 
 
 def _unknown(key: str, method: str) -> str:
-    known = [*AdaSkipConfig.model_fields, *METHODS[method].Options.model_fields]
+    known = [*AdaSkipConfig.model_fields, *method_of(method).Options.model_fields]
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
     elsewhere = [name for name, other in METHODS.items() if key in other.Options.model_fields]
     hint = (

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Methods that decide skip plans. Never imports vLLM."""
 
-from vllm_adaskip.classifiers.adainfer.method import AdaInfer
 from vllm_adaskip.classifiers.base import (
     Classifier,
     MethodOptions,
@@ -9,25 +8,9 @@ from vllm_adaskip.classifiers.base import (
     PromptStatistics,
     Scope,
 )
-from vllm_adaskip.classifiers.dense import Dense
-from vllm_adaskip.classifiers.early_exit import EarlyExit
-from vllm_adaskip.classifiers.ffn_skip.method import FfnSkip
-from vllm_adaskip.classifiers.first.method import First
 from vllm_adaskip.classifiers.gates import Gate, Lens, Look, Stream
+from vllm_adaskip.classifiers.methods import METHODS, method_of
 from vllm_adaskip.classifiers.plan import DecoderShape, PlanError, SkipPlan
-from vllm_adaskip.classifiers.similarity.method import Similarity
-from vllm_adaskip.classifiers.static.method import Static
-
-#: Every method by the name that users write, hyphens included.
-METHODS: dict[str, type[Classifier]] = {
-    "adainfer": AdaInfer,
-    "exit": EarlyExit,
-    "ffn-skip": FfnSkip,
-    "first": First,
-    "none": Dense,
-    "similarity": Similarity,
-    "static": Static,
-}
 
 __all__ = [
     "METHODS",
@@ -43,4 +26,5 @@ __all__ = [
     "Scope",
     "SkipPlan",
     "Stream",
+    "method_of",
 ]

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import numpy as np
 from cachetools import LRUCache
@@ -112,19 +112,55 @@ class Counts:
         return tokens + int(self._ran[row]), left_out + self._left_out[row]
 
 
-def report(state: SkipState) -> dict[str, Any]:
-    """Return an engine's cumulative counters, and what is in the batch now.
+class Report(TypedDict):
+    """An engine's cumulative counters, and what is in the batch now.
 
-    ``*_run[l]`` counts generated tokens that went through sub-layer l; ``plans`` is
-    `SkipState.plans`; ``coalesced`` counts decisions that others in the batch changed. Where a
-    method lets tokens exit, ``exits[l]`` counts those, or with scope ``answer`` the requests, that
-    stopped after layer l. Where CUDA graphs hold plans, ``graphs`` says how many plans, dense among
-    them, and how many steps replayed one; where a CPU compiles plans, ``compiled`` says how many,
-    how many steps ran one, and how many seconds compiling took. ``guard`` is `Guard.report`.
+    Attributes:
+        num_layers: decoder layers.
+        prompt_tokens: prompt tokens that ran.
+        decode_tokens: generated tokens that ran.
+        attn_run: ``[num_layers]`` generated tokens that went through each attention.
+        mlp_run: the same of each MLP.
+        requests: sequences that entered.
+        method: the server's.
+        live_rows: sequences in the batch.
+        plans: `SkipState.plans`.
+        live_plans: distinct plans that they follow.
+        coalesced: decisions that others in the batch changed.
+        failures: decisions that the method failed to make, whose sequences run dense.
+        graphs: where CUDA graphs hold plans: how many plans, dense among them, and steps that
+            replayed one.
+        compiled: where a CPU compiles plans: how many, steps that ran one, and seconds that
+            compiling took.
+        guard: with the option: `Guard.report`.
+        exits: where a method lets tokens exit: ``[num_layers]`` tokens, or with scope ``answer``
+            requests, that stopped after each layer.
+
     """
+
+    num_layers: int
+    prompt_tokens: int
+    decode_tokens: int
+    attn_run: list[int]
+    mlp_run: list[int]
+    requests: int
+    method: str
+    live_rows: int
+    plans: dict[str, int]
+    live_plans: int
+    coalesced: int
+    failures: int
+    graphs: NotRequired[dict[str, int]]
+    compiled: NotRequired[dict[str, float]]
+    guard: NotRequired[dict[str, Any]]
+    exits: NotRequired[list[int]]
+
+
+def report(state: SkipState) -> Report:
+    """Return what an engine has counted."""
     table, facts = state.table, state.planner.facts
     counts, run = table.counts, table.counts.run.tolist()
-    found = {
+    found: Report = {
         "num_layers": table.num_layers,
         "prompt_tokens": counts.prompt_tokens,
         "decode_tokens": counts.generated_tokens,
@@ -136,6 +172,7 @@ def report(state: SkipState) -> dict[str, Any]:
         "plans": dict(state.plans),
         "live_plans": table.live_plans,
         "coalesced": state.coalesced,
+        "failures": state.planner.failures,
     }
     if (graphs := state.graphs) is not None:
         found["graphs"] = {"plans": len(graphs.plans), "replayed": graphs.replayed}
@@ -153,8 +190,8 @@ def report(state: SkipState) -> dict[str, Any]:
 class AdaSkipWorkerExtension:
     """What ``collective_rpc`` reaches in a worker, by vLLM's ``worker_extension_cls`` option."""
 
-    def adaskip_report(self) -> dict[str, Any]:
-        """Return this worker's cumulative counters, see `report`."""
+    def adaskip_report(self) -> Report:
+        """Return this worker's cumulative counters."""
         return report(self._adaskip_state)
 
     def adaskip_plans(self, requests: Sequence[Request]) -> list[Entries | None]:

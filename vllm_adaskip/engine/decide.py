@@ -163,7 +163,7 @@ class SkipState:
         """Return the plan that the method decided, or decides without the prompt; else None."""
         if self.planner.classifier.width:
             return self.memo.get(undecided)
-        return self.planner.classifier.decide(undecided.budget, None)
+        return self.planner.decide(undecided.budget, None)
 
     def _follow(self, plans: Mapping[int, SkipPlan]) -> None:
         """Let rows follow the plans that were decided for them, unless the guard says no."""
@@ -205,7 +205,7 @@ class SkipState:
     def _plans(self, new: Mapping[Undecided, PromptStatistics]) -> list[SkipPlan]:
         """Decide for these, which have no plan yet, each by itself or with a look at the batch."""
         classifier, facts = self.planner.classifier, self.planner.facts
-        own = [classifier.decide(each.budget, prompt) for each, prompt in new.items()]
+        own = [self.planner.decide(each.budget, prompt) for each, prompt in new.items()]
         if not facts.coalesce or not new:
             return own
         sequences = [

@@ -11,6 +11,7 @@ import difflib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from logging import getLogger
 from typing import TYPE_CHECKING, Any
 
 from vllm_adaskip.classifiers import (
@@ -18,14 +19,18 @@ from vllm_adaskip.classifiers import (
     Classifier,
     DecoderShape,
     PlanError,
+    PromptStatistics,
     Scope,
     SkipPlan,
+    method_of,
 )
 from vllm_adaskip.classifiers.hub import located
 from vllm_adaskip.classifiers.plan import shown
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
+
+logger = getLogger("vllm.adaskip")
 
 KEYS = ("adaskip", "adaskip_skip", "adaskip_budget")
 UNKNOWN = "unknown"
@@ -149,12 +154,13 @@ class Planner:
     Attributes:
         known_plans: that sequences are likely to follow: the method's one plan, those of option
             ``known_plans``, and the method's codebook; without dense, `MOST_PLANS` in all at most.
+        failures: plans that the method failed to decide in this process; these are dense.
         refused: requests that `admit` has refused in this process, by `RequestError.reason`.
 
     """
 
     def __init__(self, facts: EngineFacts) -> None:
-        method = METHODS[facts.method]
+        method = method_of(facts.method)
         options = method.Options.model_validate(dict(facts.method_options or {}))
         self.facts = facts
         self.dense = SkipPlan(facts.shape.num_layers)
@@ -178,7 +184,10 @@ class Planner:
                 "nobody knows before a step what it will leave out; allowed: False, or a method "
                 "that decides once a sequence"
             )
+        self.failures = 0
         self._default = self._decided(facts.budget)
+        if self.failures:
+            raise ValueError(f"method: {facts.method!r} decides nothing, as the log says above")
         self.known_plans = self._known_plans()
         self.refused = dict.fromkeys(REASONS, 0)
 
@@ -215,6 +224,28 @@ class Planner:
         except PlanError as error:
             raise RequestError("adaskip_budget", str(error)) from None
 
+    def decide(self, budget: float, prompt: PromptStatistics | None) -> SkipPlan:
+        """Return the plan that the method decides, or dense where it fails, which is logged once.
+
+        See `Classifier.decide`. A method may be anybody's, and the others in the batch go on.
+        """
+        try:
+            plan = self.classifier.decide(budget, prompt)
+            if not isinstance(plan, SkipPlan) or plan.num_layers != self.facts.shape.num_layers:
+                raise TypeError(
+                    f"{shown(plan)} is no SkipPlan for {self.facts.shape.num_layers} layers"
+                )
+        except Exception:
+            if not self.failures:
+                logger.exception(
+                    "vllm-adaskip: method '%s' failed to decide a plan; its sequence runs dense, "
+                    "and adaskip_report counts others (failures)",
+                    self.facts.method,
+                )
+            self.failures += 1
+            return self.dense
+        return plan
+
     def _known_plans(self) -> list[SkipPlan]:
         num_layers = self.facts.shape.num_layers
         named = [SkipPlan.parse(one, num_layers) for one in self.facts.known_plans]
@@ -232,7 +263,7 @@ class Planner:
         """Let the method decide at once, unless it reads the prompt."""
         self.classifier.check(budget)
         reads = self.classifier.width > 0
-        plan = None if reads else self.classifier.decide(budget, None)
+        plan = None if reads else self.decide(budget, None)
         return Wanted(plan, budget, self.classifier.gate_scope, by_method=True)
 
     def _explicit(self, skip: object, budget: float | None) -> SkipPlan:

@@ -13,6 +13,10 @@ _WORKERS: Final[dict[str, tuple[str, str | None]]] = {
     "rows_run": ("Generated tokens that went through a sub-layer, over all layers.", "kind"),
     "rows_skipped": ("Generated tokens that left a sub-layer out, over all layers.", "kind"),
     "requests": ("Sequences whose plan is known, by plan: dense, skipping, gated.", "plan"),
+    "failed_decisions": (
+        "Plans that the method failed to decide; their sequences run dense.",
+        None,
+    ),
     "guarded": (
         "Sequences whose plan a guard judged: followed, or dense, as slower or within the margin.",
         "verdict",
@@ -89,5 +93,6 @@ def figures(report: Mapping[str, Any]) -> Figures:
         },
         **{("requests", plan): entered for plan, entered in report["plans"].items()},
         **{("guarded", verdict): report.get("guard", {}).get(verdict, 0) for verdict in VERDICTS},
+        ("failed_decisions", None): report.get("failures", 0),
         ("exits", None): sum(report.get("exits", ())),
     }

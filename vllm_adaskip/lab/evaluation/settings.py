@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from math import ceil
 from typing import Any
 
-from vllm_adaskip.classifiers import METHODS, SkipPlan
+from vllm_adaskip.classifiers import METHODS, SkipPlan, method_of
 from vllm_adaskip.classifiers.hub import located
 from vllm_adaskip.classifiers.profile import Profile
 from vllm_adaskip.lab import fixed_plans
@@ -76,8 +76,7 @@ def decided(method: str, options: dict[str, Any], budgets: Iterable[float]) -> I
         ValueError: no such method.
 
     """
-    if method not in METHODS:
-        raise ValueError(f"no method {method!r:.80}; allowed: {', '.join(METHODS)}")
+    method_of(method)
     for budget in budgets:
         yield Setting(
             name=f"{method} {budget:g}",
@@ -101,11 +100,16 @@ def profiled(
 
     Raises:
         ProfileError: no profile, or one that was made for another model.
-        ValueError: its method has no such targets.
+        ValueError: its method is not one of ours, or has no such targets.
 
     """
     profile = Profile.load(located(name))
     profile.check_fingerprint(model)
+    if profile.method not in METHODS:
+        raise ValueError(
+            f"{name}: a profile for method {profile.method!r:.200}; allowed: {', '.join(METHODS)}, "
+            "or --method and --options for one of your own"
+        )
     own = Setting(
         name=name,
         family=name,

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a Python program says in a request, and asks of an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from vllm_adaskip.engine.request import RequestArgs
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+    from vllm_adaskip.engine.counts import Report
+
+
+def request(
+    *, skip: Sequence[int | str] | None = None, budget: float | None = None, off: bool = False
+) -> dict[str, Any]:
+    """Return a request's arguments: for ``SamplingParams.extra_args``, or ``vllm_xargs`` over HTTP.
+
+    Args:
+        skip: the plan, ``[5, 6, "attn:7", "mlp:8"]``: whole decoder layers, and sub-layers. Whether
+            the model has them is known to the engine alone, which refuses what it has not.
+        budget: largest share of decoder compute that a decided plan may keep, in (0, 1].
+        off: run everything, whatever the server's method.
+
+    Raises:
+        ValueError: a budget that is not allowed, or ``off`` with another argument.
+
+    """
+    given = {"adaskip_skip": None if skip is None else [*skip], "adaskip_budget": budget}
+    arguments = {key: value for key, value in given.items() if value is not None}
+    if off:
+        arguments["adaskip"] = "off"
+    RequestArgs.parse(arguments)
+    return arguments
+
+
+def report(llm: LLM) -> Report:
+    """Return what an engine has counted so far, of its first worker: all ranks count the same.
+
+    Raises:
+        ValueError: the engine runs without the plugin.
+
+    """
+    if "adaskip" not in (llm.llm_engine.vllm_config.additional_config or {}):
+        raise ValueError(
+            "this engine runs without the plugin; make it with "
+            "LLM(model, **vllm_adaskip.engine_args(...))"
+        )
+    first: Report = llm.collective_rpc("adaskip_report")[0]
+    return first
