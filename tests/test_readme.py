@@ -64,9 +64,8 @@ def test_the_offline_example_runs_and_reports(tmp_path: Path) -> None:
         [sys.executable, script], env=ENVIRONMENT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    printed = [line for line in done.stdout.splitlines() if line.startswith("[")]
-    answers, reports = map(ast.literal_eval, printed)
-    (report,) = reports
+    printed = [line for line in done.stdout.splitlines() if line.startswith(("[", "{"))]
+    answers, report = map(ast.literal_eval, printed)
     assert answers[1] == " skwyn wyndrosk drodroeth ornull wyneth ullull etheth"
     assert report["method"] == "static" and report["requests"] == 3
     generated = report["decode_tokens"]

@@ -29,10 +29,12 @@ def request(
         ValueError: a budget that is not allowed, or ``off`` with another argument.
 
     """
-    given = {"adaskip_skip": None if skip is None else [*skip], "adaskip_budget": budget}
+    given = {
+        "adaskip": "off" if off else None,
+        "adaskip_skip": None if skip is None else [*skip],
+        "adaskip_budget": budget,
+    }
     arguments = {key: value for key, value in given.items() if value is not None}
-    if off:
-        arguments["adaskip"] = "off"
     RequestArgs.parse(arguments)
     return arguments
 

@@ -182,7 +182,7 @@ def test_a_profile_names_no_code(tmp_path: Path) -> None:
         Profile(method="small_updates:SmallUpdates", model="m", fingerprint="f").model_dump_json()
     )
     profile = {"profile": str(tmp_path)}
-    with pytest.raises(ConfigError, match="cannot name code to load, so set adaskip.method"):
+    with pytest.raises(ConfigError, match="cannot name code to load"):
         AdaSkipConfig.parse(profile)
     named = {**profile, "method": "small_updates:SmallUpdates", "keep_first": 2}
     assert AdaSkipConfig.parse(named).method_options == {"keep_first": 2}
@@ -197,7 +197,7 @@ def test_requests_are_written_by_a_typed_helper() -> None:
         "adaskip_budget": 0.9,
     }
     assert request(off=True) == {"adaskip": "off"} and request() == {}
-    with pytest.raises(ValueError, match="adaskip_budget: 1.5 is not allowed"):
+    with pytest.raises(ValueError, match=r"adaskip_budget: 1\.5 is not allowed"):
         request(budget=1.5)
     with pytest.raises(ValueError, match="'off' means dense and does not go with adaskip_skip"):
         request(skip=[1], off=True)

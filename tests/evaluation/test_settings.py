@@ -74,5 +74,5 @@ def test_a_profile_by_itself_below_its_own_budget_and_at_targets(tmp_path: Path)
 
 
 def test_an_unknown_method_is_refused_with_those_that_exist() -> None:
-    with pytest.raises(ValueError, match=f"'nope'; allowed: {', '.join(METHODS)}"):
+    with pytest.raises(ValueError, match=f"'nope' is no method; allowed: {', '.join(METHODS)}"):
         list(decided("nope", {}, [0.5]))
