@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Learned controllers that look at hidden states, against static ones, at equal depth.
 
-Trains four kinds of controllers on the frozen bundled model (per token or per sequence,
-reading the stream or not), beside random and evenly spaced layers, and compares them at the
-same number of layers on held-out questions. See docs/controllers.md.
+Trains four kinds of controllers on a frozen model (per token or per sequence, reading the stream
+or not), beside random and evenly spaced layers, and compares them at the same number of layers on
+held-out questions. See docs/controllers.md.
 
     python benchmarks/controllers.py --out controllers
+
+Without ``--model`` it is the bundled one, on its own tasks; another one is trained on ``--data``
+and asked ``--held-out``, JSON lines of prompts and references.
 """
 
 from __future__ import annotations
@@ -13,8 +16,9 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,6 +38,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from vllm_adaskip import bundled_model
+from vllm_adaskip.lab.data.examples import load_examples
+from vllm_adaskip.lab.data.tokens import end_tokens
+from vllm_adaskip.lab.fitting.samples import Sample, sample
 from vllm_adaskip.lab.testbed import score, tasks
 from vllm_adaskip.lab.testbed.batches import IGNORED
 
@@ -55,9 +62,13 @@ def main(
     questions: Annotated[int, typer.Option(min=1, help="held-out ones per task")] = 100,
     workers: Annotated[int, typer.Option(min=1, help="processes")] = 2,
     out: Annotated[Path, typer.Option(help="folder for results and plot")] = Path("controllers"),
+    model: Annotated[str, typer.Option(help="path or hub id")] = "",
+    data: Annotated[str, typer.Option(help="of --model: file to train on")] = "",
+    held_out: Annotated[str, typer.Option(help="of --model: file to measure on")] = "",
 ) -> None:
     """Train, compare, print, and write `results.jsonl` and `controllers.png`."""
-    depth = load()[0].config.num_hidden_layers
+    subject = Subject(model, data, held_out)
+    depth = subject.load()[0].config.num_hidden_layers
     # Whole layers: a static choice can have nothing else, and all are to have the same.
     depths = sorted({round(float(share) * depth) for share in targets.split(",")}, reverse=True)
     if not 2 < depths[-1] <= depths[0] < depth:
@@ -68,8 +79,10 @@ def main(
         ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool,
         (out / "results.jsonl").open("w", buffering=1) as file,
     ):
-        jobs = [pool.submit(learned, seed, steps, depths, questions) for seed in range(seeds)]
-        jobs.append(pool.submit(baselines, depths, questions))
+        jobs = [
+            pool.submit(learned, subject, seed, steps, depths, questions) for seed in range(seeds)
+        ]
+        jobs.append(pool.submit(baselines, subject, depths, questions))
         for job in track(jobs, "seeds, baselines"):
             results += job.result()
             file.writelines(json.dumps(result) + "\n" for result in job.result())
@@ -77,18 +90,72 @@ def main(
     plot(results, out / "controllers.png")
 
 
-def load() -> tuple[Any, Any]:
-    """Give the frozen model, in float32, and its tokenizer."""
-    torch.set_num_threads(1)
-    logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(bundled_model(), dtype=torch.float32)
-    return model.eval().requires_grad_(False), AutoTokenizer.from_pretrained(bundled_model())
+@dataclass(frozen=True)
+class Subject:
+    """A frozen model with its questions; empty names stand for the bundled one and its tasks."""
+
+    model: str = ""
+    data: str = ""
+    held_out: str = ""
+
+    def load(self) -> tuple[Any, Any]:
+        """Return the model, in float32, and its tokenizer."""
+        torch.set_num_threads(1)
+        logging.disable_progress_bar()
+        path = self.model or bundled_model()
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        return model.eval().requires_grad_(False), AutoTokenizer.from_pretrained(path)
+
+    def training(self, seed: int, tokenizer: Any) -> tuple[Callable[[], study.Questions], Any]:
+        """Return what draws a batch to train on, and the batch that sets thresholds."""
+        rng = random.Random(f"controllers/{seed}")
+        if self.model:
+            found = self._read(self.data, tokenizer)
+            tune = found[::5]
+            train = [one for index, one in enumerate(found) if index % 5]
+            return (lambda: of_tokens(rng.sample(train, ROWS), tokenizer)), of_tokens(
+                tune, tokenizer
+            )
+
+        def draw() -> study.Questions:
+            names = rng.choices(list(tasks.TASKS), k=ROWS)
+            return study.collate([tasks.draw(name, "train", rng) for name in names], tokenizer)
+
+        drawn = [s for task in tasks.TASKS for s in tasks.samples(task, "tune", seed, TUNE)]
+        return draw, study.collate(drawn, tokenizer)
+
+    def asked(self, questions: int, tokenizer: Any) -> Iterator[tuple[str, study.Questions]]:
+        """Return each task's held-out questions, at most so many."""
+        if not self.model:
+            for task in tasks.TASKS:
+                drawn = score.questions_of(task, questions, score.HELD_OUT_SEED)
+                yield task, study.collate(drawn, tokenizer)
+            return
+        found = self._read(self.held_out, tokenizer)
+        for task in dict.fromkeys(one.task for one in found):
+            yield task, of_tokens([one for one in found if one.task == task][:questions], tokenizer)
+
+    def _read(self, data: str, tokenizer: Any) -> list[Sample]:
+        items = load_examples(
+            data, limit=10**6, seed=0, batch=ROWS, columns=("prompt", "answer"), model=self.model
+        )
+        ends = end_tokens(self.model, tokenizer)
+        return [sample(item, tokenizer, ends) for item in items]
 
 
-def learned(seed: int, steps: int, depths: list[int], questions: int) -> list[dict[str, Any]]:
+def of_tokens(samples: list[Sample], tokenizer: Any) -> study.Questions:
+    """Make one batch of a model's own tokens; answers end as its turns do."""
+    prompts = [one.ids[: -one.answer] for one in samples]
+    answers = [one.ids[-one.answer :] for one in samples]
+    return study.padded(prompts, answers, tokenizer.eos_token_id)
+
+
+def learned(
+    subject: Subject, seed: int, steps: int, depths: list[int], questions: int
+) -> list[dict[str, Any]]:
     """Train all kinds for all depths on one stream of questions, and measure them."""
-    model, tokenizer = load()
-    config, rng = model.config, random.Random(f"controllers/{seed}")
+    model, tokenizer = subject.load()
+    config = model.config
     torch.manual_seed(seed)
     runs = {
         (kind, layers): study.Controllers(
@@ -102,26 +169,22 @@ def learned(seed: int, steps: int, depths: list[int], questions: int) -> list[di
         for kind, (per_sequence, reads) in KINDS.items()
     }
 
-    def draw() -> study.Questions:
-        names = rng.choices(list(tasks.TASKS), k=ROWS)
-        return study.collate([tasks.draw(name, "train", rng) for name in names], tokenizer)
-
+    draw, tune = subject.training(seed, tokenizer)
     budgets = [(one, layers / config.num_hidden_layers) for (_, layers), one in runs.items()]
     study.train(model, budgets, draw, steps)
-    tune = [s for task in tasks.TASKS for s in tasks.samples(task, "tune", seed, TUNE)]
-    batch = study.collate(tune, tokenizer)
-    prefix = study.read_prompts(model, batch)
-    plain = {key: study.calibrate(model, batch, prefix, one, key[1]) for key, one in runs.items()}
-    measured = measure(model, tokenizer, questions, [one.gate for one in runs.values()])
+    prefix = study.read_prompts(model, tune)
+    plain = {key: study.calibrate(model, tune, prefix, one, key[1]) for key, one in runs.items()}
+    asked = subject.asked(questions, tokenizer)
+    measured = measure(model, asked, [one.gate for one in runs.values()])
     return [
         {"kind": kind, "budget": layers, "seed": seed, "plain_layers": plain[kind, layers]} | result
         for (kind, layers), result in zip(runs, measured, strict=True)
     ]
 
 
-def baselines(depths: list[int], questions: int) -> list[dict[str, Any]]:
+def baselines(subject: Subject, depths: list[int], questions: int) -> list[dict[str, Any]]:
     """Measure layers taken evenly and at random; the first and the last always stay."""
-    model, tokenizer = load()
+    model, tokenizer = subject.load()
     last, rng = model.config.num_hidden_layers - 1, random.Random("baselines")
     sets: list[tuple[str, int, int, set[int]]] = []
     for layers in depths:
@@ -135,21 +198,19 @@ def baselines(depths: list[int], questions: int) -> list[dict[str, Any]]:
     return [
         {"kind": kind, "budget": layers, "seed": draw} | result
         for (kind, layers, draw, _), result in zip(
-            sets, measure(model, tokenizer, questions, gates), strict=True
+            sets, measure(model, subject.asked(questions, tokenizer), gates), strict=True
         )
     ]
 
 
 @torch.no_grad()
 def measure(
-    model: Any, tokenizer: Any, questions: int, gates: list[MakeGate]
+    model: Any, asked: Iterator[tuple[str, study.Questions]], gates: Sequence[MakeGate]
 ) -> list[dict[str, Any]]:
     """Answer held-out questions after the right tokens; one pass over the prompts serves all."""
     passes: list[list[tuple[torch.Tensor, ...]]] = [[] for _ in gates]
     layers_of: list[dict[str, float]] = [{} for _ in gates]
-    for task in tasks.TASKS:
-        drawn = score.questions_of(task, questions, score.HELD_OUT_SEED)
-        batch = study.collate(drawn, tokenizer)
+    for task, batch in asked:
         prefix, real = study.read_prompts(model, batch), batch.labels != IGNORED
         for make, parts, layers in zip(gates, passes, layers_of, strict=True):
             logits, used = study.answer(model, batch, prefix, make(prefix))

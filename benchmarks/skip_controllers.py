@@ -41,19 +41,29 @@ class Questions:
 
 
 def collate(samples: Sequence[Sample], tokenizer: Any) -> Questions:
-    """Make one batch of these questions and their right answers."""
+    """Make one batch of the bundled model's questions and their right answers."""
     table, end = tokenizer.get_vocab(), tokenizer.eos_token_id
     prompts = [[table[word] for word in sample.prompt.split()] for sample in samples]
     answers = [[table[word] for word in sample.answer.split()] for sample in samples]
-    width, length = max(map(len, prompts)), max(map(len, answers))
+    return padded(prompts, [[*ids, end] for ids in answers], end)
+
+
+def padded(prompts: Sequence[list[int]], answers: Sequence[list[int]], end: int) -> Questions:
+    """Make one batch of prompts and answers, each with the token that ends it."""
+    width, length = max(map(len, prompts)), max(map(len, answers)) - 1
     prompt = torch.tensor([[end] * (width - len(ids)) + ids for ids in prompts])
     column = torch.arange(width)
+    fill = [length + 1 - len(ids) for ids in answers]
     return Questions(
         prompt=prompt,
         real=column >= torch.tensor([[width - len(ids)] for ids in prompts]),
         first=torch.tensor([ids[0] for ids in answers]),
-        answer=torch.tensor([ids + [end] * (length - len(ids)) for ids in answers]),
-        labels=torch.tensor([[*ids[1:], end] + [IGNORED] * (length - len(ids)) for ids in answers]),
+        answer=torch.tensor(
+            [ids[:-1] + [end] * more for ids, more in zip(answers, fill, strict=True)]
+        ),
+        labels=torch.tensor(
+            [ids[1:] + [IGNORED] * more for ids, more in zip(answers, fill, strict=True)]
+        ),
     )
 
 

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from vllm_adaskip import SkipPlan, bundled_model
 from vllm_adaskip.classifiers.static.fit import KnownLosses, Search, StaticSettings, search
+from vllm_adaskip.lab.fitting import quality
 from vllm_adaskip.lab.fitting.greedy import greedy, trials
-from vllm_adaskip.lab.fitting.quality import plan_loss
+from vllm_adaskip.lab.fitting.quality import PlanLoss
 from vllm_adaskip.lab.fitting.sub_layers import decoder_shape
 from vllm_adaskip.lab.fixed_plans import Unit, at_random, evenly, latest, units
 
@@ -152,10 +153,7 @@ def test_greedy_finds_the_sub_layers_that_a_model_does_not_use() -> None:
     layers[1].mlp.down_proj.weight.zero_()
     for layer in (3, 4):
         layers[layer].self_attn.o_proj.weight.zero_()
-
-    def loss(plan: SkipPlan) -> float:
-        return plan_loss(model, samples, plan, 5)
-
+    loss = PlanLoss(model, samples, 5)
     found = search(loss, told(unit="sub-layer", target_skip=0.25), 6)
     assert found.plan == SkipPlan.parse(["mlp:1", "attn:3", "attn:4"], 6)
     dense = pytest.approx(found.steps[0].loss)
@@ -164,6 +162,22 @@ def test_greedy_finds_the_sub_layers_that_a_model_does_not_use() -> None:
     assert more.steps[:4] == found.steps and more.steps[4].loss != dense
     attention = search(loss, told(unit="attention", target_skip=0.34), 6)
     assert attention.plan == SkipPlan.parse(["attn:3", "attn:4"], 6)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "opt", "qwen2", "qwen3"])
+def test_losses_are_those_of_prompts_that_are_read_anew(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny(family)
+    samples = own_answers(model, 12)
+    plans = [SkipPlan.parse(skip, 4) for skip in ([], [1], ["attn:1", "mlp:3"], [0, 1, 2])]
+    kept = PlanLoss(model, samples, 5)
+    found = [kept(plan) for plan in [*plans, *plans]]
+    monkeypatch.setattr(quality, "KEPT", 0)
+    anew = PlanLoss(model, samples, 5)
+    monkeypatch.setattr(quality, "_cache", None)  # asked for by nobody
+    assert found == pytest.approx([anew(plan) for plan in plans] * 2, rel=1e-5)
+    assert len(set(found)) == 4
 
 
 def test_a_loss_is_asked_for_once_also_by_a_later_process(tmp_path: Path) -> None:

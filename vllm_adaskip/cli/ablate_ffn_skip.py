@@ -58,7 +58,7 @@ def _settings(one: fit.Subject, targets: list[float]) -> list[Setting]:
     """Measure the training examples and search for fixed sets, then give what is compared."""
     from vllm_adaskip.classifiers.ffn_skip.ablate import settings
     from vllm_adaskip.lab.fitting.greedy import greedy, trials
-    from vllm_adaskip.lab.fitting.quality import plan_loss
+    from vllm_adaskip.lab.fitting.quality import PlanLoss
     from vllm_adaskip.lab.fitting.similarity import similarities
     from vllm_adaskip.lab.fitting.sub_layers import decoder_shape
     from vllm_adaskip.lab.fixed_plans import Entry, units
@@ -71,10 +71,12 @@ def _settings(one: fit.Subject, targets: list[float]) -> list[Setting]:
     with fit.progress(len(one.samples) + 2 * trials(len(inner), most)) as report:
         found = similarities(loaded, one.samples, 16, lambda done: report("measuring", done))
 
+        answers = PlanLoss(loaded, searched, 16)
+
         def loss(left_out: tuple[Entry, ...]) -> float:
             report("searching for fixed sets", 1)
             plan = SkipPlan.parse([*left_out], shape.num_layers)
-            return plan_loss(loaded, searched, plan, 16)
+            return answers(plan)
 
         mlps, layers = (
             list(greedy(loss, units(unit, inner), most))[-1].left_out for unit in ("mlp", "layer")

@@ -78,7 +78,7 @@ def _derived(
     from vllm_adaskip.classifiers.first.fit.routing import prompt_scores
     from vllm_adaskip.classifiers.first.method import FirstOptions
     from vllm_adaskip.classifiers.first.routers import Routers
-    from vllm_adaskip.lab.fitting.quality import plan_loss
+    from vllm_adaskip.lab.fitting.quality import PlanLoss
 
     subject = fit.subject(model, data, ("prompt", "answer"), 500, 16, 0)
     loaded: Any = fit.loaded(subject, "auto").requires_grad_(False)
@@ -98,10 +98,10 @@ def _derived(
     with run.console.status("scoring prompts for other ways to reduce, other codebooks"):
         made = variants(out / "routers-0", score, out / "variants")
     with run.console.status("searching for the best fixed plans"):
-        few = held_back[:SEARCHED]
+        answers = PlanLoss(loaded, held_back[:SEARCHED], 16)
 
         def loss(left_out: Sequence[int]) -> float:
-            return plan_loss(loaded, few, SkipPlan.parse([*left_out], layers), 16)
+            return answers(SkipPlan.parse([*left_out], layers))
 
         fixed = best_fixed(loss, counts, layers)
     tuned = _tuned(out / "lora-alone", subject, loaded, training, lora_steps)

@@ -77,7 +77,7 @@ def _searched(
 ) -> tuple[Found, DecoderShape]:
     """Load the model and search, with a bar of losses; also weigh the model's layers."""
     from vllm_adaskip.classifiers.static.fit import KnownLosses, search
-    from vllm_adaskip.lab.fitting.quality import plan_loss
+    from vllm_adaskip.lab.fitting.quality import PlanLoss
     from vllm_adaskip.lab.fitting.sub_layers import decoder_shape
 
     num_layers = one.config["num_hidden_layers"]
@@ -85,7 +85,7 @@ def _searched(
         report("loading the model", 0)
         model = fit.loaded(one, device)
         report("trying plans", 0)
-        known = KnownLosses(out, lambda plan: plan_loss(model, one.samples, plan, batch))
+        known = KnownLosses(out, PlanLoss(model, one.samples, batch))
         found = search(_counted(known, report), settings, num_layers)
         return found, decoder_shape(model)
 

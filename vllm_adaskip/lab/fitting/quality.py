@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,12 +11,24 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from vllm_adaskip.classifiers.plan import SkipPlan
-from vllm_adaskip.lab.fitting.samples import IGNORED, Sample, answer_logits, answer_loss, batches_of
+from vllm_adaskip.lab.fitting.samples import (
+    IGNORED,
+    Batch,
+    Sample,
+    answer_logits,
+    answer_loss,
+    batches_of,
+    before_answers,
+)
 from vllm_adaskip.lab.fitting.sub_layers import leaving_out, visited
 
 Bools = NDArray[np.bool_]
+KeysValues = tuple[Tensor, Tensor]
+#: Bytes of keys and values of prompts that are kept for the next plan.
+KEPT = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -55,15 +68,61 @@ def answers_right(
     return right
 
 
-@torch.no_grad()
-def plan_loss(model: Any, samples: Sequence[Sample], plan: SkipPlan, batch: int) -> float:
-    """Give the mean cross-entropy of the tokens of answers that all follow a plan."""
-    losses, tokens = [], []
-    for _, one in batches_of(samples, batch, model.device):
-        with visited(model, leaving_out(one, [plan] * len(one.ids))):
-            losses.append(answer_loss(one, answer_logits(model, one)).item())
-        tokens.append(int(one.answer.sum()))
-    return float(np.average(losses, weights=tokens))
+class PlanLoss:
+    """The mean cross-entropy of the tokens of answers that all follow a plan.
+
+    Prompts run whole under every plan. So what stands before the answers runs once, and its keys
+    and values are kept, up to `KEPT` bytes; that is most of the work where prompts are long.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: Any, samples: Sequence[Sample], batch: int) -> None:
+        self._model = model
+        self._batches: list[tuple[Batch, list[KeysValues]]] = []
+        left = KEPT
+        for _, one in batches_of(samples, batch, model.device):
+            kept = _prompts(model, one) if left > 0 else []
+            left -= sum(each.nbytes for pair in kept for each in pair)
+            self._batches.append((one, kept))
+
+    @torch.no_grad()
+    def __call__(self, plan: SkipPlan) -> float:
+        """Return a plan's loss."""
+        losses, tokens = [], []
+        for one, kept in self._batches:
+            cache = _cache(self._model, kept) if kept else None
+            with visited(self._model, leaving_out(one, [plan] * len(one.ids))):
+                losses.append(answer_loss(one, answer_logits(self._model, one, cache)).item())
+            tokens.append(int(one.answer.sum()))
+        return float(np.average(losses, weights=tokens))
+
+
+def _prompts(model: Any, batch: Batch) -> list[KeysValues]:
+    """Return each layer's keys and values before the answers; empty if they cannot be kept."""
+    if not (count := before_answers(batch)):
+        return []
+    wanted = inspect.signature(model.forward).parameters
+    inputs = {
+        "input_ids": batch.ids[:, :count],
+        "attention_mask": batch.real[:, :count].long(),
+        "position_ids": batch.positions[:, :count],
+        "use_cache": True,
+        "logits_to_keep": 1,
+    }
+    output = model(**{name: each for name, each in inputs.items() if name in wanted})
+    kept = [(one.keys, one.values) for one in output.past_key_values.layers]
+    # A sliding window has let go of the first ones.
+    return kept if all(keys.shape[2] == count for keys, _ in kept) else []
+
+
+def _cache(model: Any, kept: Sequence[KeysValues]) -> Any:
+    """Return a cache of transformers that holds these, and leaves them as they are."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    for layer, (keys, values) in enumerate(kept):
+        cache.update(keys, values, layer)
+    return cache
 
 
 def by_task(

@@ -112,20 +112,30 @@ def batches_of(
         yield places, batch_of([samples[place] for place in places], device)
 
 
-def answer_logits(model: Any, batch: Batch) -> Tensor:
-    """Return logits ``[rows, tokens - 1 or fewer, vocabulary]`` for the last of `Batch.labels`."""
+def before_answers(batch: Batch) -> int:
+    """Count the columns before the one that the first answer's first token follows."""
+    return int(batch.answer.any(0).int().argmax()) - 1
+
+
+def answer_logits(model: Any, batch: Batch, cache: Any = None) -> Tensor:
+    """Return logits ``[rows, tokens - 1 or fewer, vocabulary]`` for the last of `Batch.labels`.
+
+    ``cache`` has the keys and values of the columns `before_answers`, which are not run again.
+    """
     wanted = inspect.signature(model.forward).parameters
-    first = int(batch.answer.any(0).int().argmax())
+    before, width = before_answers(batch), batch.ids.shape[1]
+    start = 0 if cache is None else before
     inputs = {
-        "input_ids": batch.ids,
+        "input_ids": batch.ids[:, start:],
         "attention_mask": batch.real.long(),
-        "position_ids": batch.positions,
-        "use_cache": False,
+        "position_ids": batch.positions[:, start:],
+        "past_key_values": cache,
+        "use_cache": cache is not None,
         # The logits of a prompt would take more memory than all else.
-        "logits_to_keep": batch.ids.shape[1] - first + 1,
+        "logits_to_keep": width - before,
     }
     output = model(**{name: each for name, each in inputs.items() if name in wanted})
-    logits: Tensor = output.logits[:, first - 1 - batch.ids.shape[1] : -1]
+    logits: Tensor = output.logits[:, before - width : -1]
     return logits
 
 

@@ -83,11 +83,14 @@ def visited(model: Any, visit: Visit) -> Iterator[None]:
 
 
 def leaving_out(batch: Batch, plans: Sequence[SkipPlan]) -> Visit:
-    """Give the visit that has the answers' tokens follow a plan a row; prompts run everything."""
+    """Return the visit that has the answers' tokens follow a plan a row; prompts run everything.
+
+    The model may be run on the last columns of the batch alone.
+    """
     skips = torch.stack([torch.from_numpy(plan.mask()) for plan in plans]).to(batch.ids.device)
 
     def visit(sub_layer: int, before: Tensor, update: Tensor) -> Tensor:
-        left_out = skips[:, sub_layer, None] & batch.answer
+        left_out = skips[:, sub_layer, None] & batch.answer[:, -before.shape[1] :]
         return update.masked_fill(left_out[..., None], 0.0)
 
     return visit
