@@ -31,6 +31,8 @@ _ENGINE = "vllm_adaskip.engine"
 _SCHEDULER = f"{_ENGINE}.blocks.MarkingScheduler"
 _ASYNC_SCHEDULER = f"{_ENGINE}.blocks.AsyncMarkingScheduler"
 _WORKER_EXTENSION = f"{_ENGINE}.counts.AdaSkipWorkerExtension"
+#: vLLM's names of quantisations that `tests/engine/test_quantised.py` runs.
+QUANTISED = ("compressed-tensors", "gptq", "awq")
 #: Of a model's config: what changes the attention of layers that else look like a family's.
 _UNTRIED: dict[str, tuple[object, str]] = {
     "dual_chunk_attention_config": (None, "dual chunk attention"),
@@ -145,10 +147,10 @@ def _unsupported(vllm_config: VllmConfig) -> Iterator[str]:
         yield "speculative decoding is not supported; remove --speculative-config"
     if vllm_config.lora_config is not None:
         yield "LoRA adapters are not supported; remove --enable-lora, or merge the adapter"
-    if model.quantization is not None:
+    if model.quantization not in (None, *QUANTISED):
         yield (
             f"quantisation {model.quantization!r} has not been tested; use an unquantised "
-            "checkpoint and remove --quantization"
+            f"checkpoint, or one of these: {', '.join(QUANTISED)}"
         )
     if vllm_config.kv_transfer_config is not None:
         yield "KV transfer would hand on blocks with holes; remove --kv-transfer-config"
