@@ -127,7 +127,8 @@ def test_what_is_seen_while_serving_corrects_what_was_measured() -> None:
 
 def test_one_disturbed_step_changes_nothing() -> None:
     one = guard()
-    one.saw(alone(1), 4.0)
+    for seconds in [0.040] * 20 + [4.0]:
+        one.saw(alone(1), seconds)
     assert one.factors[0] < 1.04
 
 
