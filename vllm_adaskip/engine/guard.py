@@ -138,6 +138,7 @@ class Guard:
         self._steps = 0
         self._seen = [0] * len(KINDS)
         self._times = [1] * len(KINDS)
+        self._runs: Bools | None = None
 
     def measure(self, *inputs: Any) -> None:
         """Measure costs, once; on the inputs of a warm-up, or without any."""
@@ -171,11 +172,16 @@ class Guard:
         """Return what a step will take, of what `costs` says."""
         return float(seconds * self.factors[KINDS.index(kind)])
 
-    def saw(self, skips: Bools, seconds: float) -> None:
-        """Learn from a step in which all rows decode and leave out ``[rows, 2 * num_layers]``."""
+    def saw(self, runs: Bools, seconds: float) -> None:
+        """Learn from a step in which all rows decode and run ``[rows, 2 * num_layers]``.
+
+        The same array stands for the same step, as long as no row changes.
+        """
         if self.costs is None:
             return
-        kind, reckoned = self.costs.step(skips)
+        if runs is not self._runs:
+            self._runs, self._reckoned = runs, self.costs.step(~runs)
+        kind, reckoned = self._reckoned
         place = KINDS.index(kind)
         old = self.factors[place]
         now = np.clip(seconds / reckoned, old / FAR, old * FAR)
