@@ -93,7 +93,8 @@ def _subject(console: Console) -> Subject:
     try:
         path = get_model("smollm2")
     except (OSError, ModuleNotFoundError) as error:
-        console.print(f"The bundled model stands in for SmolLM2: {str(error).rstrip('.')}.", markup=False)
+        reason = str(error).rstrip(".")
+        console.print(f"The bundled model stands in for SmolLM2: {reason}.", markup=False)
         return _bundled()
     from vllm_adaskip.lab.data.chat import ChatTemplate
 

@@ -139,6 +139,7 @@ class Guard:
         self._seen = [0] * len(KINDS)
         self._times = [1] * len(KINDS)
         self._runs: Bools | None = None
+        self._reckoned: tuple[Kind, float] = KINDS[0], 0.0
 
     def measure(self, *inputs: Any) -> None:
         """Measure costs, once; on the inputs of a warm-up, or without any."""
