@@ -93,7 +93,9 @@ def _subject(console: Console) -> Subject:
     try:
         path = get_model("smollm2")
     except (OSError, ModuleNotFoundError) as error:
-        console.print(f"The bundled model stands in for SmolLM2: {str(error).rstrip('.')}.", markup=False)
+        console.print(
+            f"The bundled model stands in for SmolLM2: {str(error).rstrip('.')}.", markup=False
+        )
         return _bundled()
     from vllm_adaskip.lab.data.chat import ChatTemplate
 
