@@ -200,10 +200,10 @@ def _with_profile(options: Mapping[str, Any]) -> Mapping[str, Any]:
             f"for method {profile.method!r}; leave one out"
         )
     brought = {
+        **profile.options,
         "method": method,
         "budget": profile.budget,
         "guard": profile.guard,
-        **profile.options,
     }
     return {**brought, **options}
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import logging
 import re
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from vllm_adaskip import DecoderShape, engine_args
 from vllm_adaskip.classifiers import Classifier
 from vllm_adaskip.config import AdaSkipConfig, ConfigError
 from vllm_adaskip.engine.counts import Report
-from vllm_adaskip.engine.request import logger
+from vllm_adaskip.engine.request import RequestArgs, RequestError, logger
 from vllm_adaskip.testing import check_method
 
 PAGE = Path(__file__).parents[2] / "docs" / "write-a-method.md"
@@ -80,8 +81,8 @@ def test_the_checks_find_what_is_wrong() -> None:
 
     class Moody(own):  # type: ignore[misc]
         def decide(self, budget: float, prompt: Any) -> Any:
-            self._may_go = self._may_go[::-1]
-            return self._plan([*self._may_go][:1] if budget < 1 else [])
+            self._mood = 1 - getattr(self, "_mood", 0)
+            return self._plan([self._mood, 2] if budget < 1 else [])
 
     class Gossip(own):  # type: ignore[misc]
         def observer(self, *_: Any) -> Any:
@@ -178,9 +179,8 @@ def test_a_profile_names_no_code(tmp_path: Path) -> None:
     """Who may write a profile, on the hub or on a disk, must not choose what a server runs."""
     from vllm_adaskip.classifiers.profile import Profile
 
-    (tmp_path / "adaskip.json").write_text(
-        Profile(method="small_updates:SmallUpdates", model="m", fingerprint="f").model_dump_json()
-    )
+    made = Profile(method="small_updates:SmallUpdates", model="m", fingerprint="f")
+    made.save(tmp_path)
     profile = {"profile": str(tmp_path)}
     with pytest.raises(ConfigError, match="cannot name code to load"):
         AdaSkipConfig.parse(profile)
@@ -188,6 +188,17 @@ def test_a_profile_names_no_code(tmp_path: Path) -> None:
     assert AdaSkipConfig.parse(named).method_options == {"keep_first": 2}
     with pytest.raises(ConfigError, match="does not go with profile"):
         AdaSkipConfig.parse({**profile, "method": "strangers:Failing"})
+    hidden = {**made.model_dump(), "method": "none", "options": {"method": "broken:Method"}}
+    (tmp_path / "adaskip.json").write_text(json.dumps(hidden))
+    for options in (profile, {**profile, "method": "none"}):
+        with pytest.raises(ConfigError, match=r"'method' \('broken:Method'\) is not allowed here"):
+            AdaSkipConfig.parse(options)
+
+
+def test_a_request_names_no_method() -> None:
+    for arguments in ({"adaskip_method": "broken:Method"}, {"adaskip": "broken:Method"}):
+        with pytest.raises(RequestError, match="allowed: "):
+            RequestArgs.parse(arguments)
 
 
 def test_requests_are_written_by_a_typed_helper() -> None:

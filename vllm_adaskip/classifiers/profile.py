@@ -13,7 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from vllm_adaskip.classifiers.plan import shown
 
 FILE = "adaskip.json"
 FORMAT = 1
@@ -50,7 +52,7 @@ class Profile(BaseModel):
     """What ``adaskip.json`` holds.
 
     Attributes:
-        method: the server's method; ``options`` are its own.
+        method: the server's method; ``options`` are its own, and cannot name another.
         budget: largest share of decoder compute a decided plan may keep.
         guard: whether a server follows its plans only where they pay, see `AdaSkipConfig`.
         fingerprint: of the model's config, see `fingerprint`; ``model`` is its name, to read.
@@ -68,6 +70,14 @@ class Profile(BaseModel):
     model: str
     fingerprint: str
     metrics: dict[str, float | int | str] = {}
+
+    @field_validator("options")
+    @classmethod
+    def _no_other_method(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """Refuse what would go before ``method``, which may then be code (`ValueError`)."""
+        if "method" in options:
+            raise ValueError(f"'method' ({shown(options['method'])}) is not allowed here")
+        return options
 
     def save(self, folder: Path) -> None:
         """Write the folder."""
@@ -96,7 +106,8 @@ class Profile(BaseModel):
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             key = ".".join(map(str, first["loc"])) or "the file"
-            raise ProfileError(f"{path}: {key}: {first['msg']}") from None
+            reason = first["msg"].removeprefix("Value error, ")
+            raise ProfileError(f"{path}: {key}: {reason}") from None
 
     def check_model(self, hf_config: Mapping[str, Any]) -> None:
         """Refuse a model that the profile was not made for (`ProfileError`)."""
