@@ -97,7 +97,9 @@ class AdaSkipConfig(BaseModel):
     @field_validator("method")
     @classmethod
     def _method_exists(cls, method: str) -> str:
-        method_of(method)
+        own = method_of(method).Options.model_fields
+        if taken := sorted(cls.model_fields.keys() & own.keys()):
+            raise ValueError(f"its option {', '.join(taken)} has the name of a server's; rename it")
         return method
 
     @classmethod

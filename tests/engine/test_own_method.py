@@ -21,14 +21,15 @@ from vllm_adaskip import DecoderShape, engine_args
 from vllm_adaskip.classifiers import Classifier
 from vllm_adaskip.config import AdaSkipConfig, ConfigError
 from vllm_adaskip.engine.counts import Report
-from vllm_adaskip.engine.request import RequestArgs, RequestError, logger
-from vllm_adaskip.testing import check_method
+from vllm_adaskip.engine.request import Planner, RequestError, logger
+from vllm_adaskip.testing import a_prompt, check_method
 
 PAGE = Path(__file__).parents[2] / "docs" / "write-a-method.md"
 BUDGET = 0.8
 #: Fails for prompts of an odd number of tokens; then returns what is no plan.
 FAILING = """
 from small_updates import SmallUpdates
+from vllm_adaskip import Classifier, MethodOptions, SkipPlan
 
 class Failing(SmallUpdates):
     def decide(self, budget, prompt):
@@ -47,6 +48,29 @@ class Nonsense(SmallUpdates):
         return [3]
 
 class NoMethod: ...
+
+class Abstract(Classifier): ...
+
+class Unfinished(SmallUpdates):
+    def __init__(self, shape, options, profile=None):
+        raise KeyError("what")
+
+class Everything(SmallUpdates):
+    def decide(self, budget, prompt):
+        every = (1 << self._shape.num_layers) - 1
+        return SkipPlan(self._shape.num_layers, every, every)
+
+class NoOptions(SmallUpdates):
+    Options = dict
+
+class Taken(SmallUpdates):
+    class Options(MethodOptions):
+        budget: float = 0.5
+
+class Moody(SmallUpdates):
+    def check(self, budget):
+        if budget < 1:
+            raise KeyError("no")
 """
 
 
@@ -156,6 +180,8 @@ def test_where_it_fails_that_sequence_runs_dense_and_its_neighbours_notice_nothi
         ("small_updates:", ["small_updates:", "subclass of"]),
         (":x", ["':x'"]),
         ("small_updates", ["'small_updates' is no method", "static, or module:Class"]),
+        ("strangers:NoOptions", ["Options", "subclass of vllm_adaskip.MethodOptions"]),
+        ("strangers:Taken", ["option budget has the name of a server's"]),
         ("a" * 10_000 + ":b", ["cannot be imported"]),
     ],
 )
@@ -169,10 +195,29 @@ def test_what_is_no_method_is_refused_before_a_model_is_loaded(
     assert len(str(refusal.value)) < 1000
 
 
-def test_a_method_that_fails_without_a_prompt_stops_the_start() -> None:
-    config = AdaSkipConfig.parse({"method": "strangers:Nonsense"})
-    with pytest.raises(ConfigError, match="'strangers:Nonsense' decides nothing"):
-        config.facts(DecoderShape(*TINY_SHAPE))
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("Nonsense", "'strangers:Nonsense' decides nothing"),
+        ("Abstract", "'strangers:Abstract' cannot be made .TypeError"),
+        ("Unfinished", "'strangers:Unfinished' cannot be made .KeyError"),
+    ],
+)
+def test_a_method_that_cannot_be_made_or_fails_without_a_prompt_stops_the_start(
+    name: str, words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        AdaSkipConfig.parse({"method": f"strangers:{name}"}).facts(DecoderShape(*TINY_SHAPE))
+
+
+def test_what_fails_for_one_request_is_that_request_s() -> None:
+    facts = AdaSkipConfig.parse({"method": "strangers:Moody"}).facts(DecoderShape(*TINY_SHAPE))
+    with pytest.raises(RequestError, match=r"'strangers:Moody' failed .KeyError"):
+        Planner(facts).wanted({"adaskip_budget": 0.9})
+    facts = AdaSkipConfig.parse({"method": "strangers:Everything"}).facts(DecoderShape(*TINY_SHAPE))
+    planner = Planner(facts)
+    prompt = a_prompt(planner.classifier)
+    assert planner.decide(0.9, prompt).is_dense and planner.failures == 1
 
 
 def test_a_profile_names_no_code(tmp_path: Path) -> None:
@@ -210,6 +255,9 @@ def test_requests_are_written_by_a_typed_helper() -> None:
     assert request(off=True) == {"adaskip": "off"} and request() == {}
     with pytest.raises(ValueError, match=r"adaskip_budget: 1\.5 is not allowed"):
         request(budget=1.5)
+    for skip in ("5-6", ["nope"], [1.5], [True], 5):
+        with pytest.raises(ValueError, match="skip plan; allowed: a"):
+            request(skip=skip)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="'off' means dense and does not go with adaskip_skip"):
         request(skip=[1], off=True)
 

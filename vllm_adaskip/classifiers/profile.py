@@ -21,6 +21,8 @@ FILE = "adaskip.json"
 FORMAT = 1
 #: A profile is a page of settings; what is larger is something else.
 LARGEST = 1 << 20
+#: Options that no profile sets among its method's own.
+_OPERATORS = frozenset({"guard", "known_plans", "method", "profile", "untested_accelerator"})
 #: What makes two checkpoints the same decoder, as far as a plan is concerned.
 _IDENTITY = (
     "hidden_size",
@@ -73,10 +75,10 @@ class Profile(BaseModel):
 
     @field_validator("options")
     @classmethod
-    def _no_other_method(cls, options: dict[str, Any]) -> dict[str, Any]:
-        """Refuse what would go before ``method``, which may then be code (`ValueError`)."""
-        if "method" in options:
-            raise ValueError(f"'method' ({shown(options['method'])}) is not allowed here")
+    def _are_no_operators(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """Refuse what only who starts a server may say (`ValueError`): above all, what is code."""
+        for key in sorted(_OPERATORS & options.keys()):
+            raise ValueError(f"{key!r} ({shown(options[key])}) is not allowed here")
         return options
 
     def save(self, folder: Path) -> None:

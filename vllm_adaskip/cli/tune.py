@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vllm_adaskip.classifiers import METHODS, Scope
+from vllm_adaskip.classifiers import Scope, method_of
 from vllm_adaskip.classifiers.hub import located
 from vllm_adaskip.classifiers.profile import Profile
 from vllm_adaskip.cli import run
@@ -107,7 +107,7 @@ def tune(
 
 def decides_once(method: str, options: Mapping[str, Any]) -> bool:
     """Return whether a method decides a sequence's plan once, which is what a guard can judge."""
-    scope = getattr(METHODS[method].Options.model_validate(options), "scope", None)
+    scope = getattr(method_of(method).Options.model_validate(options), "scope", None)
     return scope not in get_args(Scope)
 
 

@@ -205,8 +205,9 @@ class SkipState:
     def _plans(self, new: Mapping[Undecided, PromptStatistics]) -> list[SkipPlan]:
         """Decide for these, which have no plan yet, each by itself or with a look at the batch."""
         classifier, facts = self.planner.classifier, self.planner.facts
+        failures = self.planner.failures
         own = [self.planner.decide(each.budget, prompt) for each, prompt in new.items()]
-        if not facts.coalesce or not new:
+        if not facts.coalesce or not new or self.planner.failures > failures:
             return own
         sequences = [
             Undrawn(plan, each.budget, prompt)

@@ -165,7 +165,13 @@ class Planner:
         self.facts = facts
         self.dense = SkipPlan(facts.shape.num_layers)
         profile = located(facts.profile) if facts.profile else None
-        self.classifier: Classifier = method(facts.shape, options, profile)
+        try:
+            self.classifier: Classifier = method(facts.shape, options, profile)
+        except ValueError:
+            raise
+        except Exception as error:  # somebody else's class
+            reason = f"{type(error).__name__}: {error!s:.200}"
+            raise ValueError(f"method {facts.method!r} cannot be made ({reason})") from error
         gate = self.classifier.gate_scope
         if gate == "token" and self.classifier.gates_attention and facts.kv_fill == "none":
             raise ValueError(
@@ -231,10 +237,9 @@ class Planner:
         """
         try:
             plan = self.classifier.decide(budget, prompt)
-            if not isinstance(plan, SkipPlan) or plan.num_layers != self.facts.shape.num_layers:
-                raise TypeError(
-                    f"{shown(plan)} is no SkipPlan for {self.facts.shape.num_layers} layers"
-                )
+            layers = self.facts.shape.num_layers
+            if not isinstance(plan, SkipPlan) or plan.num_layers != layers or plan.skips_everything:
+                raise TypeError(f"{shown(plan)} is no SkipPlan for {layers} layers that can run")
         except Exception:
             if not self.failures:
                 logger.exception(
@@ -261,7 +266,15 @@ class Planner:
 
     def _decided(self, budget: float) -> Wanted:
         """Let the method decide at once, unless it reads the prompt."""
-        self.classifier.check(budget)
+        try:
+            self.classifier.check(budget)
+        except PlanError:
+            raise
+        except Exception as error:  # somebody else's method
+            reason = f"{type(error).__name__}: {error!s:.200}"
+            raise PlanError(
+                f"{budget:g}: method {self.facts.method!r} failed ({reason})"
+            ) from error
         reads = self.classifier.width > 0
         plan = None if reads else self.decide(budget, None)
         return Wanted(plan, budget, self.classifier.gate_scope, by_method=True)
