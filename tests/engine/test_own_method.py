@@ -21,7 +21,7 @@ from vllm_adaskip import DecoderShape, engine_args
 from vllm_adaskip.classifiers import Classifier
 from vllm_adaskip.config import AdaSkipConfig, ConfigError
 from vllm_adaskip.engine.counts import Report
-from vllm_adaskip.engine.request import Planner, RequestError, logger
+from vllm_adaskip.engine.request import Planner, RequestArgs, RequestError, logger
 from vllm_adaskip.testing import a_prompt, check_method
 
 PAGE = Path(__file__).parents[2] / "docs" / "write-a-method.md"
