@@ -50,11 +50,10 @@ def method_of(name: str) -> type[Classifier]:
         )
     try:
         found = pkgutil.resolve_name(name)
-    except Exception as error:  # whatever the module may raise
+    except (Exception, SystemExit) as error:  # whatever the module may raise
         raise ValueError(
             f"method {shown(name)} cannot be imported ({type(error).__name__}: {error!s:.200}); "
-            "allowed: "
-            "module:Class, which Python finds in every process of the engine"
+            "allowed: module:Class, which Python finds in every process of the engine"
         ) from error
     if not (isinstance(found, type) and issubclass(found, Classifier)):
         raise ValueError(

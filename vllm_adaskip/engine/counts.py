@@ -127,7 +127,7 @@ class Report(TypedDict):
         plans: `SkipState.plans`.
         live_plans: distinct plans that they follow.
         coalesced: decisions that others in the batch changed.
-        failures: decisions that the method failed to make, whose sequences run dense.
+        failures: `SkipState.failures`.
         graphs: where CUDA graphs hold plans: how many plans, dense among them, and steps that
             replayed one.
         compiled: where a CPU compiles plans: how many, steps that ran one, and what compiling
@@ -172,7 +172,7 @@ def report(state: SkipState) -> Report:
         "plans": dict(state.plans),
         "live_plans": table.live_plans,
         "coalesced": state.coalesced,
-        "failures": state.planner.failures,
+        "failures": state.failures,
     }
     if (graphs := state.graphs) is not None:
         found["graphs"] = {"plans": len(graphs.plans), "replayed": graphs.replayed}

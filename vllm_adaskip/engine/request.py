@@ -154,7 +154,7 @@ class Planner:
     Attributes:
         known_plans: that sequences are likely to follow: the method's one plan, those of option
             ``known_plans``, and the method's codebook; without dense, `MOST_PLANS` in all at most.
-        failures: plans that the method failed to decide in this process; these are dense.
+        dense: leaves out nothing. `decide` returns just this one where the method fails.
         refused: requests that `admit` has refused in this process, by `RequestError.reason`.
 
     """
@@ -190,9 +190,9 @@ class Planner:
                 "nobody knows before a step what it will leave out; allowed: False, or a method "
                 "that decides once a sequence"
             )
-        self.failures = 0
+        self._has_failed = False
         self._default = self._decided(facts.budget)
-        if self.failures:
+        if self._has_failed:
             raise ValueError(f"method: {facts.method!r} decides nothing, as the log says above")
         self.known_plans = self._known_plans()
         self.refused = dict.fromkeys(REASONS, 0)
@@ -231,7 +231,7 @@ class Planner:
             raise RequestError("adaskip_budget", str(error)) from None
 
     def decide(self, budget: float, prompt: PromptStatistics | None) -> SkipPlan:
-        """Return the plan that the method decides, or dense where it fails, which is logged once.
+        """Return the plan that the method decides, or `dense` where it fails, which is logged once.
 
         See `Classifier.decide`. A method may be anybody's, and the others in the batch go on.
         """
@@ -241,13 +241,13 @@ class Planner:
             if not isinstance(plan, SkipPlan) or plan.num_layers != layers or plan.skips_everything:
                 raise TypeError(f"{shown(plan)} is no SkipPlan for {layers} layers that can run")
         except Exception:
-            if not self.failures:
+            if not self._has_failed:
                 logger.exception(
                     "vllm-adaskip: method '%s' failed to decide a plan; its sequence runs dense, "
-                    "and adaskip_report counts others (failures)",
+                    "and adaskip_report counts it with all others (failures)",
                     self.facts.method,
                 )
-            self.failures += 1
+            self._has_failed = True
             return self.dense
         return plan
 
