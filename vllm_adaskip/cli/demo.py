@@ -21,6 +21,7 @@ from vllm_adaskip.bundled import bundled_model
 from vllm_adaskip.classifiers import SkipPlan
 from vllm_adaskip.cli.run import in_this_process
 from vllm_adaskip.lab.models import get_model
+from vllm_adaskip.offline import request
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -145,12 +146,7 @@ def _generate(
     from vllm import SamplingParams
 
     params = [
-        SamplingParams(
-            temperature=0,
-            extra_args=None if plan is None else {"adaskip_skip": plan},
-            **sampling,
-        )
-        for plan in plans
+        SamplingParams(temperature=0, extra_args=request(skip=plan), **sampling) for plan in plans
     ]
     outputs = llm.generate(list(prompts), params, use_tqdm=False)
     return [output.outputs[0].text.strip() for output in outputs]
