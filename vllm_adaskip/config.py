@@ -97,7 +97,9 @@ class AdaSkipConfig(BaseModel):
     @field_validator("method")
     @classmethod
     def _method_exists(cls, method: str) -> str:
-        method_of(method)
+        own = method_of(method).Options.model_fields
+        if taken := sorted(cls.model_fields.keys() & own.keys()):
+            raise ValueError(f"its option {', '.join(taken)} has the name of a server's; rename it")
         return method
 
     @classmethod
@@ -200,10 +202,10 @@ def _with_profile(options: Mapping[str, Any]) -> Mapping[str, Any]:
             f"for method {profile.method!r}; leave one out"
         )
     brought = {
+        **profile.options,
         "method": method,
         "budget": profile.budget,
         "guard": profile.guard,
-        **profile.options,
     }
     return {**brought, **options}
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from vllm_adaskip.classifiers.plan import as_entries, parse_entry
 from vllm_adaskip.engine.request import RequestArgs
 
 if TYPE_CHECKING:
@@ -26,9 +27,11 @@ def request(
         off: run everything, whatever the server's method.
 
     Raises:
-        ValueError: a budget that is not allowed, or ``off`` with another argument.
+        ValueError: a budget or an entry that is not allowed, or ``off`` with another argument.
 
     """
+    for entry in () if skip is None else as_entries(skip):
+        parse_entry(entry)
     given = {
         "adaskip": "off" if off else None,
         "adaskip_skip": None if skip is None else [*skip],

@@ -248,6 +248,27 @@ def test_a_plan_of_the_codebook_is_shared_that_is_nobody_s_own() -> None:
     assert [SkipPlan.of_mask(one).entries() for one in state.table.skips] == [[4, 5]] * 2
 
 
+def test_a_sequence_whose_decision_failed_is_dense_whoever_is_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    state = state_of(1.0)
+    method = state.planner.classifier
+    decide, failing = method.decide, statistics(1, method.width, 9).mean
+
+    def sometimes(budget: float, prompt: PromptStatistics) -> SkipPlan:
+        if (prompt.mean == failing).all():
+            raise ZeroDivisionError
+        return decide(budget, prompt)
+
+    monkeypatch.setattr(method, "decide", sometimes)
+    enter_and_decide(state, range(4))
+    skips = state.table.skips[:4]
+    assert not skips[1].any() and skips[0].any() and (skips[[0, 2, 3]] == skips[0]).all()
+    assert state.failures == 1
+    state.enter(5, None, [1], generated=0)  # remembered
+    assert state.failures == 2 and not state.table.skips[5].any()
+
+
 def test_explicit_plans_and_dense_requests_are_not_changed_but_count() -> None:
     state = state_of(1.0)
     explicit = SkipPlan.parse([2, 3], 6)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import logging
 import re
 from collections.abc import Callable, Iterator
@@ -20,14 +21,15 @@ from vllm_adaskip import DecoderShape, engine_args
 from vllm_adaskip.classifiers import Classifier
 from vllm_adaskip.config import AdaSkipConfig, ConfigError
 from vllm_adaskip.engine.counts import Report
-from vllm_adaskip.engine.request import logger
-from vllm_adaskip.testing import check_method
+from vllm_adaskip.engine.request import Planner, RequestArgs, RequestError, logger
+from vllm_adaskip.testing import a_prompt, check_method
 
 PAGE = Path(__file__).parents[2] / "docs" / "write-a-method.md"
 BUDGET = 0.8
 #: Fails for prompts of an odd number of tokens; then returns what is no plan.
 FAILING = """
 from small_updates import SmallUpdates
+from vllm_adaskip import Classifier, MethodOptions, SkipPlan
 
 class Failing(SmallUpdates):
     def decide(self, budget, prompt):
@@ -46,6 +48,29 @@ class Nonsense(SmallUpdates):
         return [3]
 
 class NoMethod: ...
+
+class Abstract(Classifier): ...
+
+class Unfinished(SmallUpdates):
+    def __init__(self, shape, options, profile=None):
+        raise KeyError("what")
+
+class Everything(SmallUpdates):
+    def decide(self, budget, prompt):
+        every = (1 << self._shape.num_layers) - 1
+        return SkipPlan(self._shape.num_layers, every, every)
+
+class NoOptions(SmallUpdates):
+    Options = dict
+
+class Taken(SmallUpdates):
+    class Options(MethodOptions):
+        budget: float = 0.5
+
+class Moody(SmallUpdates):
+    def check(self, budget):
+        if budget < 1:
+            raise KeyError("no")
 """
 
 
@@ -57,6 +82,7 @@ def outside(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     (folder / "small_updates.py").write_text(example)
     (folder / "strangers.py").write_text(FAILING)
     (folder / "broken.py").write_text("raise OSError('no such thing')")
+    (folder / "leaving.py").write_text("raise SystemExit(3)")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(folder))
         yield
@@ -72,6 +98,13 @@ def test_the_example_keeps_what_an_engine_relies_on() -> None:
         check_method(importlib.import_module("small_updates").SmallUpdates, options)
 
 
+def test_the_page_s_server_takes_its_options() -> None:
+    (options,) = re.findall(r"--additional-config.adaskip '(.*)'", PAGE.read_text())
+    config = AdaSkipConfig.parse(json.loads(options))
+    config.facts(DecoderShape(*TINY_SHAPE))
+    assert config.method == "small_updates:SmallUpdates"
+
+
 def test_the_checks_find_what_is_wrong() -> None:
     own = importlib.import_module("small_updates").SmallUpdates
 
@@ -80,8 +113,8 @@ def test_the_checks_find_what_is_wrong() -> None:
 
     class Moody(own):  # type: ignore[misc]
         def decide(self, budget: float, prompt: Any) -> Any:
-            self._may_go = self._may_go[::-1]
-            return self._plan([*self._may_go][:1] if budget < 1 else [])
+            self._mood = 1 - getattr(self, "_mood", 0)
+            return self._plan([self._mood, 2] if budget < 1 else [])
 
     class Gossip(own):  # type: ignore[misc]
         def observer(self, *_: Any) -> Any:
@@ -152,9 +185,12 @@ def test_where_it_fails_that_sequence_runs_dense_and_its_neighbours_notice_nothi
         ("strangers:NoMethod", ["NoMethod", "subclass of vllm_adaskip.Classifier"]),
         ("os:system", ["os:system", "subclass of vllm_adaskip.Classifier"]),
         ("broken:Method", ["broken:Method", "OSError: no such thing"]),
+        ("leaving:Method", ["leaving:Method", "SystemExit: 3"]),
         ("small_updates:", ["small_updates:", "subclass of"]),
         (":x", ["':x'"]),
         ("small_updates", ["'small_updates' is no method", "static, or module:Class"]),
+        ("strangers:NoOptions", ["Options", "subclass of vllm_adaskip.MethodOptions"]),
+        ("strangers:Taken", ["option budget has the name of a server's"]),
         ("a" * 10_000 + ":b", ["cannot be imported"]),
     ],
 )
@@ -168,19 +204,37 @@ def test_what_is_no_method_is_refused_before_a_model_is_loaded(
     assert len(str(refusal.value)) < 1000
 
 
-def test_a_method_that_fails_without_a_prompt_stops_the_start() -> None:
-    config = AdaSkipConfig.parse({"method": "strangers:Nonsense"})
-    with pytest.raises(ConfigError, match="'strangers:Nonsense' decides nothing"):
-        config.facts(DecoderShape(*TINY_SHAPE))
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("Nonsense", "'strangers:Nonsense' decides nothing"),
+        ("Abstract", "'strangers:Abstract' cannot be made .TypeError"),
+        ("Unfinished", "'strangers:Unfinished' cannot be made .KeyError"),
+    ],
+)
+def test_a_method_that_cannot_be_made_or_fails_without_a_prompt_stops_the_start(
+    name: str, words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        AdaSkipConfig.parse({"method": f"strangers:{name}"}).facts(DecoderShape(*TINY_SHAPE))
+
+
+def test_what_fails_for_one_request_is_that_request_s() -> None:
+    facts = AdaSkipConfig.parse({"method": "strangers:Moody"}).facts(DecoderShape(*TINY_SHAPE))
+    with pytest.raises(RequestError, match=r"'strangers:Moody' failed .KeyError"):
+        Planner(facts).wanted({"adaskip_budget": 0.9})
+    facts = AdaSkipConfig.parse({"method": "strangers:Everything"}).facts(DecoderShape(*TINY_SHAPE))
+    planner = Planner(facts)
+    prompt = a_prompt(planner.classifier)
+    assert planner.decide(0.9, prompt) is planner.dense
 
 
 def test_a_profile_names_no_code(tmp_path: Path) -> None:
     """Who may write a profile, on the hub or on a disk, must not choose what a server runs."""
     from vllm_adaskip.classifiers.profile import Profile
 
-    (tmp_path / "adaskip.json").write_text(
-        Profile(method="small_updates:SmallUpdates", model="m", fingerprint="f").model_dump_json()
-    )
+    made = Profile(method="small_updates:SmallUpdates", model="m", fingerprint="f")
+    made.save(tmp_path)
     profile = {"profile": str(tmp_path)}
     with pytest.raises(ConfigError, match="cannot name code to load"):
         AdaSkipConfig.parse(profile)
@@ -188,6 +242,17 @@ def test_a_profile_names_no_code(tmp_path: Path) -> None:
     assert AdaSkipConfig.parse(named).method_options == {"keep_first": 2}
     with pytest.raises(ConfigError, match="does not go with profile"):
         AdaSkipConfig.parse({**profile, "method": "strangers:Failing"})
+    hidden = {**made.model_dump(), "method": "none", "options": {"method": "broken:Method"}}
+    (tmp_path / "adaskip.json").write_text(json.dumps(hidden))
+    for options in (profile, {**profile, "method": "none"}):
+        with pytest.raises(ConfigError, match=r"'method' \('broken:Method'\) is not allowed here"):
+            AdaSkipConfig.parse(options)
+
+
+def test_a_request_names_no_method() -> None:
+    for arguments in ({"adaskip_method": "broken:Method"}, {"adaskip": "broken:Method"}):
+        with pytest.raises(RequestError, match="allowed: "):
+            RequestArgs.parse(arguments)
 
 
 def test_requests_are_written_by_a_typed_helper() -> None:
@@ -199,6 +264,9 @@ def test_requests_are_written_by_a_typed_helper() -> None:
     assert request(off=True) == {"adaskip": "off"} and request() == {}
     with pytest.raises(ValueError, match=r"adaskip_budget: 1\.5 is not allowed"):
         request(budget=1.5)
+    for skip in ("5-6", ["nope"], [1.5], [True], 5):
+        with pytest.raises(ValueError, match="skip plan; allowed: a"):
+            request(skip=skip)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="'off' means dense and does not go with adaskip_skip"):
         request(skip=[1], off=True)
 

@@ -23,8 +23,9 @@ PLANS: list[Entries | None] = [[], [2, 3], ["attn:4", "mlp:5"], [0], None, ["mlp
 TOKENS = 10
 BUDGET = 0.6
 METHOD = Similarity(DecoderShape(*TINY_SHAPE), EndsOptions())
-READING = {"method": "similarity", "budget": BUDGET, "kv_fill": "project"}
-GUARDED = {**READING, "guard": True}
+#: Somebody else's, which every rank imports.
+READING = {"method": "strangers:Theirs", "budget": BUDGET, "kv_fill": "project"}
+GUARDED = {**READING, "method": "similarity", "guard": True}
 GATING = {"method": "ffn-skip", "scope": "token", "threshold": 0.9, "warm_up": 2}
 EXITING = {
     "method": "adainfer",
@@ -70,6 +71,8 @@ def test_two_ranks_give_the_reference_s_tokens_and_equal_reports(
     """Ranks that gated differently would wait for each other for ever, in an MLP's all-reduce."""
     prompts = random_prompts(12, len(PLANS))
     (tmp_path / "ranks.py").write_text(SCRIPT)
+    theirs = "from vllm_adaskip.classifiers.similarity.method import Similarity as Theirs"
+    (tmp_path / "strangers.py").write_text(theirs)
     done = subprocess.run(
         [sys.executable, "ranks.py", json.dumps([tiny_llama, prompts, PLANS, TOKENS, options])],
         cwd=tmp_path,

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pkgutil
 
 from vllm_adaskip.classifiers.adainfer.method import AdaInfer
-from vllm_adaskip.classifiers.base import Classifier
+from vllm_adaskip.classifiers.base import Classifier, MethodOptions
 from vllm_adaskip.classifiers.dense import Dense
 from vllm_adaskip.classifiers.early_exit import EarlyExit
 from vllm_adaskip.classifiers.ffn_skip.method import FfnSkip
@@ -50,14 +50,19 @@ def method_of(name: str) -> type[Classifier]:
         )
     try:
         found = pkgutil.resolve_name(name)
-    except Exception as error:  # whatever the module may raise
+    except (Exception, SystemExit) as error:  # whatever the module may raise
         raise ValueError(
-            f"method {shown(name)} cannot be imported ({type(error).__name__}: {error}); allowed: "
-            "module:Class, which Python finds in every process of the engine"
+            f"method {shown(name)} cannot be imported ({type(error).__name__}: {error!s:.200}); "
+            "allowed: module:Class, which Python finds in every process of the engine"
         ) from error
     if not (isinstance(found, type) and issubclass(found, Classifier)):
         raise ValueError(
             f"method {shown(name)} is {shown(found)}; allowed: a subclass of "
             "vllm_adaskip.Classifier"
+        )
+    if not (isinstance(found.Options, type) and issubclass(found.Options, MethodOptions)):
+        raise ValueError(
+            f"method {shown(name)} has Options {shown(found.Options)}; allowed: a subclass of "
+            "vllm_adaskip.MethodOptions"
         )
     return found

@@ -60,10 +60,7 @@ class SkipPlan:
                 layer that does not exist, or a plan that leaves out every sub-layer.
 
         """
-        if isinstance(entries, str | bytes) or not isinstance(entries, Sequence):
-            raise PlanError(
-                f"{shown(entries)} is no skip plan; allowed: a list, each entry {_FORMS}"
-            )
+        entries = as_entries(entries)
         if len(entries) > 2 * num_layers:
             raise PlanError(
                 f"a skip plan of {len(entries)} entries is not allowed; allowed: at most "
@@ -71,7 +68,7 @@ class SkipPlan:
             )
         attention = mlp = 0
         for entry in entries:
-            kind, layer = _parse_entry(entry)
+            kind, layer = parse_entry(entry)
             if not 0 <= layer < num_layers:
                 raise PlanError(
                     f"{shown(entry)} names a decoder layer that does not exist; "
@@ -144,7 +141,14 @@ class SkipPlan:
         return "skip " + ", ".join(parts)
 
 
-def _parse_entry(entry: object) -> tuple[str, int]:
+def as_entries(entries: object) -> Sequence[object]:
+    """Return the entries of a plan, each still as it came (`PlanError` if they are no list)."""
+    if isinstance(entries, str | bytes) or not isinstance(entries, Sequence):
+        raise PlanError(f"{shown(entries)} is no skip plan; allowed: a list, each entry {_FORMS}")
+    return entries
+
+
+def parse_entry(entry: object) -> tuple[str, int]:
     """Give ``("layer" | "attn" | "mlp", layer index)`` of one entry."""
     if isinstance(entry, int) and not isinstance(entry, bool):
         return "layer", entry

@@ -13,12 +13,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from vllm_adaskip.classifiers.plan import shown
 
 FILE = "adaskip.json"
 FORMAT = 1
 #: A profile is a page of settings; what is larger is something else.
 LARGEST = 1 << 20
+#: Options that no profile sets among its method's own.
+_OPERATORS = frozenset({"guard", "known_plans", "method", "profile", "untested_accelerator"})
 #: What makes two checkpoints the same decoder, as far as a plan is concerned.
 _IDENTITY = (
     "hidden_size",
@@ -50,7 +54,7 @@ class Profile(BaseModel):
     """What ``adaskip.json`` holds.
 
     Attributes:
-        method: the server's method; ``options`` are its own.
+        method: the server's method; ``options`` are its own, and cannot name another.
         budget: largest share of decoder compute a decided plan may keep.
         guard: whether a server follows its plans only where they pay, see `AdaSkipConfig`.
         fingerprint: of the model's config, see `fingerprint`; ``model`` is its name, to read.
@@ -68,6 +72,14 @@ class Profile(BaseModel):
     model: str
     fingerprint: str
     metrics: dict[str, float | int | str] = {}
+
+    @field_validator("options")
+    @classmethod
+    def _are_no_operators(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """Refuse what only who starts a server may say (`ValueError`): above all, what is code."""
+        for key in sorted(_OPERATORS & options.keys()):
+            raise ValueError(f"{key!r} ({shown(options[key])}) is not allowed here")
+        return options
 
     def save(self, folder: Path) -> None:
         """Write the folder."""
@@ -96,7 +108,8 @@ class Profile(BaseModel):
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             key = ".".join(map(str, first["loc"])) or "the file"
-            raise ProfileError(f"{path}: {key}: {first['msg']}") from None
+            reason = first["msg"].removeprefix("Value error, ")
+            raise ProfileError(f"{path}: {key}: {reason}") from None
 
     def check_model(self, hf_config: Mapping[str, Any]) -> None:
         """Refuse a model that the profile was not made for (`ProfileError`)."""

@@ -21,6 +21,7 @@ from vllm_adaskip.bundled import bundled_model
 from vllm_adaskip.classifiers import SkipPlan
 from vllm_adaskip.cli.run import in_this_process
 from vllm_adaskip.lab.models import get_model
+from vllm_adaskip.offline import request
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -93,7 +94,8 @@ def _subject(console: Console) -> Subject:
     try:
         path = get_model("smollm2")
     except (OSError, ModuleNotFoundError) as error:
-        console.print(f"The bundled model stands in for SmolLM2: {str(error).rstrip('.')}.", markup=False)
+        reason = str(error).rstrip(".")
+        console.print(f"The bundled model stands in for SmolLM2: {reason}.", markup=False)
         return _bundled()
     from vllm_adaskip.lab.data.chat import ChatTemplate
 
@@ -144,12 +146,7 @@ def _generate(
     from vllm import SamplingParams
 
     params = [
-        SamplingParams(
-            temperature=0,
-            extra_args=None if plan is None else {"adaskip_skip": plan},
-            **sampling,
-        )
-        for plan in plans
+        SamplingParams(temperature=0, extra_args=request(skip=plan), **sampling) for plan in plans
     ]
     outputs = llm.generate(list(prompts), params, use_tqdm=False)
     return [output.outputs[0].text.strip() for output in outputs]

@@ -13,8 +13,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vllm_adaskip.classifiers import METHODS, Scope
+from vllm_adaskip.classifiers import Scope, method_of
 from vllm_adaskip.classifiers.hub import located
+from vllm_adaskip.classifiers.methods import is_path
 from vllm_adaskip.classifiers.profile import Profile
 from vllm_adaskip.cli import run
 from vllm_adaskip.lab.evaluation.results import Answer, Manifest, Results, Setting
@@ -98,6 +99,8 @@ def tune(
     write_profile(setting, best, manifest, speed, out)
     run.console.print(f"{best.setting} -> {out}; serve it with", style="bold")
     command = serve_command(manifest.model, manifest.engine)
+    if is_path(setting.method):  # which no profile can name by itself
+        command += f" --additional-config.adaskip.method {shlex.quote(setting.method)}"
     run.console.print(
         f"{command} --additional-config.adaskip.profile {shlex.quote(str(out))}",
         soft_wrap=True,
@@ -107,7 +110,7 @@ def tune(
 
 def decides_once(method: str, options: Mapping[str, Any]) -> bool:
     """Return whether a method decides a sequence's plan once, which is what a guard can judge."""
-    scope = getattr(METHODS[method].Options.model_validate(options), "scope", None)
+    scope = getattr(method_of(method).Options.model_validate(options), "scope", None)
     return scope not in get_args(Scope)
 
 

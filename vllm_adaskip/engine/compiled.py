@@ -15,6 +15,7 @@ from types import CodeType, FunctionType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 
@@ -56,12 +57,13 @@ class CompiledPlans:
     Attributes:
         ran: steps that ran a compiled body so far.
         seconds: that compiling took.
+        mebibytes: by which compiling made this process larger.
 
     """
 
     def __init__(self, plans: Iterable[SkipPlan], body: Callable[[Bools], Body]) -> None:
         """Take the plans, of which `MOST` are compiled, and what returns the body of a mask."""
-        self.ran, self.seconds = 0, 0.0
+        self.ran, self.seconds, self.mebibytes = 0, 0.0, 0.0
         self._uncompiled = {plan: body(plan.mask()) for plan in islice(plans, MOST)}
         self._bodies: dict[bytes, Body] = {}
 
@@ -74,7 +76,7 @@ class CompiledPlans:
         The fill is told of a step as it will be, as the compiler follows what it does then. A plan
         that cannot be compiled runs layer by layer, which the log says.
         """
-        start = perf_counter()
+        start, before = perf_counter(), _resident()
         for plan, body in self._uncompiled.items():
             fill.begin(Step.of_one_plan(plan.mask(), len(inputs[1])), may_change=False)
             try:
@@ -88,6 +90,7 @@ class CompiledPlans:
                 fill.abandon()
         self._uncompiled = {}
         self.seconds += perf_counter() - start
+        self.mebibytes += _resident() - before
 
     @property
     def bodies(self) -> list[tuple[Bools, Body]]:
@@ -100,6 +103,10 @@ class CompiledPlans:
         if step.num_generated < step.num_tokens or (runs != runs[0]).any():
             return None
         return self._bodies.get((~runs[0]).tobytes())
+
+
+def _resident() -> float:
+    return float(psutil.Process().memory_info().rss) / (1 << 20)
 
 
 def _compiled(body: Body, options: Mapping[str, Any], inputs: Inputs) -> Body:

@@ -127,11 +127,11 @@ class Report(TypedDict):
         plans: `SkipState.plans`.
         live_plans: distinct plans that they follow.
         coalesced: decisions that others in the batch changed.
-        failures: decisions that the method failed to make, whose sequences run dense.
+        failures: `SkipState.failures`.
         graphs: where CUDA graphs hold plans: how many plans, dense among them, and steps that
             replayed one.
-        compiled: where a CPU compiles plans: how many, steps that ran one, and seconds that
-            compiling took.
+        compiled: where a CPU compiles plans: how many, steps that ran one, and what compiling
+            took, in seconds and MiB of memory.
         guard: with the option: `Guard.report`.
         exits: where a method lets tokens exit: ``[num_layers]`` tokens, or with scope ``answer``
             requests, that stopped after each layer.
@@ -172,14 +172,17 @@ def report(state: SkipState) -> Report:
         "plans": dict(state.plans),
         "live_plans": table.live_plans,
         "coalesced": state.coalesced,
-        "failures": state.planner.failures,
+        "failures": state.failures,
     }
     if (graphs := state.graphs) is not None:
         found["graphs"] = {"plans": len(graphs.plans), "replayed": graphs.replayed}
     if (compiled := state.compiled) is not None:
         found["compiled"] = {
-            "plans": len(compiled), "ran": compiled.ran, "seconds": round(compiled.seconds, 1),
-        }  # fmt: skip
+            "plans": len(compiled),
+            "ran": compiled.ran,
+            "seconds": round(compiled.seconds, 1),
+            "mebibytes": round(compiled.mebibytes),
+        }
     if state.guard is not None:
         found["guard"] = state.guard.report()
     if state.planner.classifier.gates_attention:

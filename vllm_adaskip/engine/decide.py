@@ -57,13 +57,14 @@ class SkipState:
         plans: sequences that entered, by plan: ``dense``, ``skipping``, or ``gated`` where the
             method may leave out more, token by token. Sequences that wait for a plan are in none.
         coalesced: decisions so far that others in the batch changed, see `engine/coalesce.py`.
+        failures: sequences that run dense because the method failed to decide their plan.
 
     """
 
     def __init__(self, planner: Planner, capacity: int, *, is_told_lengths: bool = False) -> None:
         self.planner = planner
         self.is_told_lengths = is_told_lengths
-        self.coalesced = 0
+        self.coalesced = self.failures = 0
         self.lengths: tuple[Ints, Ints] | None = None
         self.replay: Callable[[], Tensor] | None = None
         self.graphs: GraphBook | None = None
@@ -107,7 +108,7 @@ class SkipState:
         gated = wanted.is_gated(one_answer)
         self.table.add(row, plan, len(prompt), is_new=not generated, gated=gated)
         if isinstance(plan, SkipPlan) and not generated:
-            self._count(row, plan)
+            self._count(row, plan, failed=wanted.by_method and plan is self.planner.dense)
         if not gated:
             return
         if allowed is not None:
@@ -150,7 +151,7 @@ class SkipState:
         for row, undecided in rows.items():
             if undecided not in self.memo:
                 new.setdefault(undecided, prompts[row])
-        self.memo.update(zip(new, self._plans(new), strict=True))
+        self.memo.update(self._plans(new))
         self._follow({row: self.memo[undecided] for row, undecided in rows.items()})
 
     def settle(self) -> None:
@@ -178,7 +179,7 @@ class SkipState:
             plan = SkipPlan.of_mask(table.skips[row])
             if self.guard is not None:
                 self.given[waited] = plan
-            self._count(row, plan)
+            self._count(row, plan, failed=plans[row] is self.planner.dense)
 
     def _admits(self, waiting: int) -> bool:
         if self.guard is None or not waiting:
@@ -202,21 +203,25 @@ class SkipState:
     def _is_guarded(self, wanted: Wanted) -> bool:
         return self.guard is not None and wanted.by_method
 
-    def _plans(self, new: Mapping[Undecided, PromptStatistics]) -> list[SkipPlan]:
+    def _plans(self, new: Mapping[Undecided, PromptStatistics]) -> dict[Undecided, SkipPlan]:
         """Decide for these, which have no plan yet, each by itself or with a look at the batch."""
-        classifier, facts = self.planner.classifier, self.planner.facts
-        own = [self.planner.decide(each.budget, prompt) for each, prompt in new.items()]
-        if not facts.coalesce or not new:
-            return own
-        sequences = [
-            Undrawn(plan, each.budget, prompt)
-            for plan, (each, prompt) in zip(own, new.items(), strict=True)
-        ]
-        plans = coalesced(sequences, self.table.followed, classifier, facts.shape, facts.coalesce)
-        self.coalesced += sum(map(ne, own, plans))
-        return plans
+        planner = self.planner
+        plans = {each: planner.decide(each.budget, prompt) for each, prompt in new.items()}
+        own = {each: plan for each, plan in plans.items() if plan is not planner.dense}  # a failure
+        if not planner.facts.coalesce or not own:
+            return plans
+        drawn = coalesced(
+            [Undrawn(plan, each.budget, new[each]) for each, plan in own.items()],
+            self.table.followed,
+            planner.classifier,
+            planner.facts.shape,
+            planner.facts.coalesce,
+        )
+        self.coalesced += sum(map(ne, own.values(), drawn))
+        return {**plans, **dict(zip(own, drawn, strict=True))}
 
-    def _count(self, row: int, plan: SkipPlan) -> None:
+    def _count(self, row: int, plan: SkipPlan, *, failed: bool) -> None:
+        self.failures += failed
         kind = "dense" if plan.is_dense else "skipping"
         self.plans["gated" if self.table.gated[row] else kind] += 1
 

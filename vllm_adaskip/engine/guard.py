@@ -29,7 +29,8 @@ TURNS = 4
 #: What plans must save of a dense step before they are followed again. Once they are, they are
 #: followed until they cost more than it, so that a batch near the limit does not flap.
 AGAIN = 0.03
-#: How far one step moves what was measured while serving, and by what factor it counts at most.
+#: How far one step moves what was measured while serving, the first ones further; and by what
+#: factor it counts at most.
 RATE, FAR = 1 / 16, 1.5
 #: Steps after which a kind that did not run is taken to change as the one that does, and how fast
 #: what was seen of it is then forgotten, so that what was disturbed once is tried again.
@@ -136,6 +137,9 @@ class Guard:
         self._last: dict[str, float | int] = {}
         self._steps = 0
         self._seen = [0] * len(KINDS)
+        self._times = [1] * len(KINDS)
+        self._runs: Bools | None = None
+        self._reckoned: tuple[Kind, float] = KINDS[0], 0.0
 
     def measure(self, *inputs: Any) -> None:
         """Measure costs, once; on the inputs of a warm-up, or without any."""
@@ -169,18 +173,25 @@ class Guard:
         """Return what a step will take, of what `costs` says."""
         return float(seconds * self.factors[KINDS.index(kind)])
 
-    def saw(self, skips: Bools, seconds: float) -> None:
-        """Learn from a step in which all rows decode and leave out ``[rows, 2 * num_layers]``."""
+    def saw(self, runs: Bools, seconds: float) -> None:
+        """Learn from a step in which all rows decode and run ``[rows, 2 * num_layers]``.
+
+        The same array stands for the same step, as long as no row changes.
+        """
         if self.costs is None:
             return
-        kind, reckoned = self.costs.step(skips)
+        if runs is not self._runs:
+            self._runs, self._reckoned = runs, self.costs.step(~runs)
+        kind, reckoned = self._reckoned
         place = KINDS.index(kind)
         old = self.factors[place]
         now = np.clip(seconds / reckoned, old / FAR, old * FAR)
         self._steps += 1
         self._seen[place] = self._steps
         stale = np.array([self._steps - seen > STALE for seen in self._seen])
-        self.factors[place] = new = old + RATE * (now - old)
+        self._times[place] += 1
+        rate = max(RATE, 1 / self._times[place])
+        self.factors[place] = new = old + rate * (now - old)
         self.factors[stale] *= new / old
         self.factors[stale] += FORGET * (new - self.factors[stale])
 

@@ -250,7 +250,7 @@ class SkippingDecoder(nn.Module):
         if step is None:
             guard.measure(input_ids, positions)
         elif step.num_generated == step.num_tokens:
-            guard.saw(~step.runs, perf_counter() - start)
+            guard.saw(step.runs, perf_counter() - start)
         return output
 
     def _forward(

@@ -154,7 +154,7 @@ class Planner:
     Attributes:
         known_plans: that sequences are likely to follow: the method's one plan, those of option
             ``known_plans``, and the method's codebook; without dense, `MOST_PLANS` in all at most.
-        failures: plans that the method failed to decide in this process; these are dense.
+        dense: leaves out nothing. `decide` returns just this one where the method fails.
         refused: requests that `admit` has refused in this process, by `RequestError.reason`.
 
     """
@@ -165,7 +165,13 @@ class Planner:
         self.facts = facts
         self.dense = SkipPlan(facts.shape.num_layers)
         profile = located(facts.profile) if facts.profile else None
-        self.classifier: Classifier = method(facts.shape, options, profile)
+        try:
+            self.classifier: Classifier = method(facts.shape, options, profile)
+        except ValueError:
+            raise
+        except Exception as error:  # somebody else's class
+            reason = f"{type(error).__name__}: {error!s:.200}"
+            raise ValueError(f"method {facts.method!r} cannot be made ({reason})") from error
         gate = self.classifier.gate_scope
         if gate == "token" and self.classifier.gates_attention and facts.kv_fill == "none":
             raise ValueError(
@@ -184,9 +190,9 @@ class Planner:
                 "nobody knows before a step what it will leave out; allowed: False, or a method "
                 "that decides once a sequence"
             )
-        self.failures = 0
+        self._has_failed = False
         self._default = self._decided(facts.budget)
-        if self.failures:
+        if self._has_failed:
             raise ValueError(f"method: {facts.method!r} decides nothing, as the log says above")
         self.known_plans = self._known_plans()
         self.refused = dict.fromkeys(REASONS, 0)
@@ -225,24 +231,23 @@ class Planner:
             raise RequestError("adaskip_budget", str(error)) from None
 
     def decide(self, budget: float, prompt: PromptStatistics | None) -> SkipPlan:
-        """Return the plan that the method decides, or dense where it fails, which is logged once.
+        """Return the plan that the method decides, or `dense` where it fails, which is logged once.
 
         See `Classifier.decide`. A method may be anybody's, and the others in the batch go on.
         """
         try:
             plan = self.classifier.decide(budget, prompt)
-            if not isinstance(plan, SkipPlan) or plan.num_layers != self.facts.shape.num_layers:
-                raise TypeError(
-                    f"{shown(plan)} is no SkipPlan for {self.facts.shape.num_layers} layers"
-                )
+            layers = self.facts.shape.num_layers
+            if not isinstance(plan, SkipPlan) or plan.num_layers != layers or plan.skips_everything:
+                raise TypeError(f"{shown(plan)} is no SkipPlan for {layers} layers that can run")
         except Exception:
-            if not self.failures:
+            if not self._has_failed:
                 logger.exception(
                     "vllm-adaskip: method '%s' failed to decide a plan; its sequence runs dense, "
-                    "and adaskip_report counts others (failures)",
+                    "and adaskip_report counts it with all others (failures)",
                     self.facts.method,
                 )
-            self.failures += 1
+            self._has_failed = True
             return self.dense
         return plan
 
@@ -261,7 +266,15 @@ class Planner:
 
     def _decided(self, budget: float) -> Wanted:
         """Let the method decide at once, unless it reads the prompt."""
-        self.classifier.check(budget)
+        try:
+            self.classifier.check(budget)
+        except PlanError:
+            raise
+        except Exception as error:  # somebody else's method
+            reason = f"{type(error).__name__}: {error!s:.200}"
+            raise PlanError(
+                f"{budget:g}: method {self.facts.method!r} failed ({reason})"
+            ) from error
         reads = self.classifier.width > 0
         plan = None if reads else self.decide(budget, None)
         return Wanted(plan, budget, self.classifier.gate_scope, by_method=True)

@@ -13,7 +13,7 @@ _WORKERS: Final[dict[str, tuple[str, str | None]]] = {
     "rows_run": ("Generated tokens that went through a sub-layer, over all layers.", "kind"),
     "rows_skipped": ("Generated tokens that left a sub-layer out, over all layers.", "kind"),
     "requests": ("Sequences whose plan is known, by plan: dense, skipping, gated.", "plan"),
-    "failed_decisions": ("Plans that the method failed to decide; these are dense.", None),
+    "failed_decisions": ("Sequences that run dense as their method failed to decide.", None),
     "guarded": (
         "Sequences whose plan a guard judged: followed, or dense, as slower or within the margin.",
         "verdict",
