@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from profiles import write_first
 from readme import ROOT, blocks
 from transformers import AutoConfig
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
@@ -21,6 +22,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_adaskip import DecoderShape, engine_args
+from vllm_adaskip.classifiers.lora import FOLDER
 from vllm_adaskip.config import AdaSkipConfig, ConfigError
 from vllm_adaskip.engine.naming import planner_of
 from vllm_adaskip.engine.request import Planner
@@ -304,14 +306,25 @@ def test_other_forms_of_attention_are_refused(
         config(family(tmp_path, "qwen2", **changes), runner="generate", **engine_args())
 
 
-def test_a_quantised_checkpoint_is_refused(tiny_llama: str, tmp_path: Path) -> None:
-    quantised = variant(
-        tiny_llama,
-        tmp_path,
-        quantization_config={"quant_method": "compressed-tensors", "format": "int-quantized"},
-    )
-    with pytest.raises(ValueError, match="quantisation 'compressed-tensors' has not been tested"):
+def test_a_quantisation_that_was_not_tested_is_refused(tiny_llama: str, tmp_path: Path) -> None:
+    facts = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+    quantised = variant(tiny_llama, tmp_path, quantization_config=facts)
+    with pytest.raises(ValueError, match=r"quantisation 'fp8' has not been tested.*auto_gptq"):
         config(quantised, **engine_args())
+
+
+def test_a_profile_s_lora_does_not_go_into_quantised_weights(
+    tiny_llama: str, tmp_path: Path
+) -> None:
+    facts = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True}
+    quantised = variant(tiny_llama, tmp_path, quantization_config=facts)
+    profile = write_first(tmp_path / "profile", quantised)
+    config(quantised, **engine_args(profile=profile))
+    (tmp_path / "profile" / FOLDER).mkdir()
+    with pytest.raises(
+        ValueError, match="LoRA.*cannot be merged into weights of quantisation 'awq'"
+    ):
+        config(quantised, **engine_args(profile=profile))
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,8 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from vllm_adaskip.classifiers import Classifier
+from vllm_adaskip.classifiers.hub import located
+from vllm_adaskip.classifiers.lora import FOLDER
 from vllm_adaskip.config import LEVEL, AdaSkipConfig, ConfigError, asks
 from vllm_adaskip.engine import naming
 from vllm_adaskip.engine.compat import name_feeder
@@ -32,7 +34,7 @@ _SCHEDULER = f"{_ENGINE}.blocks.MarkingScheduler"
 _ASYNC_SCHEDULER = f"{_ENGINE}.blocks.AsyncMarkingScheduler"
 _WORKER_EXTENSION = f"{_ENGINE}.counts.AdaSkipWorkerExtension"
 #: vLLM's names of quantisations that `tests/engine/test_quantised.py` runs.
-QUANTISED = ("compressed-tensors", "gptq", "awq")
+QUANTISED = ("compressed-tensors", "auto_gptq", "awq")
 #: Of a model's config: what changes the attention of layers that else look like a family's.
 _UNTRIED: dict[str, tuple[object, str]] = {
     "dual_chunk_attention_config": (None, "dual chunk attention"),
@@ -76,7 +78,7 @@ def prepare(vllm_config: VllmConfig) -> None:
     family = family_of(model.architecture)
     assert family is not None
     facts = config.facts(family.shape(model.hf_config))
-    problems = [*_unsupported(vllm_config)]
+    problems = [*_unsupported(vllm_config), *_unmergeable(vllm_config, config)]
     if not current_platform.is_cpu():
         problems += unsupported_accelerator(vllm_config, config, Planner(facts).classifier)
     if problems:
@@ -175,6 +177,16 @@ def _unsupported(vllm_config: VllmConfig) -> Iterator[str]:
     extension = parallel.worker_extension_cls
     if extension and extension != _WORKER_EXTENSION:
         yield f"--worker-extension-cls {extension!r} takes the place of ours; remove it"
+
+
+def _unmergeable(vllm_config: VllmConfig, config: AdaSkipConfig) -> Iterator[str]:
+    """Say where a profile's LoRA would meet weights that are no numbers to add to."""
+    quantisation = vllm_config.model_config.quantization
+    if quantisation and config.profile and (located(config.profile) / FOLDER).exists():
+        yield (
+            f"the LoRA adapter of profile {config.profile!r:.200} cannot be merged into weights of "
+            f"quantisation {quantisation!r}; use the unquantised checkpoint, or a profile without"
+        )
 
 
 def _graphs_that_hide_the_step(vllm_config: VllmConfig) -> Iterator[str]:
