@@ -141,6 +141,7 @@ def test_report_counts_what_ran(engine: Callable[..., Any], tiny_llama: str) -> 
         "plans": {"dense": 0, "skipping": 2, "gated": 0},
         "live_plans": 0,
         "coalesced": 0,
+        "failures": 0,
     }
 
 

@@ -108,4 +108,5 @@ def test_report_adds_up_over_dense_and_planned_steps(monkeypatch: pytest.MonkeyP
         "plans": {"dense": 0, "skipping": 0, "gated": 0},  # nobody entered through the state
         "live_plans": 2,
         "coalesced": 0,
+        "failures": 0,
     }
