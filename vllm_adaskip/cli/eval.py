@@ -85,7 +85,8 @@ def table(summary: Summary) -> Table:
         rows.add_column("surprise")
         rows.caption = (
             "agreement: tokens that the whole model would have chosen; surprise: nats a token by "
-            "which it prefers its own. Dense's are the noise"
+            "which it prefers its own. Dense's are the noise; a profile with LoRA is read by its "
+            "own adapted model"
         )
     for one in summary.settings:
         quality = one.score or one.perplexity
