@@ -25,7 +25,7 @@ from vllm_adaskip.engine.request import Planner, RequestArgs, RequestError, logg
 from vllm_adaskip.testing import a_prompt, check_method
 
 PAGE = Path(__file__).parents[2] / "docs" / "write-a-method.md"
-BUDGET = 0.8
+BUDGET = 0.85  # at which these prompts do not all get one plan
 #: Fails for prompts of an odd number of tokens; then returns what is no plan.
 FAILING = """
 from small_updates import SmallUpdates
