@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from matplotlib.axes import Axes
@@ -77,9 +77,7 @@ def sweep(run: Run, picture: Picture = Path("sweep.png")) -> None:
         }
         axes.plot([*found], [*found.values()], marker=marker, markersize=4, label=label)
     axes.set(xlabel="layer", ylabel="likeliest token as whole, %", ylim=(0, 101), xlim=(-0.5, None))
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
-    figure.savefig(picture, dpi=110)
+    _save(figure, axes, picture)
 
 
 @app.command()
@@ -106,9 +104,7 @@ def oracle(
     axes.plot(own[0].layers, own[0].score, "k*", markersize=10, label="dense")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set(xlabel="layers a token goes through", ylabel=candidates.metric, ylim=(0, None))
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
-    figure.savefig(picture, dpi=110)
+    _save(figure, axes, picture)
 
 
 @app.command()
@@ -127,6 +123,12 @@ def own(
             if not (ended and one.tokens == longest):
                 line = {"task": one.task, "prompt": prompts[one.item], "reference": one.text}
                 file.write(json.dumps(line) + "\n")
+
+
+def _save(figure: Figure, axes: Any, picture: Path) -> None:
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    figure.savefig(picture, dpi=110)
 
 
 def _summary(run: Path) -> Summary:

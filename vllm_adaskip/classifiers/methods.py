@@ -11,7 +11,7 @@ from vllm_adaskip.classifiers.dense import Dense
 from vllm_adaskip.classifiers.early_exit import EarlyExit
 from vllm_adaskip.classifiers.ffn_skip.method import FfnSkip
 from vllm_adaskip.classifiers.first.method import First
-from vllm_adaskip.classifiers.plan import shown
+from vllm_adaskip.classifiers.plan import reason, shown
 from vllm_adaskip.classifiers.similarity.method import Similarity
 from vllm_adaskip.classifiers.static.method import Static
 
@@ -52,7 +52,7 @@ def method_of(name: str) -> type[Classifier]:
         found = pkgutil.resolve_name(name)
     except (Exception, SystemExit) as error:  # whatever the module may raise
         raise ValueError(
-            f"method {shown(name)} cannot be imported ({type(error).__name__}: {error!s:.200}); "
+            f"method {shown(name)} cannot be imported ({reason(error)}); "
             "allowed: module:Class, which Python finds in every process of the engine"
         ) from error
     if not (isinstance(found, type) and issubclass(found, Classifier)):

@@ -176,6 +176,11 @@ def shown(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+def reason(error: BaseException) -> str:
+    """Return in short what somebody else's code raised, as a message of ours shows it."""
+    return f"{type(error).__name__}: {error!s:.200}"
+
+
 def _bits(mask: int) -> Iterator[int]:
     return (layer for layer in range(mask.bit_length()) if mask >> layer & 1)
 

@@ -168,18 +168,18 @@ class SkipState:
 
     def _follow(self, plans: Mapping[int, SkipPlan]) -> None:
         """Let rows follow the plans that were decided for them, unless the guard says no."""
-        table = self.table
+        table, dense = self.table, self.planner.dense
         undecided = {row: table.undecided[row] for row in plans}
         for row, plan in plans.items():
             table.follow(row, plan, wants=plan)
-        if not self._admits(len(plans)):
-            for row, plan in plans.items():
-                table.follow(row, self.planner.dense, wants=plan)
-        for row, waited in undecided.items():
-            plan = SkipPlan.of_mask(table.skips[row])
+        is_admitted = self._admits(len(plans))
+        for row, plan in plans.items():
+            given = plan if is_admitted else dense
+            if given is not plan:
+                table.follow(row, given, wants=plan)
             if self.guard is not None:
-                self.given[waited] = plan
-            self._count(row, plan, failed=plans[row] is self.planner.dense)
+                self.given[undecided[row]] = given
+            self._count(row, given, failed=plan is dense)
 
     def _admits(self, waiting: int) -> bool:
         if self.guard is None or not waiting:

@@ -19,6 +19,8 @@ Floats = NDArray[np.float64]
 #: How a step runs: stock vLLM's own forward, a known plan's compiled body, or the loop.
 Kind = Literal["dense", "known", "loop"]
 KINDS: tuple[Kind, ...] = ("dense", "known", "loop")
+#: What becomes of a sequence, see `Guard.sequences`.
+VERDICTS = ("followed", "slower", "margin")
 #: What is timed, each at all sizes; the bodies of known plans follow.
 PARTS = ("dense", "ends", "attention", "mlp", "passing", "regroup")
 
@@ -132,7 +134,7 @@ class Guard:
         self.seconds = 0.0
         self._measured, self._of_rank_0 = costs, of_rank_0
         self.factors = np.ones(len(KINDS))
-        self.sequences = {"followed": 0, "slower": 0, "margin": 0}
+        self.sequences = dict.fromkeys(VERDICTS, 0)
         self._follows = True
         self._last: dict[str, float | int] = {}
         self._steps = 0

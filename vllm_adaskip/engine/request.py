@@ -25,7 +25,7 @@ from vllm_adaskip.classifiers import (
     method_of,
 )
 from vllm_adaskip.classifiers.hub import located
-from vllm_adaskip.classifiers.plan import shown
+from vllm_adaskip.classifiers.plan import reason, shown
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -170,8 +170,7 @@ class Planner:
         except ValueError:
             raise
         except Exception as error:  # somebody else's class
-            reason = f"{type(error).__name__}: {error!s:.200}"
-            raise ValueError(f"method {facts.method!r} cannot be made ({reason})") from error
+            raise ValueError(f"method {facts.method!r} cannot be made ({reason(error)})") from error
         gate = self.classifier.gate_scope
         if gate == "token" and self.classifier.gates_attention and facts.kv_fill == "none":
             raise ValueError(
@@ -271,9 +270,8 @@ class Planner:
         except PlanError:
             raise
         except Exception as error:  # somebody else's method
-            reason = f"{type(error).__name__}: {error!s:.200}"
             raise PlanError(
-                f"{budget:g}: method {self.facts.method!r} failed ({reason})"
+                f"{budget:g}: method {self.facts.method!r} failed ({reason(error)})"
             ) from error
         reads = self.classifier.width > 0
         plan = None if reads else self.decide(budget, None)

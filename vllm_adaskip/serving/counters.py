@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
+from vllm_adaskip.engine.guard import VERDICTS
+
 #: Of what a worker counts: help text, and the label that tells a counter's parts from each other.
 _WORKERS: Final[dict[str, tuple[str, str | None]]] = {
     "prompt_tokens": ("Prompt tokens that ran; they run everything.", None),
@@ -20,8 +22,6 @@ _WORKERS: Final[dict[str, tuple[str, str | None]]] = {
     ),
     "exits": ("Tokens, or whole one-token answers, that a method stopped on their way up.", None),
 }
-#: See `engine.guard.Guard.sequences`.
-VERDICTS: Final = ("followed", "slower", "margin")
 _REFUSED: Final = "Requests refused for their adaskip arguments, by the argument that was wrong."
 
 Figures = dict[tuple[str, str | None], int]
