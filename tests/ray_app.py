@@ -40,6 +40,10 @@ def reports() -> list[dict[str, Any]]:
     return [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
 
 
+#: Seconds that replicas may take to start; a busy machine was seen to need over four minutes.
+TO_START = 600
+
+
 def wait_for(what: Callable[[], Any], seconds: float) -> float:
     """Ask until it is so; give the seconds that it took."""
     start = time.monotonic()
@@ -51,7 +55,8 @@ def wait_for(what: Callable[[], Any], seconds: float) -> float:
         except AssertionError as error:
             trouble = str(error)
         assert time.monotonic() - start < seconds, trouble[-3000:]
-        time.sleep(0.5)
+        # What is asked may be a process of its own, which would slow down what it waits for.
+        time.sleep(2)
 
 
 def body(prompt: str, plan: object = None, **more: Any) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import psutil
 import pytest
 import yaml
 from http_server import URL, serving
-from ray_app import PAGE, PLANS, body, reports, shell, wait_for
+from ray_app import PAGE, PLANS, TO_START, body, reports, shell, wait_for
 from readme import ROOT, block
 
 from vllm_adaskip import engine_args
@@ -43,16 +43,20 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[psutil.Process
     deploy = deploy.replace("deploy/ray/serve.yaml", str(folder / "serve.yaml"))
     shell(block("export RAY_AUTH_MODE", PAGE))
     started: list[psutil.Process] = []
-    with serving(f"env {start}", folder / "log", ready=None) as process:
-        wait_for(lambda: shell(deploy), 60)
-        wait_for(lambda: len(reports()) == 2, 240)
-        yield psutil.Process(process.pid)
-        started = psutil.Process(process.pid).children(recursive=True)
-    for one in started:  # whatever of Ray outlives it would be joined by the next test
-        with suppress(psutil.NoSuchProcess):
-            one.kill()
-    # Ray leaves a note of where it was, which others would follow; `ray stop` is for all of them.
-    Path("/tmp/ray/ray_current_cluster").unlink(missing_ok=True)
+    try:
+        with serving(f"env {start}", folder / "log", ready=None) as process:
+            try:
+                wait_for(lambda: shell(deploy), TO_START)
+                wait_for(lambda: len(reports()) == 2, TO_START)
+                yield psutil.Process(process.pid)
+            finally:
+                started = psutil.Process(process.pid).children(recursive=True)
+    finally:
+        for one in started:  # whatever of Ray outlives it would be joined by the next test
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
+        # Ray notes where it was, and others would follow; `ray stop` is for all of them.
+        Path("/tmp/ray/ray_current_cluster").unlink(missing_ok=True)
 
 
 def questions(each: int) -> list[str]:
@@ -62,7 +66,7 @@ def questions(each: int) -> list[str]:
 async def send(bodies: list[dict[str, Any]]) -> list[Any]:
     """Send all at once; an answer or an error for each."""
     limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(limits=limits, timeout=120) as client:
+    async with httpx.AsyncClient(limits=limits, timeout=300) as client:
         sent = [client.post(COMPLETIONS, json=one) for one in bodies]
         return await asyncio.gather(*sent, return_exceptions=True)
 
@@ -190,7 +194,7 @@ async def see(kill: Callable[[], None]) -> Incident:
     long = {"max_tokens": 300, "ignore_eos": True}
     bodies = [body(prompt, PLANS[index % 5], **long) for index, prompt in enumerate(questions(4))]
     answers = asyncio.create_task(send(bodies))
-    async with httpx.AsyncClient(timeout=120) as client:
+    async with httpx.AsyncClient(timeout=300) as client:
         streams = [asyncio.create_task(stream(client, prompt)) for prompt in questions(1)]
         await asyncio.sleep(2)
         assert not answers.done() and not any(one.done() for one in streams)
@@ -216,9 +220,9 @@ def test_a_killed_worker_loses_no_request_silently_and_is_replaced(
         if "VLLM::Worker" in " ".join(process.cmdline())
     ]
     assert len(workers) == 2
-    seen = asyncio.run(asyncio.wait_for(see(workers[0].kill), 200))
+    seen = asyncio.run(asyncio.wait_for(see(workers[0].kill), TO_START))
 
-    assert seen.seconds < 60
+    assert seen.seconds < 120
     kept = [one for one in seen.answers if answered(one)]
     assert kept and all(one.json()["usage"]["completion_tokens"] == 300 for one in kept)
     lost = [one for one in seen.answers if not answered(one)]
@@ -233,7 +237,7 @@ def test_a_killed_worker_loses_no_request_silently_and_is_replaced(
         now = {one["replica"] for one in reports()}
         return len(now) == 2 and now != old
 
-    wait_for(is_whole, 240)
+    wait_for(is_whole, TO_START)
     replies = asyncio.run(send([body(prompt, [5, 6]) for prompt in questions(6)]))
     assert all(map(answered, replies))
     (new,) = [one for one in reports() if one["replica"] not in old]
