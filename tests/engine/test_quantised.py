@@ -8,6 +8,7 @@ kernels compute in bfloat16, and W8A8 rounds activations as well.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,7 @@ import quantised
 from batches import Entries, greedy, sampling
 from reference import Reference
 from transformers import AutoTokenizer
+from two_ranks import on_two_ranks
 
 from vllm_adaskip import bundled_model, engine_args
 from vllm_adaskip.lab.testbed.tasks import TASKS, samples
@@ -46,7 +48,10 @@ class Quantised:
 
     def check(self, llm: Any, plans: list[Entries], kv_fill: str) -> int:
         """Run a batch, and return how many sequences equal the reference's to their end."""
-        got = greedy(llm, PROMPTS, plans, TOKENS)
+        return self.equal(greedy(llm, PROMPTS, plans, TOKENS), plans, kv_fill)
+
+    def equal(self, got: list[list[int]], plans: list[Entries], kv_fill: str) -> int:
+        """Return how many do; the others must part where two logits are near each other."""
         equal = 0
         for prompt, plan, tokens in zip(PROMPTS, plans, got, strict=True):
             want, _ = self.reference.generate(prompt, plan, TOKENS, kv_fill=kv_fill)
@@ -73,11 +78,22 @@ PROMPTS: list[list[int]] = [
 ][: len(PLANS)]
 
 
+@pytest.fixture(scope="module")
+def make(
+    tmp_path_factory: pytest.TempPathFactory, engine: Callable[..., Any]
+) -> Callable[[str], Quantised]:
+    return cache(lambda kind: Quantised(kind, tmp_path_factory.mktemp("quantised"), engine))
+
+
 @pytest.fixture(scope="module", params=quantised.KINDS)
-def model(
-    request: Any, tmp_path_factory: pytest.TempPathFactory, engine: Callable[..., Any]
-) -> Quantised:
-    return Quantised(request.param, tmp_path_factory.mktemp("quantised"), engine)
+def model(request: Any, make: Callable[[str], Quantised]) -> Quantised:
+    return make(request.param)
+
+
+@pytest.fixture(scope="module")
+def int8(make: Callable[[str], Quantised]) -> Quantised:
+    """Return what stands for all kinds where the engine around the weights is tried."""
+    return make("W8A8 int8")
 
 
 def test_nothing_skipped_is_stock_bit_for_bit(model: Quantised) -> None:
@@ -103,3 +119,38 @@ def test_plans_mean_what_they_mean_with_the_dequantised_weights(
     llm = model.ours(kv_fill)
     assert model.check(llm, PLANS, kv_fill) >= len(PLANS) - 2
     assert model.check(llm, PLANS[::-1], kv_fill) >= len(PLANS) - 2
+
+
+def test_prompts_in_pieces_and_preempted_sequences(int8: Quantised) -> None:
+    llm = int8.start(
+        max_num_batched_tokens=32,
+        num_gpu_blocks_override=6,
+        disable_log_stats=False,
+        **engine_args(kv_fill="project"),
+    )
+    assert int8.check(llm, PLANS, "project") >= len(PLANS) - 2
+    (preempted,) = [one for one in llm.get_metrics() if one.name == "vllm:num_preemptions"]
+    assert preempted.value > 0
+
+
+def test_the_prefix_cache(int8: Quantised) -> None:
+    """Prompts are found again whatever the plan, and mean the same."""
+    llm = int8.start(enable_prefix_caching=True, **engine_args(kv_fill="copy"))
+    (prompt,) = [max(PROMPTS, key=len)]
+    prompt = (prompt * 4)[:70]
+    for number, plan in enumerate(PLANS):
+        (output,) = llm.generate(
+            {"prompt_token_ids": prompt}, sampling(plan, TOKENS), use_tqdm=False
+        )
+        assert output.num_cached_tokens == (64 if number else 0)
+        want, gap = int8.reference.generate(prompt, plan, TOKENS, kv_fill="copy")
+        same = list(output.outputs[0].token_ids) == want
+        assert same or gap < NEAR[int8.kind], f"{plan}, smallest gap {gap:.2f}"
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two ranks need two cores")
+def test_two_ranks(int8: Quantised, tmp_path: Path) -> None:
+    options = {"kv_fill": "project"}
+    engine = {"dtype": "bfloat16"}
+    got = on_two_ranks(tmp_path, int8.path, PROMPTS, PLANS, TOKENS, engine=engine, options=options)
+    assert int8.equal(got, PLANS, "project") >= len(PLANS) - 2
