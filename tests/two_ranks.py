@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A batch on two tensor-parallel ranks, in a process of its own.
+"""Batches on two tensor-parallel ranks, all in one process of its own, as that takes long to start.
 
 There vLLM's CPU backend binds each rank to a core.
 """
@@ -10,61 +10,66 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from batches import Entries
-
 SCRIPT = """
 import json, sys
-from batches import sampling
+from batches import decisions, sampling
 from vllm import LLM
 from vllm.lora.request import LoRARequest
 from vllm_adaskip import engine_args
 
+def run(job):
+    llm = LLM(job["model"], skip_tokenizer_init=True, enforce_eager=True, max_model_len=256,
+              tensor_parallel_size=2, block_size=32, max_num_batched_tokens=48, max_num_seqs=16,
+              kv_cache_memory_bytes=64 << 20, **job["engine"], **engine_args(**job["options"]))
+    names = job.get("adapters")
+    adapters = names and [name and LoRARequest(name, names.index(name) + 1, name) for name in names]
+    for _ in range(2):  # again, now from the prefix cache
+        outputs = llm.generate(
+            [{"prompt_token_ids": each} for each in job["prompts"]],
+            [sampling(plan, job["tokens"]) for plan in job["plans"]],
+            lora_request=adapters,
+            use_tqdm=False,
+        )
+    asked = [(None, prompt) for prompt in job["prompts"]]
+    found = {
+        "tokens": [list(each.outputs[0].token_ids) for each in outputs],
+        "reports": llm.collective_rpc("adaskip_report"),
+        "ran": llm.collective_rpc("adaskip_ran", args=(asked,)),
+        "given": llm.collective_rpc("adaskip_plans", args=(asked,)),
+        "decisions": llm.apply_model(decisions),
+    }
+    llm.llm_engine.engine_core.shutdown()
+    return found
+
 if __name__ == "__main__":
-    model, prompts, plans, tokens, engine, options, adapters = json.loads(sys.argv[1])
-    llm = LLM(model, skip_tokenizer_init=True, enforce_eager=True, max_model_len=256,
-              tensor_parallel_size=2, block_size=32, max_num_batched_tokens=64, max_num_seqs=16,
-              **engine, **engine_args(**options))
-    names = sorted({each for each in adapters if each})
-    outputs = llm.generate(
-        [{"prompt_token_ids": each} for each in prompts],
-        [sampling(plan, tokens) for plan in plans],
-        lora_request=[each and LoRARequest(each, names.index(each) + 1, each) for each in adapters]
-        if names else None,
-    )
-    print(json.dumps([list(each.outputs[0].token_ids) for each in outputs]))
+    print(json.dumps({name: run(job) for name, job in json.loads(sys.argv[1]).items()}))
 """
 
 
-def on_two_ranks(
-    folder: Path,
-    model: str,
-    prompts: Sequence[list[int]],
-    plans: Sequence[Entries],
-    tokens: int,
-    *,
-    engine: dict[str, Any],
-    options: dict[str, Any],
-    adapters: Sequence[str | None] = (),
-) -> list[list[int]]:
-    """Return greedy tokens; each prompt may have an adapter's folder."""
+def on_two_ranks(folder: Path, jobs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Run jobs one after the other; return what was found of each, of both ranks where it says so.
+
+    A job has ``model``, ``prompts``, ``plans``, ``tokens``, the ``engine``'s options, our
+    ``options``, and may have ``adapters``: a folder or None for each prompt.
+    """
     (folder / "ranks.py").write_text(SCRIPT)
-    work = [model, prompts, plans, tokens, engine, options, [*adapters] or [None] * len(prompts)]
     done = subprocess.run(
-        [sys.executable, "ranks.py", json.dumps(work)],
+        [sys.executable, "ranks.py", json.dumps(jobs)],
         cwd=folder,
         env={
-            **{k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"},
+            **os.environ,
             "PYTHONPATH": f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}",
             "VLLM_CPU_OMP_THREADS_BIND": "0|1",
+            "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # of the function that looks at each rank
         },
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    found: list[list[int]] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found

@@ -6,7 +6,6 @@ Each answer is that of the float32 loop with the adapter merged into the weights
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -20,7 +19,6 @@ from batches import Entries, random_plan, random_prompts, sampling
 from conftest import TINY_LAYERS
 from families import CASES, LAYERS, Matrix
 from reference import Reference
-from two_ranks import on_two_ranks
 
 from vllm_adaskip import engine_args
 
@@ -205,22 +203,3 @@ def test_a_method_that_reads_prompts_reads_them_with_their_adapters(adapted: Ada
         assert list(output.outputs[0].token_ids) == want, f"{plan}, smallest gap {gap:.2g}"
         met.add((tuple(prompt), plan))
     assert len(met) > 4  # an adapter may change what its prompt decides
-
-
-@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two ranks need two cores")
-def test_two_ranks(adapted: Adapted, tmp_path: Path) -> None:
-    plans, whose = zip(*product(PLANS[1:], WHOSE), strict=True)
-    prompts = random_prompts(99, len(plans))
-    got = on_two_ranks(
-        tmp_path,
-        adapted.model,
-        prompts,
-        plans,
-        TOKENS,
-        engine={"dtype": "float32", **LORA},
-        options={"kv_fill": "project"},
-        adapters=[None if one is None else adapted.paths[one][0] for one in whose],
-    )
-    for prompt, plan, one, tokens in zip(prompts, plans, whose, got, strict=True):
-        want, gap = adapted.reference(one).generate(prompt, plan, TOKENS, kv_fill="project")
-        assert tokens == want, f"adapter {one}, {plan}, smallest gap {gap:.2g}"
