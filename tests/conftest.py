@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 # Before vLLM is imported: engines run in this process, side by side, one thread each.
 os.environ.update(
@@ -21,6 +22,25 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
 )
 sys.path.insert(0, str(Path(__file__).parent))
+
+# A busy machine is slow, and no test depends on when it looks.
+settings.register_profile("adaskip", deadline=None)
+settings.load_profile("adaskip")
+
+#: Files whose servers listen on the one port that the docs name.
+SERVERS = {"test_server.py", "test_ready_profiles.py", "test_many_engines.py"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep a file in one process, and all servers in one, which begins with them.
+
+    Servers in two processes would wait for each other.
+    """
+    items.sort(key=lambda item: item.path.name not in SERVERS)
+    for item in items:
+        group = "servers" if item.path.name in SERVERS else item.location[0]
+        item.add_marker(pytest.mark.xdist_group(group))
+
 
 TINY_LAYERS = 8
 #: Parameters of the tiny Llama's sub-layers, as `llama_shape` counts them.

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from batches import Entries
+from reference import Reference
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -17,6 +19,11 @@ from torch import Tensor
 GROUP = 32
 #: AWQ's order of eight output columns in an int32.
 _AWQ = [0, 2, 4, 6, 1, 3, 5, 7]
+
+#: Ends an answer of the bundled model.
+END = 1
+#: Largest distance of the two best logits at which a token may differ.
+NEAR = {"W8A8 int8": 1.0, "W4A16 int4": 0.25, "GPTQ int4": 0.25, "AWQ int4": 0.25}
 
 #: ``[out, in]`` float32 -> tensors by the ends of their names, and the weight they stand for.
 Quantise = Callable[[Tensor], tuple[dict[str, Tensor], Tensor]]
@@ -146,3 +153,30 @@ KINDS: dict[str, tuple[Quantise, dict[str, Any]]] = {
         {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True},
     ),
 }
+
+
+def equal(
+    kind: str,
+    reference: Reference,
+    prompts: Sequence[list[int]],
+    plans: Sequence[Entries],
+    got: Sequence[list[int]],
+    kv_fill: str,
+) -> int:
+    """Return how many answers are the reference's to their ends.
+
+    The others must part where the reference's two best logits are near each other.
+    """
+    found = 0
+    for prompt, plan, tokens in zip(prompts, plans, got, strict=True):
+        want, _ = reference.generate(prompt, plan, len(tokens), kv_fill=kv_fill)
+        # Behind the end of its answer a model has nothing that it would rather say.
+        want = want[: want.index(END) + 1] if END in want else want
+        pairs = zip(tokens[: len(want)], want, strict=True)
+        differing = [at for at, (one, other) in enumerate(pairs) if one != other]
+        if not differing:
+            found += 1
+            continue
+        _, gap = reference.generate(prompt, plan, differing[0] + 1, kv_fill=kv_fill)
+        assert gap < NEAR[kind], f"{plan} parts at token {differing[0]}, gap {gap:.2f}"
+    return found

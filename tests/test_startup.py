@@ -132,7 +132,15 @@ def test_the_log_says_where_asynchronous_scheduling_is_switched_off(
     ("kwargs", "words"),
     [
         ({"pipeline_parallel_size": 2}, ["pipeline parallel", "--pipeline-parallel-size"]),
-        ({"enable_lora": True}, ["LoRA", "--enable-lora"]),
+        ({"enable_lora": True, "fully_sharded_loras": True}, ["sharded LoRA"]),
+        (
+            {
+                "enable_lora": True,
+                "enable_prefix_caching": False,
+                "scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler",
+            },
+            ["--scheduler-cls", "--enable-lora"],
+        ),
         (
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
             ["speculative decoding", "--speculative-config"],
@@ -323,6 +331,25 @@ def test_a_profile_s_lora_does_not_go_into_quantised_weights(
     (tmp_path / "profile" / FOLDER).mkdir()
     with pytest.raises(ValueError, match=r"LoRA.* cannot be merged into .* quantisation 'awq'"):
         config(quantised, **engine_args(profile=profile))
+
+
+def test_a_profile_s_lora_does_not_go_below_adapters_of_requests(
+    tiny_llama: str, tmp_path: Path
+) -> None:
+    profile = write_first(tmp_path / "profile", tiny_llama)
+    config(tiny_llama, enable_lora=True, **engine_args(profile=profile))
+    (tmp_path / "profile" / FOLDER).mkdir()
+    with pytest.raises(ValueError, match=r"LoRA.* merged into the weights.*--enable-lora"):
+        config(tiny_llama, enable_lora=True, **engine_args(profile=profile))
+
+
+def test_a_guard_says_that_it_measures_no_adapters(
+    tiny_llama: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("vllm_adaskip.startup.logger.warning", said.append)
+    config(tiny_llama, enable_lora=True, **engine_args(method="static", skip=[3], guard=True))
+    assert ["guard measures no adapters" in text for text in said] == [True]
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def prepare(vllm_config: VllmConfig) -> None:
         logger.warning(  # asked for: where nobody says anything it is None until later
             "vllm-adaskip: --async-scheduling is switched off, as everywhere on the CPU backend"
         )
-    if vllm_config.cache_config.enable_prefix_caching:
+    if _needs_scheduler(vllm_config):
         _name_scheduler(vllm_config)
     options = "".join(f", {key} {_shown(value)}" for key, value in config.method_options.items())
     logger.info(
@@ -108,6 +108,8 @@ def prepare(vllm_config: VllmConfig) -> None:
     )
     if config.guard and not current_platform.is_cpu():
         logger.warning("vllm-adaskip: guard measures on CPUs alone; here every plan is followed")
+    elif config.guard and vllm_config.lora_config is not None:
+        logger.warning("vllm-adaskip: guard measures no adapters; here every plan is followed")
     if config.coalesce:
         logger.info(
             "vllm-adaskip: coalesce %g, so a plan depends on who is in the batch when it is "
@@ -123,8 +125,14 @@ def _shown(value: object) -> str:
     return str(value)
 
 
+def _needs_scheduler(vllm_config: VllmConfig) -> bool:
+    """Return whether blocks must be marked, or workers told of adapters."""
+    adapters = vllm_config.lora_config is not None
+    return vllm_config.cache_config.enable_prefix_caching or adapters
+
+
 def _name_scheduler(vllm_config: VllmConfig) -> None:
-    """Name the scheduler that marks blocks; asynchronous on accelerators, unless users say no."""
+    """Name the scheduler that does so; asynchronous on accelerators, unless users say no."""
     scheduler = vllm_config.scheduler_config
     if current_platform.is_cpu() or scheduler.async_scheduling is False:
         scheduler.scheduler_cls, scheduler.async_scheduling = _SCHEDULER, False
@@ -147,8 +155,11 @@ def _unsupported(vllm_config: VllmConfig) -> Iterator[str]:
         yield "dual batch overlap is not supported; remove --enable-dbo and --ubatch-size"
     if vllm_config.speculative_config is not None:
         yield "speculative decoding is not supported; remove --speculative-config"
-    if vllm_config.lora_config is not None:
-        yield "LoRA adapters are not supported; remove --enable-lora, or merge the adapter"
+    if (adapters := vllm_config.lora_config) is not None:
+        if not current_platform.is_cpu():
+            yield "LoRA adapters with plans have been run on CPUs alone; remove --enable-lora"
+        if adapters.fully_sharded_loras:
+            yield "sharded LoRA has not been tested; remove --fully-sharded-loras"
     if model.quantization not in (None, *QUANTISED):
         yield (
             f"quantisation {model.quantization!r} has not been tested; use an unquantised "
@@ -169,10 +180,10 @@ def _unsupported(vllm_config: VllmConfig) -> Iterator[str]:
         if (value := getattr(model.hf_text_config, key, usual)) not in (usual, None):
             yield f"{what} has not been tested ({key} is {value!r:.80}); use a model without it"
     scheduler, ours = vllm_config.scheduler_config.scheduler_cls, (_SCHEDULER, _ASYNC_SCHEDULER)
-    if scheduler and scheduler not in ours and vllm_config.cache_config.enable_prefix_caching:
+    if scheduler and scheduler not in ours and _needs_scheduler(vllm_config):
         yield (
             f"--scheduler-cls {scheduler!r} would share blocks under plans with everybody; remove "
-            "it, or add --no-enable-prefix-caching"
+            "it, or add --no-enable-prefix-caching (and no --enable-lora)"
         )
     extension = parallel.worker_extension_cls
     if extension and extension != _WORKER_EXTENSION:
@@ -180,12 +191,19 @@ def _unsupported(vllm_config: VllmConfig) -> Iterator[str]:
 
 
 def _unmergeable(vllm_config: VllmConfig, config: AdaSkipConfig) -> Iterator[str]:
-    """Say where a profile's LoRA would meet weights that are no numbers to add to."""
-    quantisation = vllm_config.model_config.quantization
-    if quantisation and config.profile and (located(config.profile) / FOLDER).exists():
+    """Say where a profile's LoRA cannot be merged, or would be below an adapter made without it."""
+    if not config.profile or not (located(config.profile) / FOLDER).exists():
+        return
+    has = f"profile {config.profile!r:.200} has a LoRA adapter"
+    if quantisation := vllm_config.model_config.quantization:
         yield (
-            f"the LoRA adapter of profile {config.profile!r:.200} cannot be merged into weights of "
-            f"quantisation {quantisation!r}; use the unquantised checkpoint, or a profile without"
+            f"{has}, which cannot be merged into weights of quantisation {quantisation!r}; use the "
+            "unquantised checkpoint, or a profile without"
+        )
+    if vllm_config.lora_config is not None:
+        yield (
+            f"{has}, which is merged into the weights, and adapters of requests were made for "
+            "weights without; remove --enable-lora, or use a profile without"
         )
 
 

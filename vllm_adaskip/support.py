@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What works with what: families, kinds of plans and KV fills, as one table.
+"""What works with what: families, kinds of plans, KV fills, weights and adapters, as one table.
 
 ``python -m vllm_adaskip.support`` prints it as it stands in the README.
 """
@@ -14,6 +14,8 @@ from vllm_adaskip.model_executors.registry import FAMILIES
 
 #: What a plan's entries name -> how requests write one.
 PLAN_KINDS = {"whole layers": "5", "attention": "attn:5", "MLPs": "mlp:5"}
+#: Quantised weights that were run under plans, by family; others of the list load, untried.
+QUANTISED = {"LlamaForCausalLM": ("W8A8 int8", "W4A16 int4", "GPTQ int4", "AWQ int4")}
 KV_FILLS: tuple[str, ...] = get_args(AdaSkipConfig.model_fields["kv_fill"].annotation)
 
 
@@ -27,15 +29,18 @@ def supported() -> list[tuple[str, str, str]]:
 
 
 def markdown() -> str:
-    """Write the table: a row per family, a column per plan kind, in it the fills."""
+    """Write the table: a row per family; a column per plan kind, in it the fills, and two more."""
     cells = supported()
     header = ["architecture", *(f"{kind}, `{entry}`" for kind, entry in PLAN_KINDS.items())]
+    header += ["quantised weights", "adapters of requests"]
     rows = [header, ["---"] * len(header)]
     for family in FAMILIES:
         fills = [
             [fill for one, kind, fill in cells if (one, kind) == (family, k)] for k in PLAN_KINDS
         ]
-        rows.append([f"`{family}`", *(", ".join(f"`{fill}`" for fill in one) for one in fills)])
+        weights = ", ".join(QUANTISED.get(family, ("not tried",)))
+        kinds = [", ".join(f"`{fill}`" for fill in one) for one in fills]
+        rows.append([f"`{family}`", *kinds, weights, "LoRA"])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 

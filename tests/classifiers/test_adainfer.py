@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from profiles import write_adainfer
@@ -185,7 +185,6 @@ def test_what_is_no_safetensors_file_is_refused(tmp_path: Path) -> None:
         load_rule("svm", tmp_path)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 6), st.integers(0, 1000))
 def test_features_are_the_two_largest_probabilities(vocabulary: int, seed: int) -> None:
     logits = torch.randn(5, vocabulary, generator=torch.Generator().manual_seed(seed)) * 4

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -126,7 +126,6 @@ tokens = st.tuples(
 )
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.lists(tokens, min_size=1, max_size=7), min_size=1, max_size=3),
     st.sampled_from([-1.0, 0.3, 0.7, 1.1]),

@@ -27,7 +27,7 @@ def of_kinds(count: int, kinds: int, seed: int = 0, layers: int = LAYERS) -> np.
 some_scores = st.builds(of_kinds, st.integers(1, 60), st.integers(1, 9), st.integers(0, 99))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(scores=some_scores, size=st.integers(0, 6), threshold=st.floats(0, 1), others=some_scores)
 def test_what_is_snapped_goes_never_beyond_what_is_allowed(
     scores: np.ndarray, size: int, threshold: float, others: np.ndarray
@@ -76,7 +76,7 @@ def test_a_budget_finds_plans_that_are_hardly_larger_than_it_asks(budget: float)
     assert (snapped & ~free).sum(1).mean() < 0.5  # layers beyond what the routers would name
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(scores=some_scores, target=st.floats(0.05, 0.7), size=st.integers(0, 4))
 def test_a_calibration_ascends_and_names_what_is_left_out(
     scores: np.ndarray, target: float, size: int

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fit_models import own_answers, tiny
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from reference import Reference
 
@@ -139,7 +139,6 @@ def test_prompts_are_measured_as_a_server_reads_them(tiny_llama: str) -> None:
     assert done == [2] and found.weights.tolist() == [1, 0] and found.ages.tolist() == [0]
 
 
-@settings(deadline=None)
 @given(st.integers(1, 5))
 def test_tokens_are_measured_whatever_the_batch(batch: int) -> None:
     model = tiny("llama")

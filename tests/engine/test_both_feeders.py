@@ -139,7 +139,7 @@ def fed_by_v2(tiny_llama: str) -> Callable[[], FedByV2]:
     return lambda: FedByV2(vllm_config)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.integers(0, 2**32), st.integers(5, 60))
 def test_both_feeders_give_every_token_the_same_plan(
     fed_by_v2: Callable[[], FedByV2], seed: int, steps: int

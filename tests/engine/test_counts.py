@@ -93,6 +93,4 @@ class CountsFollowSequences(RuleBasedStateMachine):
 
 
 TestCountsFollowSequences = CountsFollowSequences.TestCase
-TestCountsFollowSequences.settings = settings(
-    max_examples=60, stateful_step_count=30, deadline=None
-)
+TestCountsFollowSequences.settings = settings(max_examples=60, stateful_step_count=30)

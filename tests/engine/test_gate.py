@@ -285,7 +285,7 @@ def says_of(kind: str, tokens: int, seed: int) -> NDArray[np.bool_]:
 
 @pytest.mark.parametrize("kv_fill", ["none", "copy", "project"])
 @pytest.mark.parametrize("kind", ["exit", "mlp", "both", "any"])
-@settings(deadline=None, max_examples=120)
+@settings(max_examples=120)
 @given(
     batch=st.lists(st.one_of(rows, exiting), min_size=1, max_size=6),
     at=asked_behind,
@@ -330,7 +330,7 @@ def test_each_token_runs_what_it_needs_and_reads_what_is_there(
 
 @pytest.mark.parametrize("kind", ["exit", "any"])
 @pytest.mark.parametrize("kv_fill", ["none", "copy", "project"])
-@settings(deadline=None, max_examples=120)
+@settings(max_examples=120)
 @given(
     batch=st.lists(exiting, min_size=1, max_size=6),
     at=asked_behind,

@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_adaskip.engine.prompts import PagedStatistics
@@ -11,7 +11,6 @@ from vllm_adaskip.engine.prompts import PagedStatistics
 SLOTS, BLOCKS, WIDTH = 4, 24, 3
 
 
-@settings(deadline=None)
 @given(
     prompts=st.lists(st.integers(1, 20), min_size=1, max_size=8),
     chunk=st.integers(1, 9),

@@ -22,8 +22,6 @@ from transformers import AutoTokenizer
 from vllm_adaskip import bundled_model, engine_args
 from vllm_adaskip.lab.testbed.tasks import TASKS, samples
 
-#: Largest distance of the two best logits at which a token may differ.
-NEAR = {"W8A8 int8": 1.0, "W4A16 int4": 0.25, "GPTQ int4": 0.25, "AWQ int4": 0.25}
 TOKENS = 12
 PLANS: list[Entries] = [[5], [5, 6], ["attn:3", "attn:8"], ["mlp:4", "mlp:7"], [], [3, "mlp:9"]]
 
@@ -44,28 +42,12 @@ class Quantised:
     def _ours(self, kv_fill: str) -> Any:
         return self.start(**engine_args(kv_fill=kv_fill))
 
-    def check(self, llm: Any, plans: list[Entries], kv_fill: str) -> int:
+    def check(self, llm: Any, plans: list[Entries], kv_fill: str, max_tokens: int = TOKENS) -> int:
         """Run a batch, and return how many sequences equal the reference's to their end."""
-        got = greedy(llm, PROMPTS, plans, TOKENS)
-        equal = 0
-        for prompt, plan, tokens in zip(PROMPTS, plans, got, strict=True):
-            want, _ = self.reference.generate(prompt, plan, TOKENS, kv_fill=kv_fill)
-            # Behind the end of its answer a model has nothing that it would rather say.
-            want = want[: want.index(END) + 1] if END in want else want
-            tokens = tokens[: len(want)]
-            if tokens == want:
-                equal += 1
-                continue
-            place = next(
-                at for at, pair in enumerate(zip(tokens, want, strict=True)) if len({*pair}) > 1
-            )
-            _, gap = self.reference.generate(prompt, plan, place + 1, kv_fill=kv_fill)
-            assert gap < NEAR[self.kind], f"{plan} parts at token {place}, gap {gap:.2f}"
-        return equal
+        got = greedy(llm, PROMPTS, plans, max_tokens)
+        return quantised.equal(self.kind, self.reference, PROMPTS, plans, got, kv_fill)
 
 
-#: Ends an answer.
-END = 1
 TOKENIZER = AutoTokenizer.from_pretrained(bundled_model())
 PROMPTS: list[list[int]] = [
     TOKENIZER(samples(task, "test", 1, 1)[0].prompt, add_special_tokens=False).input_ids
@@ -73,11 +55,22 @@ PROMPTS: list[list[int]] = [
 ][: len(PLANS)]
 
 
+@pytest.fixture(scope="module")
+def make(
+    tmp_path_factory: pytest.TempPathFactory, engine: Callable[..., Any]
+) -> Callable[[str], Quantised]:
+    return cache(lambda kind: Quantised(kind, tmp_path_factory.mktemp("quantised"), engine))
+
+
 @pytest.fixture(scope="module", params=quantised.KINDS)
-def model(
-    request: Any, tmp_path_factory: pytest.TempPathFactory, engine: Callable[..., Any]
-) -> Quantised:
-    return Quantised(request.param, tmp_path_factory.mktemp("quantised"), engine)
+def model(request: Any, make: Callable[[str], Quantised]) -> Quantised:
+    return make(request.param)
+
+
+@pytest.fixture(scope="module")
+def int8(make: Callable[[str], Quantised]) -> Quantised:
+    """Return what stands for all kinds where the engine around the weights is tried."""
+    return make("W8A8 int8")
 
 
 def test_nothing_skipped_is_stock_bit_for_bit(model: Quantised) -> None:
@@ -103,3 +96,31 @@ def test_plans_mean_what_they_mean_with_the_dequantised_weights(
     llm = model.ours(kv_fill)
     assert model.check(llm, PLANS, kv_fill) >= len(PLANS) - 2
     assert model.check(llm, PLANS[::-1], kv_fill) >= len(PLANS) - 2
+
+
+def test_prompts_in_pieces_and_preempted_sequences(int8: Quantised) -> None:
+    llm = int8.start(
+        max_model_len=128,
+        max_num_batched_tokens=32,
+        num_gpu_blocks_override=7,
+        disable_log_stats=False,
+        **engine_args(kv_fill="project"),
+    )
+    assert int8.check(llm, PLANS, "project", max_tokens=40) >= len(PLANS) - 2
+    (preempted,) = [one for one in llm.get_metrics() if one.name == "vllm:num_preemptions"]
+    assert preempted.value > 0
+
+
+def test_the_prefix_cache(int8: Quantised) -> None:
+    """Prompts are found again whatever the plan, and mean the same."""
+    llm = int8.start(enable_prefix_caching=True, **engine_args(kv_fill="copy"))
+    (prompt,) = [max(PROMPTS, key=len)]
+    prompt = (prompt * 4)[:70]
+    for number, plan in enumerate(PLANS):
+        (output,) = llm.generate(
+            {"prompt_token_ids": prompt}, sampling(plan, TOKENS), use_tqdm=False
+        )
+        assert output.num_cached_tokens == (64 if number else 0)
+        want, gap = int8.reference.generate(prompt, plan, TOKENS, kv_fill="copy")
+        same = list(output.outputs[0].token_ids) == want
+        assert same or gap < quantised.NEAR[int8.kind], f"{plan}, smallest gap {gap:.2f}"

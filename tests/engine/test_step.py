@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_adaskip.engine.fill import Copies
@@ -75,7 +75,6 @@ def positions(step: Step, sub_layer: int) -> list[int]:
     return list(range(step.num_tokens)) if part is None else part.positions.tolist()
 
 
-@settings(deadline=None)
 @given(batches, cuts)
 def test_each_sub_layer_gets_exactly_its_tokens_in_order(
     batch: list[Row], changes: list[tuple[int, int]]
@@ -92,7 +91,6 @@ def test_each_sub_layer_gets_exactly_its_tokens_in_order(
     assert step.is_dense == bool(runs.all())
 
 
-@settings(deadline=None)
 @given(batches, cuts)
 def test_each_entry_is_a_run_of_one_sequence_and_ends_where_it_is_said_to(
     batch: list[Row], changes: list[tuple[int, int]]
@@ -120,7 +118,6 @@ def test_each_entry_is_a_run_of_one_sequence_and_ends_where_it_is_said_to(
         assert starts.isdisjoint(entries)  # entries that touch are one
 
 
-@settings(deadline=None)
 @given(batches, cuts)
 def test_counts_generated_tokens_that_run_and_who_passes_by(
     batch: list[Row], changes: list[tuple[int, int]]
@@ -134,7 +131,6 @@ def test_counts_generated_tokens_that_run_and_who_passes_by(
         assert step.passing(sub_layer).positions.tolist() == want.tolist()
 
 
-@settings(deadline=None)
 @given(batches, cuts)
 def test_copies_come_from_the_nearest_attention_that_ran(
     batch: list[Row], changes: list[tuple[int, int]]
@@ -161,7 +157,6 @@ def test_copies_come_from_the_nearest_attention_that_ran(
     assert got == want
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(rows, rows), min_size=1, max_size=6))
 def test_prompt_tokens_may_have_a_plan_of_their_own(both: list[tuple[Row, Row]]) -> None:
     batch = [row for row, _ in both]
@@ -174,7 +169,6 @@ def test_prompt_tokens_may_have_a_plan_of_their_own(both: list[tuple[Row, Row]])
         assert positions(step, sub_layer) == np.flatnonzero(runs[:, sub_layer]).tolist()
 
 
-@settings(deadline=None)
 @given(batches, cuts)
 def test_knows_where_prompts_end(batch: list[Row], changes: list[tuple[int, int]]) -> None:
     computed, query, prompt_lens = (np.array([row[i] for row in batch]) for i in range(3))
@@ -188,7 +182,6 @@ def test_knows_where_prompts_end(batch: list[Row], changes: list[tuple[int, int]
     assert list(zip(found_rows.tolist(), ends.tolist(), strict=True)) == want
 
 
-@settings(deadline=None)
 @given(batches, st.integers(0, 10_000))
 def test_a_fork_leaves_its_original_as_it_was(batch: list[Row], seed: int) -> None:
     step = step_of(batch)

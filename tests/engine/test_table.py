@@ -93,7 +93,7 @@ class TableFollowsBatch(RuleBasedStateMachine):
 
 
 TestTableFollowsBatch = TableFollowsBatch.TestCase
-TestTableFollowsBatch.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestTableFollowsBatch.settings = settings(max_examples=60, stateful_step_count=30)
 
 
 def test_allowed_tokens_move_with_their_sequence() -> None:

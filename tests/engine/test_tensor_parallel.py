@@ -3,18 +3,19 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
+import adapters
 import pytest
+import quantised
 from batches import Entries, random_prompts
 from conftest import TINY_SHAPE
 from reference import Exit, MlpRule, Reference
+from two_ranks import on_two_ranks
 
-from vllm_adaskip import DecoderShape
+from vllm_adaskip import DecoderShape, bundled_model
 from vllm_adaskip.classifiers.ends import EndsOptions
 from vllm_adaskip.classifiers.similarity.method import Similarity
 
@@ -36,62 +37,56 @@ EXITING = {
     "kv_fill": "copy",
 }
 
-#: A process of its own, because vLLM's CPU backend then binds each rank to a core.
-SCRIPT = """
-import json, sys
-from batches import decisions, greedy
-from vllm import LLM
-from vllm_adaskip import engine_args
-
-if __name__ == "__main__":
-    model, prompts, plans, tokens, options = json.loads(sys.argv[1])
-    llm = LLM(model, dtype="float32", skip_tokenizer_init=True, enforce_eager=True,
-              max_model_len=256, tensor_parallel_size=2, block_size=32,
-              max_num_batched_tokens=48, max_num_seqs=16,
-              **engine_args(**options))
-    greedy(llm, prompts, plans, tokens)  # again, now from the prefix cache
-    got = greedy(llm, prompts, plans, tokens)
-    asked = [(None, prompt) for prompt in prompts]
-    ran = llm.collective_rpc("adaskip_ran", args=(asked,))
-    given = llm.collective_rpc("adaskip_plans", args=(asked,))
-    report = llm.collective_rpc("adaskip_report")
-    print(json.dumps([got, report, ran, given, llm.apply_model(decisions)]))
-"""
+JOBS = {"reading": READING, "guarded": GUARDED, "gating": GATING, "exiting": EXITING}
+#: Of the checkpoints that are no tiny Llama, or have adapters; all plans are explicit.
+EXPLICIT: list[Entries] = [[], [2, 3], ["attn:4", "mlp:5"], [0], ["attn:1"], ["mlp:0"]]
+PROMPTS = random_prompts(12, len(PLANS))
+OTHERS = random_prompts(13, len(EXPLICIT), vocabulary=200)
 
 
-@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two ranks need two cores")
-@pytest.mark.parametrize(
-    "options",
-    [READING, GUARDED, GATING, EXITING],
-    ids=["reading", "guarded", "gating", "exiting"],
-)
+class Ranks:
+    """What two ranks did, and what they were to do it with."""
+
+    def __init__(self, model: str, folder: Path) -> None:
+        self.adapters = adapters.write(model, folder, 2)
+        self.whose = [None, 0, 1, 1, None, 0]
+        self.quantised, self.dequantised = quantised.write(bundled_model(), folder, "W8A8 int8")
+        theirs = "from vllm_adaskip.classifiers.similarity.method import Similarity as Theirs"
+        (folder / "strangers.py").write_text(theirs)
+        plain = {"model": model, "tokens": TOKENS, "engine": {"dtype": "float32"}}
+        explicit = {"prompts": OTHERS, "plans": EXPLICIT, "options": {"kv_fill": "project"}}
+        jobs: dict[str, dict[str, Any]] = {
+            name: {**plain, "prompts": PROMPTS, "plans": PLANS, "options": options}
+            for name, options in JOBS.items()
+        }
+        lora = {"dtype": "float32", "enable_lora": True, "max_loras": 3, "max_lora_rank": 8}
+        paths = [None if one is None else self.adapters[one][0] for one in self.whose]
+        jobs["adapters"] = {**plain, **explicit, "engine": lora, "adapters": paths}
+        engine = {"dtype": "bfloat16"}
+        jobs["quantised"] = {**plain, **explicit, "model": self.quantised, "engine": engine}
+        self.found = on_two_ranks(folder, jobs)
+
+
+@pytest.fixture(scope="module")
+def ranks(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    if (os.cpu_count() or 1) < 2:
+        pytest.skip("two ranks need two cores")
+    return Ranks(tiny_llama, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize("name", JOBS)
 def test_two_ranks_give_the_reference_s_tokens_and_equal_reports(
-    tiny_llama: str, tmp_path: Path, options: dict[str, object]
+    tiny_llama: str, ranks: Ranks, name: str
 ) -> None:
     """Ranks that gated differently would wait for each other for ever, in an MLP's all-reduce."""
-    prompts = random_prompts(12, len(PLANS))
-    (tmp_path / "ranks.py").write_text(SCRIPT)
-    theirs = "from vllm_adaskip.classifiers.similarity.method import Similarity as Theirs"
-    (tmp_path / "strangers.py").write_text(theirs)
-    done = subprocess.run(
-        [sys.executable, "ranks.py", json.dumps([tiny_llama, prompts, PLANS, TOKENS, options])],
-        cwd=tmp_path,
-        env={
-            **{k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"},
-            "PYTHONPATH": f"{Path(__file__).parents[1]}:{os.environ.get('PYTHONPATH', '')}",
-            "VLLM_CPU_OMP_THREADS_BIND": "0|1",
-            "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # of the function that looks at each rank
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    got, reports, ran, given, decisions = json.loads(done.stdout.splitlines()[-1])
+    options, found = JOBS[name], ranks.found[name]
+    given, reports, decisions = found["given"], found["reports"], found["decisions"]
     reference = Reference(tiny_llama)
     assert given[0] == given[1]
-    for number, (prompt, plan, tokens) in enumerate(zip(prompts, PLANS, got, strict=True)):
-        here, there = (each[number] for each in ran)
+    for number, (prompt, plan, tokens) in enumerate(
+        zip(PROMPTS, PLANS, found["tokens"], strict=True)
+    ):
+        here, there = (each[number] for each in found["ran"])
         rule = exit = None
         gates = options in (GATING, EXITING)
         assert here == there and (here is None) == (plan is not None or not gates)
@@ -116,3 +111,18 @@ def test_two_ranks_give_the_reference_s_tokens_and_equal_reports(
         assert counted[0] == counted[1] and sum(counted[0]) == 2 * PLANS.count(None)
     assert decisions[0] == decisions[1]
     assert options is not READING or decisions[0]
+
+
+def test_each_row_has_its_adapter_on_both_ranks(tiny_llama: str, ranks: Ranks) -> None:
+    references = {None: Reference(tiny_llama)}
+    references |= {number: Reference(path) for number, (_, path) in enumerate(ranks.adapters)}
+    rows = zip(OTHERS, EXPLICIT, ranks.whose, ranks.found["adapters"]["tokens"], strict=True)
+    for prompt, plan, whose, tokens in rows:
+        want, gap = references[whose].generate(prompt, plan, TOKENS, kv_fill="project")
+        assert tokens == want, f"adapter {whose}, {plan}, smallest gap {gap:.2g}"
+
+
+def test_quantised_weights_are_split_too(ranks: Ranks) -> None:
+    reference, got = Reference(ranks.dequantised), ranks.found["quantised"]["tokens"]
+    equal = quantised.equal("W8A8 int8", reference, OTHERS, EXPLICIT, got, "project")
+    assert equal >= len(EXPLICIT) - 2

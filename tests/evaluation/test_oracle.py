@@ -37,7 +37,7 @@ def every_allotment(table: Table) -> list[Point]:
     return [Point(*(np.sum(chosen, axis=0) / len(table) / (1, 16))) for chosen in product(*table)]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(tables, st.integers(0, 48))
 def test_the_best_score_at_a_budget(table: Table, quarters: int) -> None:
     budget = quarters / 4
@@ -51,7 +51,7 @@ def test_the_best_score_at_a_budget(table: Table, quarters: int) -> None:
     assert best.score == pytest.approx(max(each.score for each in allowed))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(tables, st.integers(0, 16))
 def test_the_fewest_layers_at_a_score(table: Table, sixteenths: int) -> None:
     score = sixteenths / 16
@@ -65,7 +65,7 @@ def test_the_fewest_layers_at_a_score(table: Table, sixteenths: int) -> None:
     assert fewest.layers == pytest.approx(min(each.layers for each in allowed))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(tables)
 def test_the_frontier_is_the_hull_of_all_allotments(table: Table) -> None:
     everything = every_allotment(table)

@@ -162,7 +162,6 @@ def examples(count: int, steps: int) -> settings:
         stateful_step_count=steps,
         phases=[Phase.generate],  # a fault names its request in full; shrinking takes minutes
         report_multiple_bugs=False,
-        deadline=None,
         database=None,
         print_blob=True,
         suppress_health_check=list(HealthCheck),

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_adaskip.classifiers import Classifier, SkipPlan
 from vllm_adaskip.engine.compat.scheduler import AsyncScheduler, Mark, MarkedBlocks
 from vllm_adaskip.engine.naming import planner_of
-from vllm_adaskip.engine.request import Planner, is_one_answer
+from vllm_adaskip.engine.request import ADAPTER, Planner, is_one_answer
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -61,13 +61,21 @@ def block_mark(
 
 
 class MarkingScheduler(MarkedBlocks):
-    """Named in one engine's ``scheduler_cls`` option, when prefix caching is on."""
+    """Named in one engine's ``scheduler_cls`` option, with prefix caching or LoRA adapters."""
 
     def __init__(self, *args: Any, vllm_config: VllmConfig, **kwargs: Any) -> None:
         super().__init__(*args, vllm_config=vllm_config, **kwargs)
         self._planner = planner_of(vllm_config)
+        self._is_adapted = vllm_config.lora_config is not None
         if self._planner.classifier.gate_scope == "answer":
             self.keep_apart(self._may_stop_early)
+
+    def add_request(self, request: Request) -> None:
+        """Tell workers the request's adapter: their feeder sees nothing but its arguments."""
+        if self._is_adapted and (params := request.sampling_params) is not None:
+            name = request.lora_request and request.lora_request.lora_name
+            params.extra_args = {**(params.extra_args or {}), ADAPTER: name}
+        super().add_request(request)
 
     def mark_of(self, request: Request) -> Mark | None:
         """Return the mark of a request's blocks that reach past its prompt, see `block_mark`."""

@@ -16,7 +16,7 @@ from vllm_adaskip.classifiers import PromptStatistics, SkipPlan
 from vllm_adaskip.engine import compat
 from vllm_adaskip.engine.coalesce import Undrawn, coalesced
 from vllm_adaskip.engine.naming import planner_of
-from vllm_adaskip.engine.request import Planner, Wanted
+from vllm_adaskip.engine.request import ADAPTER, Planner, Wanted
 from vllm_adaskip.engine.step import Ints
 from vllm_adaskip.engine.table import SequenceTable, Undecided
 
@@ -97,7 +97,7 @@ class SkipState:
 
         """
         wanted = self.planner.wanted(extra_args)
-        plan = self._known(wanted, prompt, is_new=not generated)
+        plan = self._known(wanted, extra_args, prompt, is_new=not generated)
         if generated and isinstance(plan, Undecided):
             logger.warning(
                 "vllm-adaskip: the plan of a preempted sequence was forgotten (more than %d "
@@ -126,7 +126,7 @@ class SkipState:
         None if its prompt was not read, or long ago, and if its tokens differ from each other.
         """
         wanted = self.planner.wanted(extra_args)
-        plan = self._known(wanted, prompt)
+        plan = self._known(wanted, extra_args, prompt)
         if wanted.gate == "token" or self.ran_of(extra_args, prompt) is not None:
             return None
         return plan if isinstance(plan, SkipPlan) else None
@@ -190,12 +190,18 @@ class SkipState:
         return self.guard.admits(own | wanted, own & ~wanted, waiting)
 
     def _known(
-        self, wanted: Wanted, prompt: Sequence[int], *, is_new: bool = False
+        self,
+        wanted: Wanted,
+        extra_args: Mapping[str, Any] | None,
+        prompt: Sequence[int],
+        *,
+        is_new: bool = False,
     ) -> SkipPlan | Undecided:
         """Return a request's plan, or what it waits for; with a guard a new one always waits."""
         if wanted.plan is not None and not self._is_guarded(wanted):
             return wanted.plan
-        undecided = Undecided(_digest(prompt), wanted.budget)
+        adapter = (extra_args or {}).get(ADAPTER)
+        undecided = Undecided(_digest(prompt, repr(adapter) if adapter else ""), wanted.budget)
         if self._is_guarded(wanted):
             return undecided if is_new else self.given.get(undecided, undecided)
         return self.memo.get(undecided, undecided)

@@ -24,6 +24,7 @@ from vllm_adaskip.classifiers import Lens, Stream
 from vllm_adaskip.classifiers.hub import located
 from vllm_adaskip.classifiers.lora import Lora
 from vllm_adaskip.engine import compat
+from vllm_adaskip.engine.compat.adapters import Adapters
 from vllm_adaskip.engine.compat.head import Head
 from vllm_adaskip.engine.compat.kernels import with_kernels
 from vllm_adaskip.engine.compat.kv_cache import KvCache
@@ -170,15 +171,19 @@ class SkippingDecoder(nn.Module):
         compat.enable_amx()
         stack = self.stack_of(self.model)
         attention = map(self.attention_of, stack.layers)
-        self.adaskip = SkipRuntime(vllm_config, attention, Head(self, self.finish))
+        #: Requests may bring LoRA adapters, for which vLLM wraps the layers after this.
+        self._is_adapted = vllm_config.lora_config is not None
+        head = Head(self, self.finish, is_adapted=self._is_adapted)
+        self.adaskip = SkipRuntime(vllm_config, attention, head)
         #: What steps run in which something is skipped or observed; not registered once more.
-        self._stack = (with_kernels(stack),)
+        self._stack = (stack if self._is_adapted else with_kernels(stack),)
         self._layers = [*self.stack.layers]  # whose lookup takes longer than this list's
         compilation, state = vllm_config.compilation_config, self.adaskip.state
         if compilation.mode and vllm_config.device_config.device_type == "cpu":
             self._options = compilation.inductor_compile_config
             state.compiled = CompiledPlans(state.planner.known_plans, self._body_of)
-        if state.planner.facts.guard and vllm_config.device_config.device_type == "cpu":
+        is_guarded = state.planner.facts.guard and not self._is_adapted
+        if is_guarded and vllm_config.device_config.device_type == "cpu":
             state.guard = Guard(partial(self._costs, vllm_config), compat.of_rank_0)
 
     @staticmethod
@@ -365,10 +370,14 @@ class SkippingDecoder(nn.Module):
     ) -> Tensor:
         """Run a step's tokens through what they do not leave out."""
         embedded = self.embed(input_ids, positions, inputs_embeds)
-        window = Window(Stream(embedded, None), positions)
-        with self.adaskip.running(step):
+        with self.adaskip.running(step), self._adapters() as adapters:
+            window = Window(Stream(embedded, None), positions, adapters)
             self._run_sub_layers(step, window)
         return self.finish(window.stream)
+
+    def _adapters(self) -> AbstractContextManager[Adapters | None]:
+        """Enter what tells vLLM's LoRA layers whose rows are shown; None: there are none."""
+        return Adapters(self).during_step() if self._is_adapted else nullcontext()
 
     def _run_sub_layers(self, step: Step, window: Window) -> None:
         """Run each sub-layer for its tokens; where there are none it is not launched."""
@@ -401,5 +410,7 @@ class SkippingDecoder(nn.Module):
         if step.part(sub_layer) is NOBODY:  # what ran last may be of these tokens
             window.show(None)
         layer = sub_layer // 2
+        window.adapt(tokens)
         key, value = self.project_kv(self._layers[layer], *window.passing(tokens))
+        window.adapt(window.part)
         self.adaskip.fill.pass_by(layer, tokens, key, value)

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 logger = getLogger("vllm.adaskip")
 
 KEYS = ("adaskip", "adaskip_skip", "adaskip_budget")
+#: By which the scheduler tells workers a request's LoRA adapter, where requests may have any.
+ADAPTER = "_adaskip_adapter"
 UNKNOWN = "unknown"
 #: That are known, dense among them: each costs some seconds at start-up, on a GPU graphs too.
 MOST_PLANS = 8

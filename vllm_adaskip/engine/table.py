@@ -25,7 +25,7 @@ class Undecided:
     """A sequence whose plan waits for its prompt to be read.
 
     Attributes:
-        prompt_hash: digest of the prompt's token ids.
+        prompt_hash: digest of the prompt's token ids, and of its LoRA adapter's name.
         budget: largest share of decoder compute its plan may keep.
 
     """

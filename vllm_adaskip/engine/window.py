@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from vllm_adaskip.classifiers import Stream
+from vllm_adaskip.engine.compat.adapters import Adapters
 from vllm_adaskip.engine.step import Part, Tokens
 
 
@@ -22,8 +23,12 @@ class Window:
 
     """
 
-    def __init__(self, stream: Stream, positions: Tensor) -> None:
-        """Take the stream before the first sub-layer, and ``[tokens]`` positions."""
+    def __init__(self, stream: Stream, positions: Tensor, adapters: Adapters | None = None) -> None:
+        """Take the stream before the first sub-layer, and ``[tokens]`` positions.
+
+        ``adapters`` are those of the step's requests, if they may bring any.
+        """
+        self._adapters = adapters
         self.stream = self._whole = stream
         self.part: Part | None = None
         self._positions = self._own = positions
@@ -47,6 +52,13 @@ class Window:
             whole = scatter(self._whole, self.part.on(device), self.stream)
         self.part, self._whole = part, whole
         self.stream = whole if part is None else gather(whole, part.on(device))
+        self.adapt(part)
+
+    def adapt(self, tokens: Tokens | None) -> None:
+        """Have the next layer take some tokens' adapters; None: those of all."""
+        if self._adapters is not None:
+            device = self._positions.device
+            self._adapters.show(slice(None) if tokens is None else tokens.on(device))
 
     def of(self, tokens: Tokens) -> Stream:
         """Return the stream of some of the tokens that are shown; a copy, or a view."""

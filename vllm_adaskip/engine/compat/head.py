@@ -27,13 +27,24 @@ class Head(Lens):
     hidden state and of chosen tokens.
     """
 
-    def __init__(self, model: Any, finish: Callable[[Stream], Tensor]) -> None:
-        """Take the model, and what makes its head's input of a stream, which it may change."""
+    def __init__(
+        self, model: Any, finish: Callable[[Stream], Tensor], is_adapted: bool = False
+    ) -> None:
+        """Take the model, and what makes its head's input of a stream, which it may change.
+
+        ``is_adapted``: requests may bring LoRA adapters, which may change the head.
+        """
         self._model = model
         self._finish = finish
+        self._is_adapted = is_adapted
 
     def check(self, vocabulary: Sequence[int] | None) -> None:
         """Refuse a model without a head, or of whose head parts cannot be had."""
+        if self._is_adapted:
+            raise ValueError(
+                "early exit looks at logits in the middle of a forward, where vLLM has none with "
+                "adapters; remove --enable-lora, or use another method"
+            )
         head = getattr(self._model, "lm_head", None)
         if not isinstance(head, VocabParallelEmbedding):
             raise ValueError(
