@@ -38,9 +38,9 @@ setup: .venv/.ready
 demo: .venv/.demo
 	$(BIN)/adaskip demo
 
-# Two processes, as there are cores on the smallest machine that is wanted; a file stays in one (tests/conftest.py).
+# Two processes, as there are cores on the smallest machine that is wanted; a file stays in one.
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # A release that users of ray[llm] have.
 test-0.29: .venv-0.29/.ready

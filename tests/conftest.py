@@ -27,21 +27,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 settings.register_profile("adaskip", deadline=None)
 settings.load_profile("adaskip")
 
-#: Files whose servers listen on the one port that the docs name.
-SERVERS = {"test_server.py", "test_ready_profiles.py", "test_many_engines.py"}
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep a file in one process, and all servers in one, which begins with them.
-
-    Servers in two processes would wait for each other.
-    """
-    items.sort(key=lambda item: item.path.name not in SERVERS)
-    for item in items:
-        group = "servers" if item.path.name in SERVERS else item.location[0]
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 TINY_LAYERS = 8
 #: Parameters of the tiny Llama's sub-layers, as `llama_shape` counts them.
 TINY_SHAPE = (TINY_LAYERS, 2 * 128 * 32 * (4 + 2), 3 * 128 * 256)
