@@ -66,6 +66,14 @@ def greedy(
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
+def logprobs_of(outputs: Sequence[Any]) -> list[Any]:
+    """Return, of each request, the log-probabilities of each token's candidates."""
+    return [
+        [{token: one.logprob for token, one in step.items()} for step in output.outputs[0].logprobs]
+        for output in outputs
+    ]
+
+
 def run_with_changes(
     llm: Any,
     prompts: Sequence[Sequence[int]],

@@ -15,7 +15,7 @@ from typing import Any
 
 import adapters
 import pytest
-from batches import Entries, random_plan, random_prompts, sampling
+from batches import Entries, logprobs_of, random_plan, random_prompts, sampling
 from conftest import TINY_LAYERS
 from families import CASES, LAYERS, Matrix
 from reference import Reference
@@ -109,13 +109,8 @@ def test_nothing_skipped_is_stock_bit_for_bit(adapted: Adapted) -> None:
     whose = (WHOSE * 2)[: len(prompts)]
 
     def logprobs(llm: Any) -> list[Any]:
-        return [
-            [
-                {token: each.logprob for token, each in step.items()}
-                for step in one.outputs[0].logprobs
-            ]
-            for one in adapted.run(llm, prompts, [None] * len(prompts), whose, logprobs=3)
-        ]
+        ran = adapted.run(llm, prompts, [None] * len(prompts), whose, logprobs=3)
+        return logprobs_of(ran)
 
     assert logprobs(adapted.ours("project")) == logprobs(adapted.start(block_size=32))
 

@@ -14,7 +14,15 @@ from typing import Any
 
 import pytest
 import torch
-from batches import Entries, greedy, random_plan, random_prompts, run_with_changes, sampling
+from batches import (
+    Entries,
+    greedy,
+    logprobs_of,
+    random_plan,
+    random_prompts,
+    run_with_changes,
+    sampling,
+)
 from families import CASES, LAYERS, WARM_UP, Matrix
 from reference import Exit, MlpRule
 
@@ -214,7 +222,4 @@ def logprobs(llm: Any, prompts: list[list[int]], plan: Entries | None) -> list[A
         [sampling(plan, TOKENS, logprobs=3) for _ in prompts],
         use_tqdm=False,
     )
-    return [
-        [{token: one.logprob for token, one in step.items()} for step in output.outputs[0].logprobs]
-        for output in outputs
-    ]
+    return logprobs_of(outputs)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import quantised
-from batches import Entries, greedy, sampling
+from batches import Entries, greedy, logprobs_of, sampling
 from reference import Reference
 from transformers import AutoTokenizer
 
@@ -77,13 +77,7 @@ def test_nothing_skipped_is_stock_bit_for_bit(model: Quantised) -> None:
     params = sampling(None, TOKENS, logprobs=3)
     prompts = [{"prompt_token_ids": one} for one in PROMPTS]
     stock, ours = (
-        [
-            [
-                {token: each.logprob for token, each in step.items()}
-                for step in one.outputs[0].logprobs
-            ]
-            for one in llm.generate(prompts, params, use_tqdm=False)
-        ]
+        logprobs_of(llm.generate(prompts, params, use_tqdm=False))
         for llm in (model.start(), model.ours("project"))
     )
     assert stock == ours

@@ -71,7 +71,7 @@ class MarkingScheduler(MarkedBlocks):
             self.keep_apart(self._may_stop_early)
 
     def add_request(self, request: Request) -> None:
-        """Tell workers the request's adapter: their feeder sees nothing but its arguments."""
+        """Add the adapter's name to the request's arguments, which are all that a feeder sees."""
         if self._is_adapted and (params := request.sampling_params) is not None:
             name = request.lora_request and request.lora_request.lora_name
             params.extra_args = {**(params.extra_args or {}), ADAPTER: name}
