@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from batches import Entries, greedy, random_plan, random_prompts, sampling
+from batches import Entries, greedy, logprobs_of, random_plan, random_prompts, sampling
 from conftest import TINY_LAYERS
 from reference import Reference
 
@@ -21,16 +21,13 @@ def llm(engine: Callable[..., Any], tiny_llama: str) -> Any:
     return engine(tiny_llama, **engine_args())
 
 
-def logprobs_of(llm: Any, prompts: list[list[int]], plan: Entries | None) -> list[Any]:
+def logprobs(llm: Any, prompts: list[list[int]], plan: Entries | None) -> list[Any]:
     outputs = llm.generate(
         [{"prompt_token_ids": prompt} for prompt in prompts],
         [sampling(plan, 16, logprobs=3) for _ in prompts],
         use_tqdm=False,
     )
-    return [
-        [{token: one.logprob for token, one in step.items()} for step in output.outputs[0].logprobs]
-        for output in outputs
-    ]
+    return logprobs_of(outputs)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -40,9 +37,9 @@ def test_with_nothing_skipped_logprobs_equal_stock_bit_for_bit(
     stock = engine(tiny_llama, dtype=dtype)
     ours = engine(tiny_llama, dtype=dtype, **engine_args())
     prompts = random_prompts(3, 12)
-    want = logprobs_of(stock, prompts, None)
-    assert logprobs_of(ours, prompts, None) == want
-    assert logprobs_of(ours, prompts, []) == want
+    want = logprobs(stock, prompts, None)
+    assert logprobs(ours, prompts, None) == want
+    assert logprobs(ours, prompts, []) == want
 
 
 def test_a_sequence_does_not_notice_its_neighbours_plans(llm: Any) -> None:
