@@ -39,10 +39,19 @@ class LlamaDecoder:
         update: Tensor = layer.self_attn(
             layer.input_layernorm(hidden),
             position_embeddings=where,
-            attention_mask=mask,
+            attention_mask=self._windowed(index, mask),
             past_key_values=cache,
         )[0]
         return update
+
+    def _windowed(self, index: int, mask: Tensor | None) -> Tensor | None:
+        """Hide from each token what lies behind its layer's sliding window, if it has one."""
+        config = self.model.config
+        window = getattr(config, "sliding_window", None)
+        kinds = getattr(config, "layer_types", None)
+        if mask is None or window is None or (kinds and kinds[index] == "full_attention"):
+            return mask
+        return mask + torch.full_like(mask, float("-inf")).tril(-window)
 
     def key_value(self, index: int, hidden: Tensor, where: Any) -> tuple[Tensor, Tensor]:
         """Give what attention would write into the cache, ``[1, kv_heads, tokens, head_size]``."""
@@ -75,6 +84,37 @@ class Qwen3Decoder(LlamaDecoder):
     def normed_key(self, attention: Any, key: Tensor) -> Tensor:
         normed: Tensor = attention.k_norm(key)
         return normed
+
+
+class Gemma3Decoder(Qwen3Decoder):
+    """Gemma 3: norms behind sub-layers too; other rotary embeddings and masks for windows."""
+
+    def embed(self, tokens: Sequence[int], positions: Sequence[int]) -> tuple[Tensor, Any]:
+        hidden = self.stack.embed_tokens(torch.tensor([list(tokens)]))
+        at, kinds = torch.tensor([list(positions)]), set(self.model.config.layer_types)
+        return hidden, {kind: self.stack.rotary_emb(hidden, at, kind) for kind in kinds}
+
+    def attention(
+        self,
+        index: int,
+        hidden: Tensor,
+        where: Any,
+        cache: DynamicCache | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        own = where[self.model.config.layer_types[index]]
+        update = super().attention(index, hidden, own, cache, mask)
+        after: Tensor = self.stack.layers[index].post_attention_layernorm(update)
+        return after
+
+    def key_value(self, index: int, hidden: Tensor, where: Any) -> tuple[Tensor, Tensor]:
+        return super().key_value(index, hidden, where[self.model.config.layer_types[index]])
+
+    def mlp(self, index: int, hidden: Tensor) -> Tensor:
+        layer = self.stack.layers[index]
+        update: Tensor = layer.mlp(layer.pre_feedforward_layernorm(hidden))
+        after: Tensor = layer.post_feedforward_layernorm(update)
+        return after
 
 
 class OptDecoder:
@@ -137,6 +177,7 @@ class OptDecoder:
 Decoder = LlamaDecoder | OptDecoder
 #: transformers' ``model_type`` -> how its sub-layers are run.
 DECODERS: dict[str, type[LlamaDecoder] | type[OptDecoder]] = {
+    "gemma3_text": Gemma3Decoder,
     "llama": LlamaDecoder,
     "mistral": LlamaDecoder,
     "opt": OptDecoder,

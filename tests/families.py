@@ -32,6 +32,7 @@ class Case:
         config: of the checkpoint, by transformers' names.
         engine: options that the engine needs for it.
         threshold: similarity at which a method that gates tokens tells some from others.
+        forgets: all its layers have a sliding window.
 
     """
 
@@ -40,6 +41,7 @@ class Case:
     config: dict[str, Any]
     engine: dict[str, Any] = field(default_factory=dict)
     threshold: float = 0.9
+    forgets: bool = False
 
 
 def _gated(heads: int, kv_heads: int, hidden: int = 128, **config: Any) -> dict[str, Any]:
@@ -66,6 +68,19 @@ def _opt(heads: int, hidden: int, **config: Any) -> dict[str, Any]:
 
 #: Multi-head and grouped-query attention, tied embeddings and untied, with biases and without.
 CASES = {
+    "gemma3": Case(
+        "Gemma3ForCausalLM",
+        "gemma3_text",
+        _gated(
+            4,
+            2,
+            head_dim=64,
+            query_pre_attn_scalar=64,
+            sliding_window=16,
+            layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+            tie_word_embeddings=True,
+        ),
+    ),
     "llama": Case(
         "LlamaForCausalLM",
         "llama",
@@ -74,8 +89,13 @@ CASES = {
     "mistral": Case(
         "MistralForCausalLM",
         "mistral",
-        _gated(4, 1, head_dim=96, tie_word_embeddings=False, sliding_window=4096),
-        {"disable_sliding_window": True},
+        _gated(4, 1, head_dim=96, tie_word_embeddings=False, sliding_window=None),
+    ),
+    "mistral, with a window": Case(
+        "MistralForCausalLM",
+        "mistral",
+        _gated(4, 2, tie_word_embeddings=False, sliding_window=20),
+        forgets=True,
     ),
     "opt": Case(
         "OPTForCausalLM",
@@ -108,6 +128,19 @@ CASES = {
         ),
     ),
     "qwen2": Case("Qwen2ForCausalLM", "qwen2", _gated(4, 2, hidden=256, tie_word_embeddings=True)),
+    "qwen2, with windows": Case(
+        "Qwen2ForCausalLM",
+        "qwen2",
+        _gated(
+            4,
+            2,
+            hidden=256,
+            tie_word_embeddings=False,
+            use_sliding_window=True,
+            sliding_window=20,
+            max_window_layers=3,
+        ),
+    ),
     "qwen3": Case(
         "Qwen3ForCausalLM", "qwen3", _gated(6, 2, head_dim=112, tie_word_embeddings=False)
     ),
@@ -138,7 +171,7 @@ class Matrix:
     def _plugin(self, name: str, kv_fill: str) -> Any:
         """With each fill another way to decide for requests that bring no plan."""
         method: dict[str, Any] = {}  # nobody; by the prompt; by each token
-        if kv_fill == "copy":
+        if kv_fill == "copy" and not CASES[name].forgets:
             method = {"method": "similarity"}
         elif kv_fill == "project":
             threshold = CASES[name].threshold

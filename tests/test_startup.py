@@ -21,7 +21,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from vllm_adaskip import DecoderShape, engine_args
+from vllm_adaskip import DecoderShape, engine_args, startup
 from vllm_adaskip.classifiers.lora import FOLDER
 from vllm_adaskip.config import AdaSkipConfig, ConfigError
 from vllm_adaskip.engine.naming import planner_of
@@ -262,9 +262,14 @@ def family(folder: Path, name: str, **changes: Any) -> str:
 
 
 #: transformers' ``model_type`` -> the family's part of the architecture's name.
-NAMES = {"llama": "Llama", "mistral": "Mistral", "opt": "OPT", "qwen2": "Qwen2", "qwen3": "Qwen3"}
-#: What makes a family's own defaults full attention.
-FULL = {"mistral": {"sliding_window": None}}
+NAMES = {
+    "gemma3_text": "Gemma3",
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "opt": "OPT",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+}
 
 
 def test_an_architecture_without_a_family_is_refused_with_the_list_and_the_recipe(
@@ -281,21 +286,23 @@ def test_an_architecture_without_a_family_is_refused_with_the_list_and_the_recip
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_plugin_picks_the_class_of_the_family(tmp_path: Path, name: str) -> None:
-    model = family(tmp_path, name, **FULL.get(name, {}))
+    model = family(tmp_path, name)
     found = from_command_line("--model", model, "--plugin", "adaskip").model_config
     assert found.architecture == f"AdaSkip{NAMES[name]}ForCausalLM"
     assert len(found.logits_processors) == 1
 
 
 @pytest.mark.parametrize("name", ["mistral", "qwen2", "qwen3"])
-def test_sliding_windows_are_refused_and_served_without(tmp_path: Path, name: str) -> None:
+def test_sliding_windows_are_served_on_cpus_and_refused_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     own = {"use_sliding_window": True, "max_window_layers": 0} if name != "mistral" else {}
     model = family(tmp_path, name, sliding_window=64, **own)
-    with pytest.raises(ValueError, match=r"add --disable-sliding-window.* of 64 tokens"):
-        config(model, **engine_args())
-    assert (
-        config(model, disable_sliding_window=True, **engine_args()).model_config.max_model_len == 64
-    )
+    served = config(model, **engine_args())
+    assert not [*startup._unsupported(served)]
+    monkeypatch.setattr(startup.current_platform, "is_cpu", lambda: False)
+    (problem,) = startup._unsupported(served)
+    assert re.search(r"add --disable-sliding-window.* of 64 tokens", problem)
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,7 @@ QUANTISED = ("compressed-tensors", "auto_gptq", "awq")
 _UNTRIED: dict[str, tuple[object, str]] = {
     "dual_chunk_attention_config": (None, "dual chunk attention"),
     "is_causal": (True, "bidirectional attention"),
+    "use_bidirectional_attention": (False, "bidirectional attention"),
     "qk_norm": (False, "a norm on queries and keys in a family that has none"),
 }
 
@@ -171,10 +172,10 @@ def _unsupported(vllm_config: VllmConfig) -> Iterator[str]:
         yield f"only text generation is supported; set --runner {model.runner_type} to generate"
     if model.enable_prompt_embeds:
         yield "prompt embeddings are not supported; remove --enable-prompt-embeds"
-    if (window := model.get_sliding_window()) is not None:
+    if not current_platform.is_cpu() and (window := model.get_sliding_window()) is not None:
         yield (
-            "sliding-window attention is not supported; add --disable-sliding-window, which limits "
-            f"sequences to the window of {window} tokens, within which it is full attention"
+            "sliding windows have been run on CPUs alone; add --disable-sliding-window, which "
+            f"limits sequences to the window of {window} tokens, within which it is full attention"
         )
     for key, (usual, what) in _UNTRIED.items():
         if (value := getattr(model.hf_text_config, key, usual)) not in (usual, None):

@@ -76,7 +76,7 @@ def test_a_plan_that_cannot_be_compiled_runs_in_the_loop(monkeypatch: pytest.Mon
     assert "'skip 1' runs layer by layer, as it cannot be compiled" in "".join(said)
 
 
-@pytest.mark.parametrize("kv_fill", ["none", "copy", "project"])
+@pytest.mark.parametrize("kv_fill", ["copy", "project"])
 def test_compiled_plans_give_the_tokens_of_the_reference_and_fill_what_the_loop_fills(
     engine: Callable[..., Any], tiny_llama: str, kv_fill: str
 ) -> None:

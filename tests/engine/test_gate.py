@@ -84,8 +84,11 @@ class Cache:
         self.kept: dict[tuple[int, int], list[int]] = {}
         self._tokens = tokens
 
-    def slots(self) -> Tensor:
+    def slots(self, layer: int | None = None) -> Tensor:
         return torch.arange(self._tokens)
+
+    def slots_in(self, layers: Tensor, tokens: Tensor) -> Tensor:
+        return tokens
 
     def write(self, layer: int, key: Tensor, value: Tensor, slots: Tensor) -> None:
         self.write_many(torch.full_like(slots, layer), key, value, slots)

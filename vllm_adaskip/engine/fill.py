@@ -73,7 +73,7 @@ class ProjectFill(KvFill):
 
     def pass_by(self, layer: int, tokens: Tokens, key: Tensor, value: Tensor) -> None:
         """Write at once."""
-        slots = self.cache.slots()
+        slots = self.cache.slots(layer)
         self.cache.write(layer, key, value, slots[tokens.on(slots.device)])
 
 
@@ -201,7 +201,7 @@ class CopyFill(KvFill):
             for layer, rows in copies.sources.items()
         ]
         key, value = (torch.cat(each) for each in zip(*found, strict=True))
-        slots = self.cache.slots()[copies.tokens]
+        slots = self.cache.slots_in(copies.layers, copies.tokens)
         self.cache.write_many(copies.layers, key, value, slots)
 
 

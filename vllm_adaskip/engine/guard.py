@@ -34,9 +34,14 @@ AGAIN = 0.03
 #: How far one step moves what was measured while serving, the first ones further; and by what
 #: factor it counts at most.
 RATE, FAR = 1 / 16, 1.5
-#: Steps after which a kind that did not run is taken to change as the one that does, and how fast
+#: Steps after which a sort that did not run is taken to change as the one that does, and how fast
 #: what was seen of it is then forgotten, so that what was disturbed once is tried again.
 STALE, FORGET = 64, 1 / 1024
+#: Sorts of steps whose times are learnt apart: kind, up to how many rows, what share they leave out.
+#: What the table reckons wrong of one sort says nothing of another.
+SHARES = 5
+SORTS = (len(KINDS), len(SIZES) + 1, SHARES)
+Sort = tuple[int, int, int]
 
 
 class Costs:
@@ -90,6 +95,12 @@ def _regroups(skips: Bools, runs: Ints) -> int:
     return int((launched != before).any(axis=0).sum())
 
 
+def sort_of(kind: Kind, skips: Bools) -> Sort:
+    """Return the sort of a step whose rows leave out ``[rows, 2 * num_layers]``."""
+    rows = int(np.searchsorted(SIZES, len(skips)))
+    return KINDS.index(kind), rows, round(float(skips.mean()) * (SHARES - 1))
+
+
 def measured(runs: Callable[[int], Sequence[Callable[[], Any]]], sizes: Sequence[int]) -> Floats:
     """Time, for each size, what ``runs`` returns for it.
 
@@ -120,7 +131,7 @@ class Guard:
     Attributes:
         costs: measured at start-up; None: not yet.
         seconds: that measuring took.
-        factors: ``[3]`` what steps of each of `KINDS` take while serving, over `costs`.
+        factors: shaped `SORTS`, what steps of each sort take while serving, over `costs`.
         sequences: that entered, by what became of them: ``followed`` their plan, or dense
             because it would be ``slower``, or save less than `AGAIN` where plans were not followed.
 
@@ -133,15 +144,16 @@ class Guard:
         self.costs: Costs | None = None
         self.seconds = 0.0
         self._measured, self._of_rank_0 = costs, of_rank_0
-        self.factors = np.ones(len(KINDS))
+        self.factors = np.ones(SORTS)
         self.sequences = dict.fromkeys(VERDICTS, 0)
         self._follows = True
         self._last: dict[str, float | int] = {}
         self._steps = 0
-        self._seen = [0] * len(KINDS)
-        self._times = [1] * len(KINDS)
+        self._seen = np.zeros(SORTS, dtype=np.int64)
+        self._times = np.ones(SORTS, dtype=np.int64)
+        self._newest: dict[Kind, Sort] = {}
         self._runs: Bools | None = None
-        self._reckoned: tuple[Kind, float] = KINDS[0], 0.0
+        self._reckoned: tuple[Sort, float] = (0, 0, 0), 0.0
 
     def measure(self, *inputs: Any) -> None:
         """Measure costs, once; on the inputs of a warm-up, or without any."""
@@ -163,7 +175,7 @@ class Guard:
         self.measure()
         assert self.costs is not None
         self.factors = self._of_rank_0(self.factors)
-        planned, dense = (self.expected(*self.costs.step(each)) for each in (wanted, least))
+        planned, dense = (self.expected(each) for each in (wanted, least))
         limit = dense if self._follows else dense * (1 - AGAIN)
         self._follows = planned <= limit
         self._last = {"rows": len(wanted), "planned": planned, "dense": dense}
@@ -171,9 +183,15 @@ class Guard:
         self.sequences[reason] += waiting
         return self._follows
 
-    def expected(self, kind: Kind, seconds: float) -> float:
-        """Return what a step will take, of what `costs` says."""
-        return float(seconds * self.factors[KINDS.index(kind)])
+    def expected(self, skips: Bools) -> float:
+        """Return what a step will take whose rows leave out ``[rows, 2 * num_layers]``."""
+        sort, seconds = self._reckon(skips)
+        return float(seconds * self.factors[sort])
+
+    def _reckon(self, skips: Bools) -> tuple[Sort, float]:
+        assert self.costs is not None
+        kind, seconds = self.costs.step(skips)
+        return sort_of(kind, skips), seconds
 
     def saw(self, runs: Bools, seconds: float) -> None:
         """Learn from a step in which all rows decode and run ``[rows, 2 * num_layers]``.
@@ -183,27 +201,33 @@ class Guard:
         if self.costs is None:
             return
         if runs is not self._runs:
-            self._runs, self._reckoned = runs, self.costs.step(~runs)
-        kind, reckoned = self._reckoned
-        place = KINDS.index(kind)
-        old = self.factors[place]
+            self._runs, self._reckoned = runs, self._reckon(~runs)
+        sort, reckoned = self._reckoned
+        old = self.factors[sort]
         now = np.clip(seconds / reckoned, old / FAR, old * FAR)
         self._steps += 1
-        self._seen[place] = self._steps
-        stale = np.array([self._steps - seen > STALE for seen in self._seen])
-        self._times[place] += 1
-        rate = max(RATE, 1 / self._times[place])
-        self.factors[place] = new = old + rate * (now - old)
+        self._seen[sort] = self._steps
+        self._newest[KINDS[sort[0]]] = sort
+        stale = self._steps - self._seen > STALE
+        self._times[sort] += 1
+        rate = max(RATE, 1 / self._times[sort])
+        self.factors[sort] = new = old + rate * (now - old)
         self.factors[stale] *= new / old
         self.factors[stale] += FORGET * (new - self.factors[stale])
 
     def report(self) -> dict[str, Any]:
-        """Return what became of sequences, and what that rests on; times in milliseconds."""
+        """Return what became of sequences, and what that rests on; times in milliseconds.
+
+        ``factors`` has, of each kind, that of the sort which ran last.
+        """
         last = {
             key: value if key == "rows" else round(1e3 * value, 3)
             for key, value in self._last.items()
         }
-        factors = dict(zip(KINDS, self.factors.round(3).tolist(), strict=True))
+        factors = {
+            kind: round(float(self.factors[self._newest[kind]]), 3) if kind in self._newest else 1.0
+            for kind in KINDS
+        }
         return {
             **self.sequences,
             "measured_seconds": round(self.seconds, 1),

@@ -93,6 +93,13 @@ class PromptReader:
         classifier = state.planner.classifier
         self._width = classifier.width
         self._last_only = classifier.last_only
+        if self._width and not self._last_only and cache.forgets:
+            raise ValueError(
+                f"method {state.planner.facts.method!r} reads whole prompts, whose first blocks a "
+                "model lets go of if all its layers have a sliding window; add "
+                "--disable-sliding-window, which limits sequences to the window, or use another "
+                "method"
+            )
         self._observe = classifier.observer(hidden_size, device, lens) if self._width else None
         self.statistics: PagedStatistics | None = None
         self.is_open = False

@@ -7,4 +7,4 @@ from vllm_adaskip.model_executors.llama_layers import LlamaLayers
 
 
 class AdaSkipMistralForCausalLM(LlamaLayers, MistralForCausalLM):
-    """vLLM's Mistral with a skip plan per sequence; its sliding window must be off."""
+    """vLLM's Mistral with a skip plan per sequence."""

@@ -7,4 +7,4 @@ from vllm_adaskip.model_executors.llama_layers import LlamaLayers
 
 
 class AdaSkipQwen2ForCausalLM(LlamaLayers, Qwen2ForCausalLM):
-    """vLLM's Qwen 2 with a skip plan per sequence; its sliding window must be off."""
+    """vLLM's Qwen 2 with a skip plan per sequence."""

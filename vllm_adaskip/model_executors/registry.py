@@ -48,6 +48,7 @@ def _family(name: str, module: str, shape: Callable[[Any], DecoderShape]) -> Fam
 
 #: vLLM's architecture -> the family that serves it.
 FAMILIES: dict[str, Family] = {
+    "Gemma3ForCausalLM": _family("Gemma3", "gemma3", llama_shape),
     "LlamaForCausalLM": _family("Llama", "llama", llama_shape),
     "MistralForCausalLM": _family("Mistral", "mistral", llama_shape),
     "OPTForCausalLM": _family("OPT", "opt", opt_shape),

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vllm_adaskip.engine.compat.kv_cache import WHOLE_STEP
+from vllm_adaskip.engine.compat.kv_cache import WHOLE_STEP, first_unwindowed
 from vllm_adaskip.engine.step import NOBODY, Ints, Part
 
 if TYPE_CHECKING:
@@ -97,30 +98,34 @@ class SubBatches:
         self._vllm_config = vllm_config
         self._layers = list(layers)
         self._names = [layer.layer_name for layer in self._layers]
-        self._builder: Any = None
-        self._joined: _Joined | None = None
+        self._first = self._names[first_unwindowed(self._layers)]
+        self._groups: list[_Group] = []
         self._context: ForwardContext | None = None
 
     def step_metadata(self) -> Any | None:
-        """Return the attention metadata of the step that runs now; None in a warm-up."""
+        """Return the attention metadata of the step that runs now; None in a warm-up.
+
+        Of a layer that sees whole sequences, if there is one, whose block table has all blocks.
+        """
         from vllm.forward_context import get_forward_context
 
         metadata = get_forward_context().attn_metadata
-        return metadata[self._names[0]] if isinstance(metadata, dict) else None
+        return metadata[self._first] if isinstance(metadata, dict) else None
 
     def during(self, parts: Sequence[Part | None]) -> AbstractContextManager[Any]:
         """Make a context the current one, for this forward, in which each layer sees its part."""
         from vllm.forward_context import get_forward_context, override_forward_context
 
         step = get_forward_context()
-        first = self._names[0]
-        self._whole = step.attn_metadata[first], step.slot_mapping[first]
-        if self._builder is None:
-            self._builder = self._make_builder(step)
+        assert isinstance(step.attn_metadata, dict) and isinstance(step.slot_mapping, dict)
+        if not self._groups:
+            self._groups = self._make_groups(step.attn_metadata)
+        for group in self._groups:
+            group.whole = step.attn_metadata[group.name], step.slot_mapping[group.name]
         self._context = dataclasses.replace(
             step,
             attn_metadata=dict(step.attn_metadata),
-            slot_mapping={**step.slot_mapping, WHOLE_STEP: self._whole[1]},
+            slot_mapping={**step.slot_mapping, WHOLE_STEP: step.slot_mapping},
         )
         self.arrange(parts)
         entered: AbstractContextManager[Any] = override_forward_context(self._context)
@@ -135,30 +140,68 @@ class SubBatches:
 
         """
         assert self._context is not None
-        own = (part for part in parts if part is not None and part is not NOBODY)
-        seen: dict[Part | None, tuple[Any, Tensor]] = {None: self._whole, NOBODY: self._whole}
-        seen.update(self._metadata(tuple(dict.fromkeys(own))))
-        for name, part in zip(self._names[start:], parts, strict=True):
-            self._context.attn_metadata[name], self._context.slot_mapping[name] = seen[part]
+        for group in self._groups:
+            layers = group.layers[bisect_left(group.layers, start) :]
+            seen = group.metadata([parts[layer - start] for layer in layers])
+            for layer in layers:
+                name, part = self._names[layer], parts[layer - start]
+                self._context.attn_metadata[name], self._context.slot_mapping[name] = seen[part]
 
-    def _metadata(self, parts: tuple[Part, ...]) -> dict[Part | None, tuple[Any, Tensor]]:
+    def _make_groups(self, metadata: dict[str, Any]) -> list[_Group]:
+        """Put layers that share metadata together, once the KV cache is laid out."""
+        found: dict[int, list[int]] = {}
+        for layer, name in enumerate(self._names):
+            found.setdefault(id(metadata[name]), []).append(layer)
+        return [_Group(self._vllm_config, self._layers, own, metadata) for own in found.values()]
+
+
+class _Group:
+    """Layers that share metadata and slots: all, or those with a window of one size, or without.
+
+    Attributes:
+        layers: in order.
+        name: of the first.
+        whole: metadata and slots of the whole step that runs now.
+
+    """
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        all_layers: Sequence[Attention],
+        layers: list[int],
+        metadata: dict[str, Any],
+    ) -> None:
+        first = all_layers[layers[0]]
+        self.layers, self.name = layers, first.layer_name
+        self.whole: tuple[Any, Tensor]
+        self._builder = first.attn_backend.get_builder_cls()(
+            first.get_kv_cache_spec(vllm_config),
+            [all_layers[layer].layer_name for layer in layers],
+            vllm_config,
+            metadata[self.name].query_start_loc.device,
+        )
+        self._joined: _Joined | None = None
+
+    def metadata(self, parts: Sequence[Part | None]) -> dict[Part | None, tuple[Any, Tensor]]:
         """Make metadata and slots of parts: one gather for all, then views."""
         from vllm.v1.attention.backend import CommonAttentionMetadata
 
-        if not parts:
-            return {}
-        whole, whole_slots = self._whole
+        found: dict[Part | None, tuple[Any, Tensor]] = {None: self.whole, NOBODY: self.whole}
+        own = tuple(dict.fromkeys(part for part in parts if part not in (None, NOBODY)))
+        if not own:
+            return found
+        whole, whole_slots = self.whole
         device = whole.seq_lens.device
-        if self._joined is None or self._joined.parts != parts:
-            self._joined = _Joined(parts, device)
+        if self._joined is None or self._joined.parts != own:
+            self._joined = _Joined(own, device)
         joined = self._joined
         seq_lens: Tensor = whole.seq_lens.index_select(0, joined.rows)
         if joined.behind is not None:
             seq_lens -= joined.behind
         tables: Tensor = whole.block_table.index_select(0, joined.rows)
-        found: dict[Part | None, tuple[Any, Tensor]] = {}
         for part, lengths, table, slots in zip(
-            parts,
+            own,
             torch.split(seq_lens, joined.entries),
             torch.split(tables, joined.entries),
             torch.split(whole_slots.index_select(0, joined.tokens), joined.counts),
@@ -181,23 +224,6 @@ class SubBatches:
             )
             found[part] = metadata, slots
         return found
-
-    def _make_builder(self, step: ForwardContext) -> Any:
-        """Make the backend's builder, once the KV cache is laid out."""
-        metadata = step.attn_metadata
-        assert isinstance(metadata, dict)
-        if len({id(metadata[name]) for name in self._names}) > 1:
-            raise NotImplementedError(
-                "vllm-adaskip: this model's attention layers are in several KV cache groups "
-                "(sliding window?), which skipping does not support yet"
-            )
-        first = self._layers[0]
-        return first.attn_backend.get_builder_cls()(
-            first.get_kv_cache_spec(self._vllm_config),
-            self._names,
-            self._vllm_config,
-            metadata[self._names[0]].query_start_loc.device,
-        )
 
 
 class _Joined:

@@ -13,8 +13,13 @@ from torch.utils.weak import WeakTensorKeyDictionary
 if TYPE_CHECKING:
     from vllm.model_executor.layers.attention import Attention
 
-#: In a forward context of ours, beside layers' names: the slots of all tokens of the step.
+#: In a forward context of ours, beside layers' names: slots of all tokens of the step, by layer.
 WHOLE_STEP = "adaskip.step"
+
+
+def first_unwindowed(layers: Sequence[Attention]) -> int:
+    """Return the first layer whose attention has no sliding window; 0 if all have one."""
+    return next((at for at, layer in enumerate(layers) if layer.sliding_window is None), 0)
 
 
 class KvCache:
@@ -30,6 +35,8 @@ class KvCache:
 
     def __init__(self, layers: Sequence[Attention]) -> None:
         self._layers = layers
+        self._first = first_unwindowed(layers)
+        self._is_one_group: bool | None = None
         self._joint: Tensor | None = None
         self._joint_slots: Tensor | None = None
         self._is_bound = False
@@ -45,18 +52,36 @@ class KvCache:
     @property
     def geometry(self) -> tuple[int, int]:
         """``(blocks, slots per block)`` of one layer's cache ``[blocks, heads, slots, size]``."""
-        blocks, _, slots, _ = self._layers[0].kv_cache.shape
+        blocks, _, slots, _ = self._layers[self._first].kv_cache.shape
         return blocks, slots
 
-    def slots(self) -> Tensor:
-        """Give the slot of each token of the step that runs now, ``[tokens]`` int64."""
+    @property
+    def forgets(self) -> bool:
+        """Whether every layer has a sliding window, behind which a sequence's blocks are freed."""
+        return all(layer.sliding_window is not None for layer in self._layers)
+
+    def slots(self, layer: int | None = None) -> Tensor:
+        """Return the slot of each token of the step that runs now, ``[tokens]`` int64.
+
+        None: in a layer that keeps whole sequences, if there is one.
+        """
         from vllm.forward_context import get_forward_context
 
         mapping: Any = get_forward_context().slot_mapping
-        slots: Tensor | None = mapping.get(WHOLE_STEP)
-        if slots is None:
-            slots = mapping[self._layers[0].layer_name]
+        name = self._layers[self._first if layer is None else layer].layer_name
+        slots: Tensor = mapping.get(WHOLE_STEP, mapping)[name]
         return slots
+
+    def slots_in(self, layers: Tensor, tokens: Tensor) -> Tensor:
+        """Return slots of ``[n]`` tokens of the step, each in its own of ``[n]`` layers."""
+        if self._is_one_group is None:
+            ours = [self.slots(layer) for layer in range(len(self._layers))]
+            self._is_one_group = len({each.data_ptr() for each in ours}) == 1
+        if self._is_one_group:
+            return self.slots()[tokens]
+        return torch.stack([self.slots(layer) for layer in range(len(self._layers))])[
+            layers, tokens
+        ]
 
     def write(self, layer: int, key: Tensor, value: Tensor, slots: Tensor) -> None:
         """Write K/V ``[tokens, kv_heads, head_size]`` (or flat) into one layer."""
