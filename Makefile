@@ -38,9 +38,10 @@ setup: .venv/.ready
 demo: .venv/.demo
 	$(BIN)/adaskip demo
 
-# Two processes, as there are cores on the smallest machine that is wanted; a file stays in one.
+# Two processes, as there are cores on the smallest machine that is wanted; a file stays in one,
+# and files come in the order of tests/conftest.py.
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # A release that users of ray[llm] have.
 test-0.29: .venv-0.29/.ready

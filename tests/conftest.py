@@ -27,6 +27,29 @@ sys.path.insert(0, str(Path(__file__).parent))
 settings.register_profile("adaskip", deadline=None)
 settings.load_profile("adaskip")
 
+#: Files that take longest, so that two processes which share the tests end together.
+LONGEST = (
+    "test_tensor_parallel",
+    "test_server",
+    "test_families",
+    "test_model_runner_v2",
+    "test_evaluation",
+    "test_torture",
+    "test_many_engines",
+    "test_compiled_plans",
+    "test_adainfer",
+    "test_ffn_skip",
+    "test_compiled",
+    "test_readme",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the files that take longest first; the others stay as they are."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
+
+
 TINY_LAYERS = 8
 #: Parameters of the tiny Llama's sub-layers, as `llama_shape` counts them.
 TINY_SHAPE = (TINY_LAYERS, 2 * 128 * 32 * (4 + 2), 3 * 128 * 256)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb as phi3_rotary
 
 
 class LlamaDecoder:
@@ -76,6 +77,20 @@ class LlamaDecoder:
         """Run the final norm and the head on the stream after any layer."""
         logits: Tensor = self.model.lm_head(self.stack.norm(hidden))
         return logits
+
+
+class Phi3Decoder(LlamaDecoder):
+    """Phi-3: one projection for q, k and v; rotary embeddings of a part of each head."""
+
+    def key_value(self, index: int, hidden: Tensor, where: Any) -> tuple[Tensor, Tensor]:
+        layer = self.stack.layers[index]
+        heads = layer.self_attn.qkv_proj(layer.input_layernorm(hidden)).unflatten(
+            -1, (-1, layer.self_attn.head_dim)
+        )
+        key, value = heads.transpose(1, 2)[:, -2 * self.model.config.num_key_value_heads :].chunk(
+            2, dim=1
+        )
+        return phi3_rotary(key, key, *where)[1], value
 
 
 class Qwen3Decoder(LlamaDecoder):
@@ -181,6 +196,8 @@ DECODERS: dict[str, type[LlamaDecoder] | type[OptDecoder]] = {
     "llama": LlamaDecoder,
     "mistral": LlamaDecoder,
     "opt": OptDecoder,
+    "phi3": Phi3Decoder,
     "qwen2": LlamaDecoder,
     "qwen3": Qwen3Decoder,
+    "qwen3_moe": Qwen3Decoder,
 }

@@ -76,6 +76,7 @@ CASES = {
             2,
             head_dim=64,
             query_pre_attn_scalar=64,
+            initializer_range=0.03,
             sliding_window=16,
             layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
             tie_word_embeddings=True,
@@ -127,22 +128,28 @@ CASES = {
             tie_word_embeddings=True,
         ),
     ),
+    "phi3": Case(
+        "Phi3ForCausalLM",
+        "phi3",
+        _gated(4, 2, hidden=256, partial_rotary_factor=0.5, tie_word_embeddings=False),
+    ),
     "qwen2": Case("Qwen2ForCausalLM", "qwen2", _gated(4, 2, hidden=256, tie_word_embeddings=True)),
-    "qwen2, with windows": Case(
-        "Qwen2ForCausalLM",
-        "qwen2",
+    "qwen3": Case(
+        "Qwen3ForCausalLM", "qwen3", _gated(6, 2, head_dim=112, tie_word_embeddings=False)
+    ),
+    "qwen3, experts": Case(
+        "Qwen3MoeForCausalLM",
+        "qwen3_moe",
         _gated(
             4,
             2,
-            hidden=256,
+            head_dim=64,
+            moe_intermediate_size=384,
+            num_experts=4,
+            num_experts_per_tok=2,
+            norm_topk_prob=True,
             tie_word_embeddings=False,
-            use_sliding_window=True,
-            sliding_window=20,
-            max_window_layers=3,
         ),
-    ),
-    "qwen3": Case(
-        "Qwen3ForCausalLM", "qwen3", _gated(6, 2, head_dim=112, tie_word_embeddings=False)
     ),
 }
 
@@ -180,6 +187,11 @@ class Matrix:
         return self.make(name, **engine_args(kv_fill=kv_fill, **method))
 
     def make(self, name: str, **options: Any) -> Any:
+        if "num_experts" in CASES[name].config:
+            # A process whose first model had no experts has no group for them.
+            from vllm.distributed import destroy_model_parallel
+
+            destroy_model_parallel()
         return self._engine(
             self.checkpoint(name),
             max_num_batched_tokens=64,

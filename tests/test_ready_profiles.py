@@ -1,19 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each ready profile of the bundled model is served by the command on its method's page.
+"""Each ready profile of the bundled model works in the engine of the command on its method's page.
 
-And AdaInfer's in its other scopes.
+And AdaInfer's in its other scopes. The command is read by vLLM's own parser; `test_server` says
+what a server adds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
-from http_server import URL, serving
-from readme import ROOT
+from readme import ENVIRONMENT, ROOT
+from vllm import SamplingParams
+from vllm.engine.arg_utils import EngineArgs
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.exceptions import VLLMValidationError
+from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_adaskip.lab import testbed
 
@@ -21,67 +26,76 @@ READY = sorted(
     one.name for one in (Path(testbed.__file__).parent / "profiles").iterdir() if one.is_dir()
 )
 OTHER_SCOPES = {
-    "adainfer, prompt": "scope prompt",
-    "adainfer, token": "scope token --additional-config.adaskip.kv_fill copy",
+    "adainfer, prompt": ["scope", "prompt"],
+    "adainfer, token": ["scope", "token", "kv_fill", "copy"],
 }
 TOPIC = "i saw the team and then the stadium . topic ? answer :"
 SUM = "sum : 2 6 + 7 1 = ? answer :"
 
 
-@pytest.fixture(scope="module", params=[*READY, *OTHER_SCOPES])
-def served(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[str]:
-    """Start the server; give the method, and its scope if that is not the profile's."""
-    method = request.param.partition(",")[0]
+class Ready:
+    """An engine with a profile, and its method's name, with the scope if that is not its own."""
+
+    def __init__(self, name: str, llm: Any) -> None:
+        self.name, self.llm = name, llm
+
+    def complete(self, prompt: str, tokens: int, **extra_args: Any) -> str:
+        params = SamplingParams(temperature=0, max_tokens=tokens, extra_args=extra_args or None)
+        (done,) = self.llm.generate([prompt], params, use_tqdm=False)
+        return str(done.outputs[0].text)
+
+    def left_out(self) -> int:
+        """Return tokens kept from sub-layers, and whole prompts that stopped early, so far."""
+        (report,) = self.llm.collective_rpc("adaskip_report")
+        ran = sum(report["attn_run"]) + sum(report["mlp_run"])
+        skipped: int = 2 * report["num_layers"] * report["decode_tokens"] - ran
+        return skipped + sum(report.get("exits", ()))
+
+
+def command_of(method: str) -> list[str]:
+    """Return the words of the page's ``vllm serve``, as the shell makes them."""
     page = (ROOT / "docs" / f"{method}.md").read_text()
     (command,) = [
-        one
+        one.partition("```")[0].strip()
         for one in page.split("```bash\n")[1:]
         if one.startswith("vllm serve") and f'bundled_profile("{method}")' in one
     ]
-    command = command.partition("```")[0].strip()
-    if request.param in OTHER_SCOPES:
-        command += f" --additional-config.adaskip.{OTHER_SCOPES[request.param]}"
-    log = tmp_path_factory.mktemp(method) / "log"
-    # Compiling would only take time: `test_server` serves compiled.
-    with serving(f"{command} --host 127.0.0.1 --served-model-name bundled --enforce-eager", log):
-        yield request.param
+    words = command.removeprefix("vllm serve")
+    shell = ["bash", "-c", f"printf '%s\\n' {words}"]
+    return subprocess.check_output(shell, env=ENVIRONMENT, cwd=ROOT, text=True).splitlines()
 
 
-def complete(prompt: str, tokens: int, **xargs: Any) -> httpx.Response:
-    body = {
-        "model": "bundled",
-        "prompt": prompt,
-        "temperature": 0,
-        "max_tokens": tokens,
-        "vllm_xargs": xargs or None,
-    }
-    return httpx.post(f"{URL}/v1/completions", json=body, timeout=60)
+@pytest.fixture(scope="module", params=[*READY, *OTHER_SCOPES])
+def ready(request: pytest.FixtureRequest, engine: Callable[..., Any]) -> Ready:
+    method = request.param.partition(",")[0]
+    words, more = command_of(method), OTHER_SCOPES.get(request.param, [])
+    for key, value in zip(more[::2], more[1::2], strict=True):
+        words += [f"--additional-config.adaskip.{key}", value]
+    with pytest.MonkeyPatch.context() as patch:  # `--plugin` names the plugins that vLLM loads
+        patch.setenv("VLLM_PLUGINS", "adaskip")
+        args = make_arg_parser(FlexibleArgumentParser()).parse_args(words)
+        args.model = args.model_tag or args.model
+        options = vars(EngineArgs.from_cli_args(args))
+        changed = {
+            key: value
+            for key, value in options.items()
+            if value != getattr(EngineArgs(args.model), key) and key != "model"
+        }
+        return Ready(request.param, engine(args.model, **changed, skip_tokenizer_init=False))
 
 
-def left_out() -> int:
-    """Generated tokens kept from sub-layers, and whole prompts that stopped early, so far."""
-    (report,) = httpx.get(f"{URL}/adaskip/report").json()
-    ran = sum(report["attn_run"]) + sum(report["mlp_run"])
-    skipped: int = 2 * report["num_layers"] * report["decode_tokens"] - ran
-    return skipped + sum(report.get("exits", ()))
+def test_it_skips_by_itself_and_not_where_it_is_off(ready: Ready) -> None:
+    tokens = 1 if ready.name == "adainfer" else 12
+    before = ready.left_out()
+    dense = [ready.complete(one, tokens, adaskip="off") for one in (TOPIC, SUM)]
+    assert ready.left_out() == before
+    own = [ready.complete(one, tokens) for one in (TOPIC, SUM)]
+    assert ready.left_out() > before
+    if ready.name not in OTHER_SCOPES:  # for which the profile was not fitted
+        assert own == dense
 
 
-def test_it_skips_by_itself_and_not_where_it_is_off(served: str) -> None:
-    tokens = 1 if served == "adainfer" else 12
-    before = left_out()
-    dense = [complete(one, tokens, adaskip="off").json() for one in (TOPIC, SUM)]
-    assert left_out() == before
-    own = [complete(one, tokens).json() for one in (TOPIC, SUM)]
-    assert left_out() > before
-    for one, other in zip(own, dense, strict=True):
-        if served in OTHER_SCOPES:
-            continue  # the profile was not fitted for texts
-        assert one["choices"][0]["text"] == other["choices"][0]["text"]
-
-
-def test_a_budget_is_kept_or_refused(served: str) -> None:
-    assert complete(SUM, 8, adaskip_budget=0.8).status_code == 200
-    refused = complete(SUM, 8, adaskip_budget=0.001)
-    assert refused.status_code == 400 and "cannot be met" in refused.text
+def test_a_budget_is_kept_or_refused(ready: Ready) -> None:
+    assert ready.complete(SUM, 8, adaskip_budget=0.8)
+    with pytest.raises(VLLMValidationError, match="cannot be met"):
+        ready.complete(SUM, 8, adaskip_budget=0.001)

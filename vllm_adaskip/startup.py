@@ -37,9 +37,11 @@ _WORKER_EXTENSION = f"{_ENGINE}.counts.AdaSkipWorkerExtension"
 QUANTISED = ("compressed-tensors", "auto_gptq", "awq")
 #: Of a model's config: what changes the attention of layers that else look like a family's.
 _UNTRIED: dict[str, tuple[object, str]] = {
+    "decoder_sparse_step": (1, "experts in some layers alone"),
     "dual_chunk_attention_config": (None, "dual chunk attention"),
     "is_causal": (True, "bidirectional attention"),
     "use_bidirectional_attention": (False, "bidirectional attention"),
+    "mlp_only_layers": ([], "experts in some layers alone"),
     "qk_norm": (False, "a norm on queries and keys in a family that has none"),
 }
 

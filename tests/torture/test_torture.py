@@ -47,7 +47,7 @@ def test_every_output_is_that_of_the_reference(
     engine: Callable[..., Any], model: str, judge: Judge, kv_fill: str
 ) -> None:
     traffic = Traffic(engine(model, **engine_options(kv_fill)), judge)
-    run_state_machine_as_test(machine(traffic), settings=examples(16, 40))
+    run_state_machine_as_test(machine(traffic), settings=examples(12, 40))
     tally = traffic.tally
     print(kv_fill, tally)
     assert tally.mismatches == 0

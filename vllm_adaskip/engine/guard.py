@@ -37,7 +37,7 @@ RATE, FAR = 1 / 16, 1.5
 #: Steps after which a sort that did not run is taken to change as the one that does, and how fast
 #: what was seen of it is then forgotten, so that what was disturbed once is tried again.
 STALE, FORGET = 64, 1 / 1024
-#: Sorts of steps whose times are learnt apart: kind, up to how many rows, what share they leave out.
+#: Sorts of steps whose times are learnt apart: kind, up to how many rows, what share is left out.
 #: What the table reckons wrong of one sort says nothing of another.
 SHARES = 5
 SORTS = (len(KINDS), len(SIZES) + 1, SHARES)

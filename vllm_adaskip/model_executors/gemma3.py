@@ -9,10 +9,11 @@ from torch import Tensor
 from vllm.model_executor.models.gemma3 import Gemma3ForCausalLM
 
 from vllm_adaskip.classifiers import Stream
-from vllm_adaskip.model_executors.llama_layers import LlamaLayers, add_and_norm
+from vllm_adaskip.model_executors.llama_layers import add_and_norm
+from vllm_adaskip.model_executors.qwen3 import NormedKeys
 
 
-class AdaSkipGemma3ForCausalLM(LlamaLayers, Gemma3ForCausalLM):
+class AdaSkipGemma3ForCausalLM(NormedKeys, Gemma3ForCausalLM):
     """vLLM's Gemma 3 for text, with a skip plan per sequence."""
 
     def run_attention(self, layer: Any, positions: Tensor, stream: Stream) -> Stream:
@@ -24,9 +25,3 @@ class AdaSkipGemma3ForCausalLM(LlamaLayers, Gemma3ForCausalLM):
         """Run the norm before the MLP, the MLP and the norm behind it."""
         normed, before = add_and_norm(layer.pre_feedforward_layernorm, stream)
         return Stream(layer.post_feedforward_layernorm(layer.mlp(normed)), before)
-
-    def before_rotary(self, attention: Any, key: Tensor) -> Tensor:
-        """Norm each head's key."""
-        heads = key.unflatten(-1, (attention.num_kv_heads, attention.head_dim))
-        normed: Tensor = attention.k_norm(heads).flatten(-2)
-        return normed

@@ -11,11 +11,15 @@ from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from vllm_adaskip.model_executors.llama_layers import LlamaLayers
 
 
-class AdaSkipQwen3ForCausalLM(LlamaLayers, Qwen3ForCausalLM):
-    """vLLM's Qwen 3 with a skip plan per sequence."""
+class NormedKeys(LlamaLayers):
+    """Layers of Qwen 3, whose MLPs may be mixtures of experts."""
 
     def before_rotary(self, attention: Any, key: Tensor) -> Tensor:
         """Norm each head's key."""
-        heads = key.view(-1, attention.num_kv_heads, attention.head_dim)
-        normed: Tensor = attention.k_norm(heads).view(key.shape)
+        heads = key.unflatten(-1, (attention.num_kv_heads, attention.head_dim))
+        normed: Tensor = attention.k_norm(heads).flatten(-2)
         return normed
+
+
+class AdaSkipQwen3ForCausalLM(NormedKeys, Qwen3ForCausalLM):
+    """vLLM's Qwen 3 with a skip plan per sequence."""

@@ -31,6 +31,14 @@ def llama_shape(hf_config: Any) -> DecoderShape:
     )
 
 
+def experts_shape(hf_config: Any) -> DecoderShape:
+    """Count what a token runs: attention's projections; the router, and the experts it picks."""
+    hidden, experts = hf_config.hidden_size, hf_config.num_experts
+    attention = llama_shape(hf_config).attention_parameters
+    mlp = 3 * hidden * hf_config.moe_intermediate_size * hf_config.num_experts_per_tok
+    return DecoderShape(hf_config.num_hidden_layers, attention, mlp + hidden * experts)
+
+
 def opt_shape(hf_config: Any) -> DecoderShape:
     """Count parameters of the projections: q, k, v, out; fc1, fc2."""
     hidden = hf_config.hidden_size
@@ -52,8 +60,10 @@ FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": _family("Llama", "llama", llama_shape),
     "MistralForCausalLM": _family("Mistral", "mistral", llama_shape),
     "OPTForCausalLM": _family("OPT", "opt", opt_shape),
+    "Phi3ForCausalLM": _family("Phi3", "phi3", llama_shape),
     "Qwen2ForCausalLM": _family("Qwen2", "qwen2", llama_shape),
     "Qwen3ForCausalLM": _family("Qwen3", "qwen3", llama_shape),
+    "Qwen3MoeForCausalLM": _family("Qwen3Moe", "qwen3_moe", experts_shape),
 }
 
 

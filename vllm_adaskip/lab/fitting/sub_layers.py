@@ -50,10 +50,13 @@ def decoder_layers(model: Any) -> nn.ModuleList:
 
 
 def decoder_shape(model: Any) -> DecoderShape:
-    """Count the projections' parameters, a layer's on average; what is not attention's is MLP's."""
+    """Count the parameters that a token meets, a layer's on average; what is no attention is MLP.
+
+    Of a mixture of experts these are the experts that it picks.
+    """
     layers = decoder_layers(model)
     attention = sum(_weights(_part(layer, _ATTENTION)) for layer in layers)
-    mlp = sum(map(_weights, layers)) - attention
+    mlp = sum(_weights(layer) - _left_idle(layer, model.config) for layer in layers) - attention
     return DecoderShape(len(layers), attention // len(layers), mlp // len(layers))
 
 
@@ -129,6 +132,18 @@ def _part(layer: nn.Module, names: Sequence[str]) -> nn.Module:
         if isinstance(part := getattr(layer, name, None), nn.Module):
             return part
     raise DecoderError(f"{type(layer).__name__}: no module {' or '.join(names)}")
+
+
+def _left_idle(layer: nn.Module, config: Any) -> int:
+    """Count the parameters of the experts that a token does not pick."""
+    experts = getattr(_part(layer, _MLP), "experts", None)
+    if experts is None:
+        return 0
+    return (
+        _weights(experts)
+        * (config.num_experts - config.num_experts_per_tok)
+        // (config.num_experts)
+    )
 
 
 def _weights(module: nn.Module) -> int:
