@@ -52,7 +52,8 @@ class LlamaDecoder:
         kinds = getattr(config, "layer_types", None)
         if mask is None or window is None or (kinds and kinds[index] == "full_attention"):
             return mask
-        return mask + torch.full_like(mask, float("-inf")).tril(-window)
+        held = mask.shape[-1] - mask.shape[-2]  # tokens that its cache has of before
+        return mask + torch.full_like(mask, float("-inf")).tril(held - window)
 
     def key_value(self, index: int, hidden: Tensor, where: Any) -> tuple[Tensor, Tensor]:
         """Give what attention would write into the cache, ``[1, kv_heads, tokens, head_size]``."""

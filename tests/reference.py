@@ -128,17 +128,19 @@ class Reference:
         then: tuple[int, Sequence[int | str]] | None = None,
         rule: MlpRule | None = None,
         exit: Exit | None = None,
+        prompt_plan: tuple[Sequence[int | str], int] | None = None,
     ) -> tuple[list[int], float]:
         """Give greedy tokens, and the smallest gap between the two best logits on the way.
 
         A gap near float32 rounding means that another order of summation may rightly
         choose another token; callers check it. ``then=(n, other)`` follows another plan
         once ``n`` tokens are there. A fresh ``rule`` leaves out more than the plan, and so does an
-        ``exit``.
+        ``exit``. ``prompt_plan=(skip, n)``: all tokens of the prompt but the last ``n`` leave that
+        out, and their K/V are projected there.
         """
         plan = SkipPlan.parse(skip, self.num_layers)
         cache = DynamicCache(config=self.model.config)
-        logits = self.model(torch.tensor([prompt]), past_key_values=cache).logits[0, -1]
+        logits = self._read(prompt, cache, *(prompt_plan or ([], len(prompt))))
         tokens, gap = [], float("inf")
         while True:
             best = logits.topk(2).values
@@ -151,6 +153,29 @@ class Reference:
             position = len(prompt) + len(tokens) - 1
             watched = exit if exit and len(tokens) > exit.warm_up else None
             logits = self._step(tokens[-1], position, plan, cache, kv_fill, rule, watched)
+
+    def _read(
+        self, prompt: Sequence[int], cache: DynamicCache, skip: Sequence[int | str], tail: int
+    ) -> torch.Tensor:
+        """Run a prompt, first what leaves something out and then its tail; return its logits."""
+        if not skip or tail >= len(prompt):
+            logits: torch.Tensor = self.model(torch.tensor([prompt]), past_key_values=cache).logits
+            return logits[0, -1]
+        cut, decoder = len(prompt) - tail, self.decoder
+        for start, stop, left_out in ((0, cut, skip), (cut, len(prompt), [])):
+            plan = SkipPlan.parse(left_out, self.num_layers)
+            hidden, where = decoder.embed(prompt[start:stop], range(start, stop))
+            for index in range(self.num_layers):
+                if plan.attention >> index & 1:
+                    cache.update(*decoder.key_value(index, hidden, where), index)
+                else:
+                    held = cache.layers[index].keys.shape[-2] if start else 0
+                    size = stop - start, stop - start + held
+                    mask = torch.full(size, float("-inf")).triu(1 + held)[None, None]
+                    hidden = hidden + decoder.attention(index, hidden, where, cache, mask)
+                if not plan.mlp >> index & 1:
+                    hidden = hidden + decoder.mlp(index, hidden)
+        return decoder.logits(hidden)[0, -1]
 
     @torch.inference_mode()
     def observe(self, prompt: Sequence[int], classifier: Classifier) -> PromptStatistics:

@@ -16,6 +16,7 @@ from vllm_adaskip.classifiers.hub import located
 from vllm_adaskip.classifiers.methods import is_path
 from vllm_adaskip.classifiers.plan import shown
 from vllm_adaskip.classifiers.profile import Profile, ProfileError
+from vllm_adaskip.engine.prompt_plan import PromptOptions
 from vllm_adaskip.engine.request import EngineFacts, Planner
 
 #: The key of ``additional_config`` under which our options stand.
@@ -78,6 +79,8 @@ class AdaSkipConfig(BaseModel):
         known_plans: plans that requests will name, each in the form of ``adaskip_skip``. Steps in
             which all sequences follow one of them are compiled on a CPU, and get CUDA graphs on a
             GPU, at start-up.
+        prompt: what the tokens of prompts leave out, but for the last ones; see `PromptOptions` and
+            docs/prompts.md.
         untested_accelerator: serve on an accelerator on which nobody has run this yet; an
             NVIDIA GPU with vLLM 0.32 does not need it.
 
@@ -92,6 +95,7 @@ class AdaSkipConfig(BaseModel):
     coalesce: float = Field(default=0.0, ge=0, le=1)
     guard: bool = False
     known_plans: list[list[int | str]] = []
+    prompt: PromptOptions | None = None
     untested_accelerator: bool = False
 
     @field_validator("method")
@@ -170,6 +174,7 @@ class AdaSkipConfig(BaseModel):
             coalesce=self.coalesce,
             guard=self.guard,
             known_plans=self.known_plans,
+            prompt=None if self.prompt is None else self.prompt.model_dump(by_alias=True),
         )
         try:
             Planner(facts)

@@ -16,7 +16,13 @@ if TYPE_CHECKING:
 
 
 def request(
-    *, skip: Sequence[int | str] | None = None, budget: float | None = None, off: bool = False
+    *,
+    skip: Sequence[int | str] | None = None,
+    budget: float | None = None,
+    off: bool = False,
+    prompt_exit: int | None = None,
+    prompt_skip: Sequence[int | str] | None = None,
+    prompt_tail: int | None = None,
 ) -> dict[str, Any]:
     """Return a request's arguments: for ``SamplingParams.extra_args``, or ``vllm_xargs`` over HTTP.
 
@@ -25,17 +31,25 @@ def request(
             the model has them is known to the engine alone, which refuses what it has not.
         budget: largest share of decoder compute that a decided plan may keep, in (0, 1].
         off: run everything, whatever the server's method.
+        prompt_exit: layers that the prompt's tokens run, but for its last ones.
+        prompt_skip: what they leave out, in the form of ``skip``; one of the two at most.
+        prompt_tail: last tokens of the prompt that run everything, 16 by default.
 
     Raises:
-        ValueError: a budget or an entry that is not allowed, or ``off`` with another argument.
+        ValueError: a budget, a tail or an entry that is not allowed, ``prompt_exit`` together with
+            ``prompt_skip``, or ``off`` with another argument.
 
     """
-    for entry in () if skip is None else as_entries(skip):
-        parse_entry(entry)
+    for entries in (skip, prompt_skip):
+        for entry in () if entries is None else as_entries(entries):
+            parse_entry(entry)
     given = {
         "adaskip": "off" if off else None,
         "adaskip_skip": None if skip is None else [*skip],
         "adaskip_budget": budget,
+        "adaskip_prompt_exit": prompt_exit,
+        "adaskip_prompt_skip": None if prompt_skip is None else [*prompt_skip],
+        "adaskip_prompt_tail": prompt_tail,
     }
     arguments = {key: value for key, value in given.items() if value is not None}
     RequestArgs.parse(arguments)

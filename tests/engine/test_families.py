@@ -26,7 +26,7 @@ from batches import (
 from families import CASES, LAYERS, WARM_UP, Matrix
 from reference import Exit, MlpRule
 
-from vllm_adaskip import DecoderShape, SkipPlan, engine_args
+from vllm_adaskip import DecoderShape, SkipPlan, engine_args, request
 from vllm_adaskip.config import AdaSkipConfig
 from vllm_adaskip.engine.request import Planner
 from vllm_adaskip.lab.fitting.sub_layers import decoder_shape
@@ -115,6 +115,32 @@ def test_plans_of_one_kind(matrix: Matrix, name: str, kind: str, fill: str) -> N
 def test_plans_of_all_kinds_in_one_batch(matrix: Matrix, name: str, fill: str) -> None:
     rng = random.Random(83)
     check(matrix, name, fill, [random_plan(rng, LAYERS) for _ in range(14)], seed=83)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_shortened_prompts_beside_whole_ones(matrix: Matrix, name: str) -> None:
+    reference, llm = matrix.reference(name), matrix.plugin(name, "none")
+    prompts = [prompt * 2 for prompt in random_prompts(86, 6, longest=45)]
+    shortened: list[Entries] = [
+        [4, 5],
+        [],
+        ["attn:2", 3],
+        ["mlp:0"],
+        [0, "attn:5"],
+        [1, 2, 3, 4, 5],
+    ]
+    for tail in (1, 7):
+        outputs = llm.generate(
+            [{"prompt_token_ids": prompt} for prompt in prompts],
+            [
+                sampling(None, TOKENS, extra_args=request(prompt_skip=one, prompt_tail=tail))
+                for one in shortened
+            ],
+            use_tqdm=False,
+        )
+        for prompt, one, output in zip(prompts, shortened, outputs, strict=True):
+            want, gap = reference.generate(prompt, [], TOKENS, prompt_plan=(one, tail))
+            assert list(output.outputs[0].token_ids) == want, f"{one}, smallest gap {gap:.2g}"
 
 
 @pytest.mark.parametrize("name", ["gemma3", "opt, post-norm and projections", "qwen3"])

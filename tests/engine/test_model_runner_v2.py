@@ -37,6 +37,14 @@ SHARED = [2, "attn:4", "mlp:5"]
 EXITS = {"method": "adainfer", "check_layers": CHECKS, "top_prob": TOP_PROB, "gap": GAP}
 
 
+PROMPTS = [
+    {"adaskip_prompt_exit": 3, "adaskip_prompt_tail": 5},
+    {"adaskip_prompt_skip": [2, "attn:5"]},
+    {"adaskip_prompt_exit": 5, "adaskip_skip": [1, "mlp:6"]},
+    {"adaskip_skip": [3]},
+]
+
+
 def planned(seed: int, count: int) -> list[Any]:
     rng = random.Random(seed)
     return [{"adaskip_skip": random_plan(rng, TINY_LAYERS)} for _ in range(count)]
@@ -56,6 +64,7 @@ JOBS: dict[str, dict[str, Any]] = {
     "gated": job({"method": "ffn-skip", "scope": "token", **GATED}, [None] * 7),
     "exits": job({**EXITS, "scope": "token", "kv_fill": "copy"}, [None] * 7),
     "answers": job(EXITS, [None] * 7, max_tokens=1),
+    "prompts": job({"kv_fill": "copy"}, [*map(dict, PROMPTS), None, None], engine=TIGHT),
     **{
         f"graphs, {fill}": job(
             {"kv_fill": fill, "known_plans": [SHARED]},
@@ -159,6 +168,18 @@ def test_a_method_that_reads_prompts_decides_as_from_the_reference(
         ran["read"],
         lambda prompt, _, tokens: reference.generate(prompt, known[tuple(prompt)], tokens)[0],
     )
+
+
+def test_shortened_prompts_beside_whole_ones(ran: dict[str, Any], reference: Reference) -> None:
+    def want(prompt: list[int], args: Any, tokens: int) -> list[int]:
+        args = args or {}
+        exit = args.get("adaskip_prompt_exit")
+        left_out = [*range(exit, TINY_LAYERS)] if exit else args.get("adaskip_prompt_skip", [])
+        short = left_out, args.get("adaskip_prompt_tail", 16)
+        skip = args.get("adaskip_skip", [])
+        return reference.generate(prompt, skip, tokens, kv_fill="copy", prompt_plan=short)[0]
+
+    check(JOBS["prompts"], ran["prompts"], want)
 
 
 def test_a_token_gate_leaves_out_what_its_rule_says(

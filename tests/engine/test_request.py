@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from vllm_adaskip import DecoderShape
+from vllm_adaskip.engine.blocks import prompt_mark
+from vllm_adaskip.engine.prompt_plan import TAIL
 from vllm_adaskip.engine.request import EngineFacts, Planner, RequestError
 
 SHAPE = DecoderShape(8, attention_parameters=1, mlp_parameters=3)
@@ -53,6 +56,21 @@ def test_plan_of_a_request(planner: Planner, args: dict[str, Any] | None, plan: 
         ({"adaskip_budget": True}, ["adaskip_budget", "True"]),
         ({"adaskip_budget": 0.5}, ["adaskip_budget", "method 'none'"]),
         ({"adaskip_skip": [1], "adaskip_budget": 0.5}, ["adaskip_budget", "keeps 0.875"]),
+        ({"adaskip_prompt_exit": 0}, ["adaskip_prompt_exit", "0", "1 to 8"]),
+        ({"adaskip_prompt_exit": 9}, ["adaskip_prompt_exit", "9", "1 to 8"]),
+        ({"adaskip_prompt_exit": True}, ["adaskip_prompt_exit", "True"]),
+        ({"adaskip_prompt_exit": "4"}, ["adaskip_prompt_exit", "'4'"]),
+        ({"adaskip_prompt_exit": 10**50}, ["adaskip_prompt_exit", "beyond 64 bits"]),
+        ({"adaskip_prompt_skip": [8]}, ["adaskip_prompt_skip", "0 to 7"]),
+        ({"adaskip_prompt_skip": list(range(8))}, ["adaskip_prompt_skip", "all 16 sub-layers"]),
+        ({"adaskip_prompt_exit": 4, "adaskip_prompt_skip": [1]}, ["leave one out"]),
+        (
+            {"adaskip_prompt_exit": 4, "adaskip_prompt_tail": 0},
+            ["adaskip_prompt_tail", "1 or more"],
+        ),
+        ({"adaskip_prompt_exit": 4, "adaskip_prompt_tail": 1.5}, ["adaskip_prompt_tail", "1.5"]),
+        ({"adaskip_prompt_tail": 4}, ["adaskip_prompt_tail", "needs adaskip_prompt_exit"]),
+        ({"adaskip": "off", "adaskip_prompt_exit": 4}, ["'off'", "adaskip_prompt_exit"]),
     ],
 )
 def test_refusal_names_key_value_and_what_is_allowed(
@@ -98,7 +116,7 @@ def test_admission_counts_what_it_refuses_by_the_argument_that_is_wrong() -> Non
         with pytest.raises(RequestError):
             planner.admit(args)
     want = {"adaskip": 1, "adaskip_skip": 1, "adaskip_budget": 3, "unknown": 2}
-    assert planner.refused == want
+    assert {reason: count for reason, count in planner.refused.items() if count} == want
 
 
 def test_a_budget_below_what_static_keeps_is_refused() -> None:
@@ -110,3 +128,53 @@ def test_planner_facts_survive_the_way_to_another_process() -> None:
     again = EngineFacts.from_json(STATIC.facts.to_json())
     assert again == STATIC.facts
     assert Planner(again).wanted(None) == STATIC.wanted(None)
+
+
+@pytest.mark.parametrize(
+    ("args", "plan"),
+    [
+        (None, "skip 4-7 tail 5"),
+        ({"adaskip": "off"}, None),
+        ({"adaskip_skip": [1]}, "skip 4-7 tail 5"),
+        ({"adaskip_prompt_exit": 6}, "skip 6-7 tail 5"),
+        ({"adaskip_prompt_exit": 8}, None),
+        ({"adaskip_prompt_skip": []}, None),
+        ({"adaskip_prompt_skip": ["mlp:0"], "adaskip_prompt_tail": 1}, "skip mlp:0 tail 1"),
+        ({"adaskip_prompt_tail": 9}, "skip 4-7 tail 9"),
+    ],
+)
+def test_a_prompt_plan_is_the_request_s_or_the_server_s(
+    args: dict[str, Any] | None, plan: str | None
+) -> None:
+    server = Planner(EngineFacts(SHAPE, prompt={"exit": 4, "tail": 5, "from": 20}))
+    found = server.wanted(args).prompt
+    assert (found and f"{found.plan} tail {found.tail}") == plan
+
+
+def test_the_last_tokens_of_a_long_enough_prompt_run_everything() -> None:
+    one = Planner(EngineFacts(SHAPE, prompt={"skip": [3], "tail": 5, "from": 20})).prompt
+    assert one is not None
+    assert [one.full_from(length) for length in (1, 19, 20, 100)] == [0, 0, 15, 95]
+    assert Planner(EngineFacts(SHAPE, prompt={"exit": 8})).prompt is None
+
+
+def test_a_method_that_reads_whole_prompts_does_not_go_with_prompt_plans() -> None:
+    facts = EngineFacts(SHAPE, "similarity", budget=0.9)
+    with pytest.raises(RequestError, match=r"adaskip_prompt_exit: 'skip 4-7' .*'similarity'"):
+        Planner(facts).wanted({"adaskip_prompt_exit": 4})
+    with pytest.raises(ValueError, match=r"prompt: \{'exit': 4\} .*'similarity'"):
+        Planner(replace(facts, prompt={"exit": 4}))
+
+
+def test_blocks_under_a_prompt_plan_are_told_apart_by_it_and_by_where_it_ends() -> None:
+    marks = {
+        (exit, length): prompt_mark(NONE, {"adaskip_prompt_exit": exit}, length)
+        for exit in (4, 5)
+        for length in (40, 60)
+    }
+    found = {(*key, end): mark(end) for key, mark in marks.items() for end in (16, 32, 48) if mark}
+    assert found[4, 40, 16] == found[4, 60, 16] == found[4, 60, 32]  # before either's tail
+    assert len({*found.values()}) == 2 + 4  # the others have tokens of a tail, or would have
+    assert prompt_mark(NONE, {"adaskip_prompt_exit": 8}, 40) is None
+    assert prompt_mark(NONE, {"adaskip_prompt_exit": 4}, TAIL) is None
+    assert prompt_mark(NONE, None, 40) is None

@@ -81,6 +81,11 @@ class Classifier(ABC):
     #: Whether the gate may also leave out attention, as tokens that exit do.
     gates_attention: bool = False
 
+    @property
+    def reads_whole_prompts(self) -> bool:
+        """Whether `observer` is shown every token of each prompt."""
+        return self.width > 0 and not self.last_only
+
     @abstractmethod
     def __init__(
         self, shape: DecoderShape, options: MethodOptions, profile: Path | None = None

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who may find a request's KV blocks in the prefix cache (clean cache).
 
-Blocks that hold nothing but prompt tokens were computed at full depth and are everybody's.
+Blocks that hold nothing but prompt tokens were computed at full depth and are everybody's; under
+a prompt plan they are shared by those with an equal one.
 What a block with generated tokens holds depends on the request's plan and on where its
 prompt ended. So its hash is mixed with a *mark* of both: it can be found by a sequence with
 the same tokens, plan and prompt length, which in practice is the same sequence coming back
@@ -13,10 +14,11 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from vllm_adaskip.classifiers import Classifier, SkipPlan
-from vllm_adaskip.engine.compat.scheduler import AsyncScheduler, Mark, MarkedBlocks
+from vllm_adaskip.classifiers import SkipPlan
+from vllm_adaskip.engine.compat.scheduler import AsyncScheduler, Mark, MarkedBlocks, PromptMark
 from vllm_adaskip.engine.naming import planner_of
 from vllm_adaskip.engine.request import ADAPTER, Planner, is_one_answer
 
@@ -48,7 +50,7 @@ def block_mark(
         # A coalesced plan also depends on the batch.
         holes = kv_fill == "none" or planner.facts.coalesce > 0
         identity = f"budget {wanted.budget!r}"
-    elif plan.is_dense and not is_gated and not _reads_whole_prompts(planner.classifier):
+    elif plan.is_dense and not is_gated and not planner.classifier.reads_whole_prompts:
         return None
     else:
         holes, identity = leaves_holes(plan, kv_fill), f"{plan.attention:x} {plan.mlp:x}"
@@ -58,6 +60,16 @@ def block_mark(
     gated = "gated " if is_gated else ""
     mark = f"{gated}{identity} after {prompt_len}".encode()
     return lambda: mark
+
+
+def prompt_mark(
+    planner: Planner, extra_args: Mapping[str, Any] | None, prompt_len: int
+) -> PromptMark | None:
+    """Return the mark of a block, by the position behind it; None: the prompt runs everything."""
+    plan = planner.wanted(extra_args).prompt
+    if plan is None or not (full_from := plan.full_from(prompt_len)):
+        return None
+    return partial(plan.mark, full_from)
 
 
 class MarkingScheduler(MarkedBlocks):
@@ -84,6 +96,13 @@ class MarkingScheduler(MarkedBlocks):
             return None
         return block_mark(self._planner, params.extra_args, request.num_prompt_tokens)
 
+    def prompt_mark_of(self, request: Request) -> PromptMark | None:
+        """Return the mark of a request's blocks under a prompt plan, see `prompt_mark`."""
+        params = request.sampling_params
+        if params is None:
+            return None
+        return prompt_mark(self._planner, params.extra_args, request.num_prompt_tokens)
+
     def is_lasting(self, mark: Mark) -> bool:
         """Return whether a preempted request may find the blocks with its mark again."""
         return mark is not unfindable
@@ -107,7 +126,3 @@ def leaves_holes(plan: SkipPlan, kv_fill: str) -> bool:
     if kv_fill == "copy":
         return plan.attention == (1 << plan.num_layers) - 1
     return kv_fill == "none" and plan.attention != 0
-
-
-def _reads_whole_prompts(classifier: Classifier) -> bool:
-    return classifier.width > 0 and not classifier.last_only

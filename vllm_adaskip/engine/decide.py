@@ -106,7 +106,9 @@ class SkipState:
                 generated,
             )
         gated = wanted.is_gated(one_answer)
-        self.table.add(row, plan, len(prompt), is_new=not generated, gated=gated)
+        self.table.add(
+            row, plan, len(prompt), is_new=not generated, gated=gated, prompt=wanted.prompt
+        )
         if isinstance(plan, SkipPlan) and not generated:
             self._count(row, plan, failed=wanted.by_method and plan is self.planner.dense)
         if not gated:
@@ -200,8 +202,8 @@ class SkipState:
         """Return a request's plan, or what it waits for; with a guard a new one always waits."""
         if wanted.plan is not None and not self._is_guarded(wanted):
             return wanted.plan
-        adapter = (extra_args or {}).get(ADAPTER)
-        undecided = Undecided(_digest(prompt, repr(adapter) if adapter else ""), wanted.budget)
+        beside = (extra_args or {}).get(ADAPTER), wanted.prompt
+        undecided = Undecided(_digest(prompt, repr(beside) if any(beside) else ""), wanted.budget)
         if self._is_guarded(wanted):
             return undecided if is_new else self.given.get(undecided, undecided)
         return self.memo.get(undecided, undecided)

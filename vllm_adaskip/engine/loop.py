@@ -30,7 +30,7 @@ from vllm_adaskip.engine.compat.kernels import with_kernels
 from vllm_adaskip.engine.compat.kv_cache import KvCache
 from vllm_adaskip.engine.compiled import Body, CompiledPlans, Inputs, Made
 from vllm_adaskip.engine.decide import shared_state
-from vllm_adaskip.engine.fill import KV_FILLS
+from vllm_adaskip.engine.fill import KV_FILLS, ProjectFill
 from vllm_adaskip.engine.gate import StepGate
 from vllm_adaskip.engine.guard import PARTS, SIZES, Costs, Guard, measured
 from vllm_adaskip.engine.probes import Probes, runs
@@ -50,7 +50,8 @@ class SkipRuntime:
         state: its plans.
         cache: the paged K/V.
         batches: what attention is told.
-        fill: what is written where attention is left out.
+        fill: what is written where a generated token leaves attention out.
+        prompt_fill: the same of prompt tokens under a prompt plan.
         reader: shows prompts to the method.
         gate: asks the method in the middle of a forward.
         step: the step that runs now, or ran last.
@@ -66,6 +67,7 @@ class SkipRuntime:
         self.cache = KvCache(layers)
         self.batches = compat.SubBatches(vllm_config, layers)
         self.fill = KV_FILLS[facts.kv_fill](layers, self.cache)
+        self.prompt_fill = ProjectFill(layers, self.cache)
         hidden_size = vllm_config.model_config.get_hidden_size()
         device = vllm_config.device_config.device
         self.reader = PromptReader(self.state, self.cache, hidden_size, device, lens)
@@ -149,7 +151,11 @@ class SkipRuntime:
     def _plan(self, starts: Ints, seq_lens: Ints) -> Step:
         rows = len(seq_lens)
         prompt_lens, skips = self._table.prompt_lens[:rows], self._table.skips[:rows]
-        step = Step.of(starts, seq_lens, prompt_lens, skips, self.gate.prompt_skips(seq_lens))
+        shortened = None
+        if (full_from := self._table.full_from[:rows]).any():
+            shortened = full_from, self._table.prompt_skips[:rows]
+        prompt_skips = self.gate.prompt_skips(seq_lens)
+        step = Step.of(starts, seq_lens, prompt_lens, skips, prompt_skips, shortened)
         self._version, self._starts = self._table.version, starts.tobytes()
         self._only_decodes = step.num_generated == step.num_tokens
         self._is_dense = step.is_dense
@@ -382,7 +388,8 @@ class SkippingDecoder(nn.Module):
     def _run_sub_layers(self, step: Step, window: Window) -> None:
         """Run each sub-layer for its tokens; where there are none it is not launched."""
         adaskip = self.adaskip
-        projects, reads, asks = adaskip.fill.projects, adaskip.reader.is_open, adaskip.gate.is_open
+        reads, asks = adaskip.reader.is_open, adaskip.gate.is_open
+        projects = adaskip.fill.projects or step.is_shortened
         for sub_layer in range(step.runs.shape[1]):
             part, is_mlp = step.part(sub_layer), sub_layer % 2
             layer = self._layers[sub_layer // 2]
@@ -404,7 +411,7 @@ class SkippingDecoder(nn.Module):
 
     def _pass_by(self, step: Step, sub_layer: int, window: Window) -> None:
         """Project K/V of the tokens that leave an attention sub-layer out."""
-        tokens = step.passing(sub_layer)
+        tokens = step.passing(sub_layer, generated=self.adaskip.fill.projects)
         if not tokens.count:
             return
         if step.part(sub_layer) is NOBODY:  # what ran last may be of these tokens
@@ -413,4 +420,4 @@ class SkippingDecoder(nn.Module):
         window.adapt(tokens)
         key, value = self.project_kv(self._layers[layer], *window.passing(tokens))
         window.adapt(window.part)
-        self.adaskip.fill.pass_by(layer, tokens, key, value)
+        self.adaskip.prompt_fill.pass_by(layer, tokens, key, value)

@@ -45,7 +45,10 @@ def named_class(module: str, name: str, base: type[Named]) -> type[Named]:
 
     def validate_params(_: type, sampling_params: SamplingParams) -> None:
         """Refuse, in the front end, a request whose arguments are not allowed."""
-        planner.admit(sampling_params.extra_args)
+        planner.admit(
+            sampling_params.extra_args,
+            asks_for_prompt_logprobs=sampling_params.prompt_logprobs is not None,
+        )
 
     own = {"planner": planner, "validate_params": classmethod(validate_params)}
     return cast(type[Named], type(kind, (base,), own))

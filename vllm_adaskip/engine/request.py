@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a request's arguments to what it wants, the same in every process of an engine.
 
-The arguments ``adaskip``, ``adaskip_skip``, ``adaskip_budget`` arrive as ``vllm_xargs`` over HTTP
-and as ``SamplingParams.extra_args`` offline.
+The arguments of `KEYS` arrive as ``vllm_xargs`` over HTTP and as ``SamplingParams.extra_args``
+offline.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from logging import getLogger
 from typing import TYPE_CHECKING, Any
 
@@ -26,13 +26,21 @@ from vllm_adaskip.classifiers import (
 )
 from vllm_adaskip.classifiers.hub import located
 from vllm_adaskip.classifiers.plan import reason, shown
+from vllm_adaskip.engine.prompt_plan import TAIL, PromptPlan, as_tail, exit_plan
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
 
 logger = getLogger("vllm.adaskip")
 
-KEYS = ("adaskip", "adaskip_skip", "adaskip_budget")
+KEYS = (
+    "adaskip",
+    "adaskip_skip",
+    "adaskip_budget",
+    "adaskip_prompt_exit",
+    "adaskip_prompt_skip",
+    "adaskip_prompt_tail",
+)
 #: By which the scheduler tells workers a request's LoRA adapter, where requests may have any.
 ADAPTER = "_adaskip_adapter"
 UNKNOWN = "unknown"
@@ -58,11 +66,14 @@ class RequestError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class RequestArgs:
-    """What one request asks for; ``skip`` is still as it came, `Planner` knows the model."""
+    """What one request asks for; plans are still as they came, `Planner` knows the model."""
 
     off: bool = False
     skip: object | None = None
     budget: float | None = None
+    prompt_exit: object | None = None
+    prompt_skip: object | None = None
+    prompt_tail: int | None = None
 
     @classmethod
     def parse(cls, extra_args: Mapping[str, Any] | None) -> RequestArgs:
@@ -85,7 +96,17 @@ class RequestArgs:
         if switch == "off" and len(ours) > 1:
             others = " and ".join(sorted(ours.keys() - {"adaskip"}))
             raise RequestError("adaskip", f"'off' means dense and does not go with {others}")
-        return cls(switch == "off", ours.get("adaskip_skip"), _budget(ours.get("adaskip_budget")))
+        exit, skip, tail = (ours.get(f"adaskip_prompt_{name}") for name in ("exit", "skip", "tail"))
+        if exit is not None and skip is not None:
+            raise RequestError(
+                "adaskip_prompt_skip", "does not go with adaskip_prompt_exit; leave one out"
+            )
+        try:
+            own_tail = None if tail is None else as_tail(tail)
+        except PlanError as error:
+            raise RequestError("adaskip_prompt_tail", str(error)) from None
+        budget = _budget(ours.get("adaskip_budget"))
+        return cls(switch == "off", ours.get("adaskip_skip"), budget, exit, skip, own_tail)
 
 
 def is_one_answer(params: SamplingParams) -> bool:
@@ -101,7 +122,8 @@ class EngineFacts:
     """The model's depth and the server's options, already checked; they travel as JSON.
 
     ``profile``, a folder or hub id, is where a method finds its tensors, in every process.
-    ``known_plans`` are plans that requests will name, in the form of `SkipPlan.parse`.
+    ``known_plans`` are plans that requests will name, in the form of `SkipPlan.parse`; ``prompt``
+    is what `PromptPlan.of_options` reads.
     """
 
     shape: DecoderShape
@@ -113,6 +135,7 @@ class EngineFacts:
     coalesce: float = 0.0
     guard: bool = False
     known_plans: Sequence[Sequence[int | str]] = field(default_factory=list)  # as JSON has it
+    prompt: Mapping[str, Any] | None = None
 
     def to_json(self) -> str:
         """Write the facts as JSON text."""
@@ -134,6 +157,7 @@ class Wanted:
         budget: largest share of decoder compute that a decided plan may keep.
         gate: scope in which the method's `Gate` may leave out more; None: it may not.
         by_method: whether the server's method decides the plan, and not the request.
+        prompt: what the prompt's tokens leave out; None: nothing.
 
     """
 
@@ -141,6 +165,7 @@ class Wanted:
     budget: float
     gate: Scope | None = None
     by_method: bool = False
+    prompt: PromptPlan | None = None
 
     def is_gated(self, one_answer: bool) -> bool:
         """Return whether that holds for a request, which asks for one token or not."""
@@ -156,6 +181,7 @@ class Planner:
     Attributes:
         known_plans: that sequences are likely to follow: the method's one plan, those of option
             ``known_plans``, and the method's codebook; without dense, `MOST_PLANS` in all at most.
+        prompt: what prompts leave out whose request says nothing; None: nothing.
         dense: leaves out nothing. `decide` returns just this one where the method fails.
         refused: requests that `admit` has refused in this process, by `RequestError.reason`.
 
@@ -191,6 +217,10 @@ class Planner:
                 "nobody knows before a step what it will leave out; allowed: False, or a method "
                 "that decides once a sequence"
             )
+        layers = facts.shape.num_layers
+        self.prompt = None if facts.prompt is None else PromptPlan.of_options(facts.prompt, layers)
+        if self.prompt is not None and self.classifier.reads_whole_prompts:
+            raise ValueError(f"prompt: {dict(facts.prompt or {})!r} {self._not_with_the_method}")
         self._has_failed = False
         self._default = self._decided(facts.budget)
         if self._has_failed:
@@ -198,15 +228,24 @@ class Planner:
         self.known_plans = self._known_plans()
         self.refused = dict.fromkeys(REASONS, 0)
 
-    def admit(self, extra_args: Mapping[str, Any] | None) -> None:
+    def admit(
+        self, extra_args: Mapping[str, Any] | None, *, asks_for_prompt_logprobs: bool = False
+    ) -> None:
         """Refuse, in the front end, a request whose arguments are not allowed, and count it.
 
         Raises:
-            RequestError: see `wanted`.
+            RequestError: see `wanted`; or it asks for what a shortened prompt has not.
 
         """
         try:
-            self.wanted(extra_args)
+            wanted = self.wanted(extra_args)
+            if asks_for_prompt_logprobs and wanted.prompt is not None:
+                raise RequestError(
+                    "adaskip_prompt_exit",
+                    "the tokens of this prompt leave out layers, so they have no "
+                    "log-probabilities; ask for no prompt_logprobs, or for the whole model by "
+                    f"adaskip_prompt_exit {self.facts.shape.num_layers}",
+                )
         except RequestError as error:
             self.refused[error.reason] += 1
             raise
@@ -222,6 +261,11 @@ class Planner:
         args = RequestArgs.parse(extra_args)
         if args.off:
             return Wanted(self.dense, 1.0)
+        wanted = self._wanted(args)
+        prompt = self._prompt(args)
+        return wanted if prompt is None else replace(wanted, prompt=prompt)
+
+    def _wanted(self, args: RequestArgs) -> Wanted:
         if args.skip is not None:
             return Wanted(self._explicit(args.skip, args.budget), 1.0)
         if args.budget is None:
@@ -230,6 +274,39 @@ class Planner:
             return self._decided(min(args.budget, self.facts.budget))
         except PlanError as error:
             raise RequestError("adaskip_budget", str(error)) from None
+
+    def _prompt(self, args: RequestArgs) -> PromptPlan | None:
+        """Return what a request's prompt leaves out: what it names, or what the server says."""
+        own, tail = self.prompt, args.prompt_tail
+        if args.prompt_exit is None and args.prompt_skip is None:
+            if tail is not None and own is None:
+                raise RequestError(
+                    "adaskip_prompt_tail",
+                    "needs adaskip_prompt_exit or adaskip_prompt_skip beside it, as prompts of "
+                    "this server run everything",
+                )
+            return own if own is None or tail is None else replace(own, tail=tail)
+        layers = self.facts.shape.num_layers
+        key = "adaskip_prompt_exit" if args.prompt_skip is None else "adaskip_prompt_skip"
+        try:
+            if args.prompt_skip is None:
+                plan = exit_plan(args.prompt_exit, layers)
+            else:
+                plan = SkipPlan.parse(args.prompt_skip, layers)
+        except PlanError as error:
+            raise RequestError(key, str(error)) from None
+        if plan.is_dense:
+            return None
+        if self.classifier.reads_whole_prompts:
+            raise RequestError(key, f"'{plan}' {self._not_with_the_method}")
+        return PromptPlan(plan, tail or (own.tail if own else TAIL))
+
+    @property
+    def _not_with_the_method(self) -> str:
+        return (
+            f"is not allowed with method {self.facts.method!r}, whose figures are of prompts that "
+            "run everything; allowed: no prompt plan, or another method"
+        )
 
     def decide(self, budget: float, prompt: PromptStatistics | None) -> SkipPlan:
         """Return the plan that the method decides, or `dense` where it fails, which is logged once.

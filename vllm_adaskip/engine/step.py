@@ -90,6 +90,8 @@ class Step:
         length: ``[spans]`` tokens.
         behind: ``[spans]`` tokens of the row's query behind the span.
         generated: ``[spans]`` True for generated tokens, False for a prompt's.
+        shortened: ``[spans]`` True for a prompt's tokens under a prompt plan, whose K/V later
+            tokens read in every layer.
         runs: ``[spans, 2 * num_layers]``, True where the span runs the sub-layer. Change it by
             `leave` alone.
         num_tokens: tokens of the step.
@@ -97,8 +99,17 @@ class Step:
 
     """
 
-    def __init__(self, row: Ints, length: Ints, behind: Ints, generated: Bools, runs: Bools):
+    def __init__(
+        self,
+        row: Ints,
+        length: Ints,
+        behind: Ints,
+        generated: Bools,
+        runs: Bools,
+        shortened: Bools | None = None,
+    ) -> None:
         self.row, self.length, self.behind, self.generated = row, length, behind, generated
+        self.shortened = np.zeros_like(generated) if shortened is None else shortened
         # One sub-layer's column is read far more often than one span's row.
         self.runs = np.ascontiguousarray(runs.T).T
         self.num_tokens = int(length.sum())
@@ -116,6 +127,7 @@ class Step:
         prompt_lens: Ints,
         skips: Bools,
         prompt_skips: Bools | None = None,
+        shortened: tuple[Ints, Bools] | None = None,
     ) -> Step:
         """Lay out a step.
 
@@ -125,6 +137,9 @@ class Step:
             prompt_lens: ``[rows]`` tokens of its prompt.
             skips: ``[rows, 2 * num_layers]`` what the row's generated tokens leave out.
             prompt_skips: the same for prompt tokens; None: these run everything.
+            shortened: ``[rows]`` the first position of each prompt whose token is under no prompt
+                plan, and ``[rows, 2 * num_layers]`` what the tokens before leave out; None: there
+                are no prompt plans.
 
         """
         # Plain ufuncs: this runs whenever the batch changes, and np.diff takes twice as long.
@@ -133,14 +148,21 @@ class Step:
         rows = np.arange(len(query))
         if (new == query).all():
             return cls(rows, query, np.zeros_like(query), np.ones(len(query), bool), ~skips)
-        length = np.stack((query - new, new), axis=1).ravel()  # a row's prompt comes first
-        behind = np.stack((new, np.zeros_like(new)), axis=1).ravel()
-        row, generated = np.repeat(rows, 2), np.tile([False, True], len(rows))
-        runs = ~(skips[row] & generated[:, None])
+        short = np.zeros_like(new)
+        left_out = np.zeros((len(rows), 3, skips.shape[1]), dtype=np.bool_)
+        left_out[:, 2] = skips
         if prompt_skips is not None:
-            runs &= ~(prompt_skips[row] & ~generated[:, None])
-        spans = (each[length > 0] for each in (row, length, behind, generated, runs))
-        return cls(*spans)
+            left_out[:, :2] = prompt_skips[:, None]
+        if shortened is not None:
+            short = np.clip(shortened[0] - (seq_lens - query), 0, query - new)
+            left_out[:, 0] |= shortened[1]
+        # Of each row the shortened tokens of its prompt, the others, and generated ones.
+        length = np.stack((short, query - new - short, new), axis=1)
+        behind = query[:, None] - length.cumsum(axis=1)
+        is_there = length > 0
+        row, kind = is_there.nonzero()
+        runs = ~left_out[is_there]
+        return cls(row, length[is_there], behind[is_there], kind == 2, runs, kind == 0)
 
     @classmethod
     def of_one_plan(cls, left_out: Bools, rows: int) -> Step:
@@ -150,7 +172,8 @@ class Step:
 
     def fork(self) -> Step:
         """Return a step of its own with the same spans, for a forward that may clear some."""
-        other = Step(self.row, self.length, self.behind, self.generated, self.runs.copy())
+        runs, shortened = self.runs.copy(), self.shortened.copy()
+        other = Step(self.row, self.length, self.behind, self.generated, runs, shortened)
         other._columns, other._parts = self._columns.copy(), self._parts.copy()
         return other
 
@@ -194,9 +217,18 @@ class Step:
         (chosen,) = spans.nonzero()
         return Tokens(ranges(self.starts[chosen], self.length[chosen]))
 
-    def passing(self, sub_layer: int) -> Tokens:
-        """Return the generated tokens that leave a sub-layer out."""
-        return self.tokens(self.generated & ~self.runs[:, sub_layer])
+    @property
+    def is_shortened(self) -> bool:
+        """Whether there are tokens under a prompt plan."""
+        return bool(self.shortened.any())
+
+    def passing(self, sub_layer: int, *, generated: bool = True) -> Tokens:
+        """Return the tokens that leave a sub-layer out and whose K/V may be read.
+
+        Those under a prompt plan, and with ``generated`` those too.
+        """
+        read = self.shortened | self.generated if generated else self.shortened
+        return self.tokens(read & ~self.runs[:, sub_layer])
 
     def span_of(self, tokens: Ints) -> Ints:
         """Return the span of each token."""
@@ -222,6 +254,7 @@ class Step:
             spans = self.span_of(tokens)
             self._parts = ["?"] * len(self._parts)
         self.runs[spans] &= ~left_out
+        self.shortened[spans] = False  # a prompt that stops for good is read by nobody
         self._counted = None
         for sub_layer in np.flatnonzero(left_out.any(axis=0)).tolist():
             self._parts[sub_layer] = "?"
@@ -238,6 +271,7 @@ class Step:
         ends = (self.starts + self.length)[source]
         self.behind = self.behind[source] + ends - starts - length
         self.row, self.generated = self.row[source], self.generated[source]
+        self.shortened = self.shortened[source]
         self.length, self._starts = length, starts
         self.runs = np.ascontiguousarray(self.runs.T[:, source]).T
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from vllm_adaskip.classifiers import SkipPlan
 from vllm_adaskip.engine.counts import Counts
+from vllm_adaskip.engine.prompt_plan import PromptPlan
 from vllm_adaskip.engine.step import Bools
 
 Value = TypeVar("Value")
@@ -25,7 +26,8 @@ class Undecided:
     """A sequence whose plan waits for its prompt to be read.
 
     Attributes:
-        prompt_hash: digest of the prompt's token ids, and of its LoRA adapter's name.
+        prompt_hash: digest of the prompt's token ids, of its LoRA adapter's name, and of what its
+            tokens leave out.
         budget: largest share of decoder compute its plan may keep.
 
     """
@@ -43,6 +45,9 @@ class SequenceTable:
             sub-layer, in running order attention 0, MLP 0, attention 1, ...
         wants: the same, what the method decided for the row, also where a guard has it run dense;
             nothing where the request named its plan.
+        full_from: ``[capacity]`` int64, the first position of the row's prompt whose token runs
+            everything; 0: all do.
+        prompt_skips: ``[capacity, 2 * num_layers]``, what the tokens before leave out.
         undecided: rows that have no plan yet.
         gated: ``[capacity]`` bool, True where the method's `Gate` may leave out more.
         allowed: of gated rows that say so, the token ids they may draw.
@@ -58,6 +63,8 @@ class SequenceTable:
         self.prompt_lens = np.zeros(capacity, dtype=np.int64)
         self.skips = np.zeros((capacity, 2 * num_layers), dtype=np.bool_)
         self.wants = np.zeros_like(self.skips)
+        self.full_from = np.zeros(capacity, dtype=np.int64)
+        self.prompt_skips = np.zeros_like(self.skips)
         self.undecided: dict[int, Undecided] = {}
         self.gated = np.zeros(capacity, dtype=np.bool_)
         self.allowed: dict[int, Sequence[int]] = {}
@@ -88,10 +95,14 @@ class SequenceTable:
         *,
         is_new: bool = True,
         gated: bool = False,
+        prompt: PromptPlan | None = None,
     ) -> None:
         """Put a sequence into a row; ``is_new`` is False for one that comes back."""
         self.remove(row)
         self.prompt_lens[row] = prompt_len
+        if prompt is not None:
+            self.full_from[row] = prompt.full_from(prompt_len)
+            self.prompt_skips[row] = prompt.plan.mask()
         self.gated[row] = gated
         self.requests += is_new
         if isinstance(plan, Undecided):
@@ -121,8 +132,8 @@ class SequenceTable:
 
     def remove(self, row: int) -> None:
         """Empty a row."""
-        self.prompt_lens[row] = 0
-        self.skips[row] = self.wants[row] = False
+        self.prompt_lens[row] = self.full_from[row] = 0
+        self.skips[row] = self.wants[row] = self.prompt_skips[row] = False
         self.gated[row] = False
         self.counts.leave(row)
         self.allowed.pop(row, None)
@@ -137,7 +148,14 @@ class SequenceTable:
     def swap(self, one: int, other: int) -> None:
         """Exchange the sequences of two rows."""
         pair, swapped = [one, other], [other, one]
-        for values in (self.prompt_lens, self.skips, self.wants, self.gated):
+        for values in (
+            self.prompt_lens,
+            self.skips,
+            self.wants,
+            self.full_from,
+            self.prompt_skips,
+            self.gated,
+        ):
             values[pair] = values[swapped]
         self.counts.swap(one, other)
         _swap(self.undecided, one, other)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 from abc import abstractmethod
 from collections.abc import Callable
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -17,10 +18,12 @@ if TYPE_CHECKING:
 
     Hasher = Callable[[Request], list[BlockHash]]
 
-__all__ = ["AsyncScheduler", "Mark", "MarkedBlocks"]
+__all__ = ["AsyncScheduler", "Mark", "MarkedBlocks", "PromptMark"]
 
-#: Returns the mark of one more block.
+#: Returns the mark of one more block that reaches past the prompt.
 Mark = Callable[[], bytes]
+#: Returns the mark of a block by the position behind its last token.
+PromptMark = Callable[[int], bytes]
 
 
 class MarkedBlocks(Scheduler):
@@ -28,7 +31,8 @@ class MarkedBlocks(Scheduler):
 
     vLLM hashes a request's full prompt blocks when it makes the request, before it is added
     here, and every later block by ``request._block_hasher`` when a token fills it. So
-    replacing that hasher reaches exactly the blocks with generated tokens.
+    replacing that hasher reaches exactly the blocks with generated tokens; where the prompt's own
+    have a mark, they are hashed once more.
 
     vLLM makes blocks findable when it schedules them, before anybody knows what they will hold. So
     the step in which a prompt becomes complete is kept out of the cache where it may leave holes;
@@ -46,6 +50,10 @@ class MarkedBlocks(Scheduler):
         """Return what is mixed into the hashes of later blocks; None: nothing."""
 
     @abstractmethod
+    def prompt_mark_of(self, request: Request) -> PromptMark | None:
+        """Return what is mixed into the hashes of all blocks; None: nothing."""
+
+    @abstractmethod
     def is_lasting(self, mark: Mark) -> bool:
         """Return whether a request that comes back after preemption has the same mark again."""
 
@@ -55,9 +63,13 @@ class MarkedBlocks(Scheduler):
 
     def add_request(self, request: Request) -> None:
         """Have the request's later blocks marked, then add it."""
-        hasher = request._block_hasher
-        if hasher is not None and (mark := self.mark_of(request)) is not None:
-            request._block_hasher = _marking(hasher, mark)
+        if (hasher := request._block_hasher) is not None:
+            mark, prompt_mark = self.mark_of(request), self.prompt_mark_of(request)
+            if mark is not None or prompt_mark is not None:
+                request._block_hasher = _marking(hasher, mark, prompt_mark, self.hash_block_size)
+            if prompt_mark is not None:
+                request.block_hashes.clear()
+                request.update_block_hashes()
         super().add_request(request)
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
@@ -97,11 +109,21 @@ class _KeepingApart:
         )
 
 
-def _marking(hasher: Hasher, mark: Mark) -> Hasher:
-    """Mix a mark into each hash; the next block's is chained to the mixed one."""
+def _marking(
+    hasher: Hasher, mark: Mark | None, prompt_mark: PromptMark | None, block_size: int
+) -> Hasher:
+    """Mix marks into each hash; the next block's is chained to the mixed one."""
+
+    def marks(request: Request, end: int) -> bytes:
+        own = b"" if prompt_mark is None else prompt_mark(end)
+        return own if mark is None or end <= request.num_prompt_tokens else own + mark()
 
     def marked(request: Request) -> list[BlockHash]:
-        return [hashlib.sha256(plain + mark()).digest() for plain in hasher(request)]
+        ends = count((len(request.block_hashes) + 1) * block_size, block_size)
+        return [
+            hashlib.sha256(plain + marks(request, end)).digest()
+            for plain, end in zip(hasher(request), ends, strict=False)
+        ]
 
     marked.mark = mark  # type: ignore[attr-defined]
     return marked
