@@ -213,6 +213,6 @@ def test_a_server_s_prompt_plan_is_for_prompts_that_are_long_enough(
 
 def test_log_probabilities_of_a_shortened_prompt_are_refused(make: Callable[..., Any]) -> None:
     llm, asked = make(), Asked([1] * 50, [3], 5, [])
-    with pytest.raises(VLLMValidationError, match="no log-probabilities.*adaskip_prompt_exit 8"):
+    with pytest.raises(VLLMValidationError, match=r"no log-probabilities.*adaskip_prompt_exit 8"):
         run(llm, [asked], prompt_logprobs=1)
     run(llm, [Asked([1] * 50, [], 5, [])], prompt_logprobs=1)

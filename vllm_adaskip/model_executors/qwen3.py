@@ -16,8 +16,8 @@ class NormedKeys(LlamaLayers):
 
     def before_rotary(self, attention: Any, key: Tensor) -> Tensor:
         """Norm each head's key."""
-        heads = key.unflatten(-1, (attention.num_kv_heads, attention.head_dim))
-        normed: Tensor = attention.k_norm(heads).flatten(-2)
+        heads = key.view(-1, attention.num_kv_heads, attention.head_dim)
+        normed: Tensor = attention.k_norm(heads).view(key.shape)
         return normed
 
 
