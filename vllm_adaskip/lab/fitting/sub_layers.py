@@ -139,11 +139,8 @@ def _left_idle(layer: nn.Module, config: Any) -> int:
     experts = getattr(_part(layer, _MLP), "experts", None)
     if experts is None:
         return 0
-    return (
-        _weights(experts)
-        * (config.num_experts - config.num_experts_per_tok)
-        // (config.num_experts)
-    )
+    number, picked = int(config.num_experts), int(config.num_experts_per_tok)
+    return _weights(experts) * (number - picked) // number
 
 
 def _weights(module: nn.Module) -> int:
