@@ -160,6 +160,7 @@ def examples(count: int, steps: int) -> settings:
     return settings(
         max_examples=count,
         stateful_step_count=steps,
+        deadline=None,  # `soak.py` runs outside of pytest, whose profile says so too
         phases=[Phase.generate],  # a fault names its request in full; shrinking takes minutes
         report_multiple_bugs=False,
         database=None,

@@ -119,9 +119,9 @@ def soak(run: Run, model: str, seeds: random.Random, more: Callable[[], bool]) -
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     traffic = Traffic(LLM(model, **engine_options(run.kv_fill)), Judge(model))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    start = time.monotonic()
     run.look(traffic)
     visit_every_size(traffic, ENGINES[run.kv_fill]["max_num_batched_tokens"])
+    start = time.monotonic()  # however long that took, the traffic has its time
     while more() and not traffic.broken:
         torture, known = seeded(seeds.randrange(2**32))(machine(traffic)), len(traffic.faults)
         try:
@@ -129,6 +129,7 @@ def soak(run: Run, model: str, seeds: random.Random, more: Callable[[], bool]) -
         except Exception as error:
             if len(traffic.faults) == known:  # else the fault itself says more
                 traffic.faults.append(repr(error))
+                break  # what is wrong is not the traffic, and would be so again
         if not traffic.broken:
             run.look(traffic)
         run.seconds = time.monotonic() - start

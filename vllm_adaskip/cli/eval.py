@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_adaskip.cli import run
+from vllm_adaskip.engine.prompt_plan import TAIL
 from vllm_adaskip.lab.evaluation.results import Results
-from vllm_adaskip.lab.evaluation.settings import distinct, explicit
+from vllm_adaskip.lab.evaluation.settings import distinct, explicit, shortened
 
 if TYPE_CHECKING:
     from vllm_adaskip.lab.evaluation.summary import Summary
@@ -32,6 +33,13 @@ def evaluate(
     profile: run.Profiles = None,
     plans: run.Families = None,
     skip: Annotated[list[str] | None, typer.Option(help="A plan as JSON, [5, 6].")] = None,
+    prompt_exit: Annotated[
+        list[int] | None,
+        typer.Option(help="Prompts of which so many layers run (docs/prompts.md)."),
+    ] = None,
+    prompt_tail: Annotated[
+        int, typer.Option(min=1, help="Their last tokens, which run everything.")
+    ] = TAIL,
     budget: run.Budgets = None,
     target_skip: run.Targets = None,
     draws: Annotated[int, typer.Option(min=1, help="Random plans for each budget.")] = 3,
@@ -44,10 +52,10 @@ def evaluate(
 ) -> None:
     """Run a model dense and under skip plans on a data set, through the real engine.
 
-    With no --method, --profile, --plans and --skip: method similarity, and all families of
-    fixed plans.
+    With no --method, --profile, --plans, --skip and --prompt-exit: method similarity, and all
+    families of fixed plans.
     """
-    if not (method or profile or plans or skip):
+    if not (method or profile or plans or skip or prompt_exit):
         method, plans = ["similarity"], ["uniform", "random", "exit"]
     with run.plain_errors():
         from vllm_adaskip.lab.evaluation.doubt import doubts
@@ -60,6 +68,7 @@ def evaluate(
         )
         settings = distinct([
             *(explicit(run.parsed(one, "--skip", list), manifest.num_layers) for one in skip or ()),
+            *shortened(prompt_exit or (), prompt_tail, manifest.num_layers),
             *run.candidates(manifest.num_layers, plans, method, options, budget, draws, seed),
             *run.profiles(profile, budget, target_skip, manifest),
         ])  # fmt: skip

@@ -153,7 +153,8 @@ def _of_setting(one: SettingSummary, summary: Summary) -> Iterator[Doubt]:
     if speed.rounds < summary.rounds:
         done = f"{speed.rounds} of {summary.rounds} rounds"
         yield Doubt("unfinished", f"{one.name} was timed in {done}: let the run finish.")
-    yield from of_time(one.name, one.kept, speed)
+    prompts = one.setting.prompt.get("exit", summary.num_layers) / summary.num_layers
+    yield from of_time(one.name, min(one.kept, prompts), speed)
 
 
 def of_time(name: str, kept: float, speed: Speed, whose: str = "dense") -> Iterator[Doubt]:
@@ -161,7 +162,7 @@ def of_time(name: str, kept: float, speed: Speed, whose: str = "dense") -> Itera
 
     Args:
         name: of what was timed.
-        kept: share of decoder compute that it keeps.
+        kept: share of decoder compute that it keeps; of prompts or of answers, the smaller.
         speed: its time against somebody's.
         whose: that is.
 

@@ -105,9 +105,11 @@ class Engine:
 
     def arguments(self, setting: Setting) -> dict[str, Any]:
         """Give the ``extra_args`` of one request."""
+        own = {f"adaskip_prompt_{key}": value for key, value in setting.prompt.items()}
+        own[ASKED] = next(self._asked)
         if setting.skip is not None:
-            return {"adaskip_skip": setting.skip, ASKED: next(self._asked)}
-        return {"adaskip_budget": setting.budget, ASKED: next(self._asked)}
+            return {"adaskip_skip": setting.skip, **own}
+        return {"adaskip_budget": setting.budget, **own}
 
     def ran(self, params: Sequence[Any], outputs: Sequence[Any]) -> list[Ran]:
         """Give what ran of requests that were just answered."""

@@ -39,6 +39,7 @@ class Setting(Record):
         options: the method's own options.
         budget: largest share of decoder compute a decided plan may keep.
         skip: an explicit plan, which goes before the method; None: the method decides.
+        prompt: what prompts leave out, as of option ``prompt``: ``{"exit": 24, "tail": 16}``.
 
     """
 
@@ -48,6 +49,7 @@ class Setting(Record):
     options: dict[str, Any] = {}
     budget: float = 1.0
     skip: list[int | str] | None = None
+    prompt: dict[str, Any] = {}
 
 
 class Answer(Record):

@@ -10,6 +10,7 @@ from typing import Any
 from vllm_adaskip.classifiers import METHODS, SkipPlan, method_of
 from vllm_adaskip.classifiers.hub import located
 from vllm_adaskip.classifiers.profile import Profile
+from vllm_adaskip.engine.prompt_plan import as_tail, exit_plan
 from vllm_adaskip.lab import fixed_plans
 from vllm_adaskip.lab.evaluation.results import Setting
 
@@ -67,6 +68,20 @@ def explicit(skip: list[int | str], num_layers: int) -> Setting:
     """Give the setting of one plan that the user names (`PlanError` if it cannot run)."""
     plan = SkipPlan.parse(skip, num_layers)
     return Setting(name=str(plan), family="plan", skip=plan.entries())
+
+
+def shortened(exits: Iterable[int], tail: int, num_layers: int) -> Iterator[Setting]:
+    """Give the settings in which a prompt's tokens, but the last, stop after some layers.
+
+    Raises:
+        PlanError: the model has not so many layers.
+
+    """
+    for layers in exits:
+        exit_plan(layers, num_layers)
+        name = f"prompts to {layers}/{num_layers}, tail {tail}"
+        prompt = {"exit": layers, "tail": as_tail(tail)}
+        yield Setting(name=name, family="prompts", skip=[], prompt=prompt)
 
 
 def decided(method: str, options: dict[str, Any], budgets: Iterable[float]) -> Iterator[Setting]:
