@@ -15,7 +15,7 @@ from hypothesis.extra.numpy import arrays
 from vllm_adaskip.classifiers import DecoderShape
 from vllm_adaskip.engine import guard as guarding
 from vllm_adaskip.engine.blocks import block_mark, unfindable
-from vllm_adaskip.engine.guard import AGAIN, STALE, Bools, Costs, Guard, measured, sort_of
+from vllm_adaskip.engine.guard import AGAIN, DOUBT, STALE, Bools, Costs, Guard, measured, sort_of
 from vllm_adaskip.engine.request import EngineFacts, Planner
 
 LAYERS = 4
@@ -92,6 +92,7 @@ def test_near_the_limit_it_does_not_flap() -> None:
     table = TABLE.copy()
     table[1] = 0.003  # so that near takes 39.5 ms
     one = Guard(lambda: Costs([1, 64], table[:-1], []))
+    one.factors[:] = 1  # as if all had been seen
     assert one.admits(near, alone(1), 1)  # nothing speaks against it at first
     assert not one.admits(alone(1, 1), alone(1), 1)
     assert not one.admits(near, alone(1), 3)  # saves less than AGAIN
@@ -129,6 +130,22 @@ def test_what_is_learnt_of_one_sort_of_step_says_nothing_of_another() -> None:
     assert one.admits(half, alone(1), 1) and not one.admits(little, alone(1), 1)
 
 
+def test_the_loop_is_doubted_until_some_of_its_steps_were_seen() -> None:
+    """What is measured at start-up has no attention over a cache; dense steps say how much that is.
+
+    At 135M and batch 16, dense steps took 1.4 times what was measured, those of the loop 1.9 times.
+    """
+    one = guard()
+    little = alone(1, 2, 3, 5)  # 29 of 40, by what was measured
+    assert one.admits(little, alone(1), 1)
+    for _ in range(20):
+        one.saw(~alone(1), 0.056)
+    assert factor(one, little) == pytest.approx(1.4 * DOUBT, rel=0.02)
+    for _ in range(20):
+        one.saw(~little, 0.028)
+    assert factor(one, alone(1)) == pytest.approx(1.4, rel=0.02)  # the loop says nothing of it
+
+
 def test_what_is_seen_while_serving_corrects_what_was_measured() -> None:
     one = guard()
     plan = alone(1, 2, 3, 4, 5)
@@ -155,7 +172,7 @@ def test_a_slower_machine_is_no_reason_to_change() -> None:
         for _ in range(2 * STALE):
             one.saw(~alone(1), seconds)
     assert factor(one, alone(1)) == pytest.approx(2, abs=0.05)
-    assert factor(one, alone(1, 2, 3)) == pytest.approx(factor(one, alone(1)), rel=0.05)
+    assert 2 < factor(one, alone(1, 2, 3)) < 2 * DOUBT
 
 
 def test_what_was_disturbed_long_ago_is_tried_again() -> None:
@@ -176,7 +193,7 @@ def test_all_ranks_judge_by_the_first_one_s_clock() -> None:
         second.saw(~alone(1, 2, 3), 0.037)
     plans = alone(1, *range(1, 8)), alone(1, 2, 3), alone(1, 2, 3, 4, 5)
     verdicts = [[one.admits(plan, alone(1), 1) for plan in plans] for one in (first, second)]
-    assert verdicts[0] == verdicts[1] == [True, False, True]
+    assert verdicts[0] == verdicts[1] == [True, False, False]
 
 
 def test_measuring_takes_the_fastest_turn_and_never_more_for_fewer_rows(

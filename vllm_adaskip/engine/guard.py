@@ -34,6 +34,9 @@ AGAIN = 0.03
 #: How far one step moves what was measured while serving, the first ones further; and by what
 #: factor it counts at most.
 RATE, FAR = 1 / 16, 1.5
+#: What steps of the loop are taken to take over what was measured, until some were seen: attention
+#: over the KV cache and the planning of a step are not in it, and never slower is what is promised.
+DOUBT = 1.25
 #: Steps after which a sort that did not run is taken to change as the one that does, and how fast
 #: what was seen of it is then forgotten, so that what was disturbed once is tried again.
 STALE, FORGET = 64, 1 / 1024
@@ -145,6 +148,7 @@ class Guard:
         self.seconds = 0.0
         self._measured, self._of_rank_0 = costs, of_rank_0
         self.factors = np.ones(SORTS)
+        self.factors[KINDS.index("loop")] = DOUBT
         self.sequences = dict.fromkeys(VERDICTS, 0)
         self._follows = True
         self._last: dict[str, float | int] = {}
@@ -208,11 +212,15 @@ class Guard:
         self._steps += 1
         self._seen[sort] = self._steps
         self._newest[KINDS[sort[0]]] = sort
-        stale = self._steps - self._seen > STALE
         self._times[sort] += 1
         rate = max(RATE, 1 / self._times[sort])
         self.factors[sort] = new = old + rate * (now - old)
-        self.factors[stale] *= new / old
+        # What moves a sort that was just met is what had been reckoned wrong of it, no drift.
+        stale = (self._steps - self._seen > STALE) & (rate == RATE)
+        unseen = self._times == 1
+        if KINDS[sort[0]] == "loop":  # which says nothing of steps that run compiled
+            unseen[: KINDS.index("loop")] = False
+        self.factors[stale | unseen] *= new / old
         self.factors[stale] += FORGET * (new - self.factors[stale])
 
     def report(self) -> dict[str, Any]:
