@@ -21,7 +21,7 @@ help:
 	@echo "make lint   ruff, mypy, import-linter"
 	@echo "make bench  adaskip bench: stock vLLM, the plugin and deleted layers side by side"
 	@echo "make bench-guard  a fast subset of it, whose ratios must not fall"
-	@echo "make bench-parts  K/V fills; reading prompts; early exit"
+	@echo "make bench-parts  K/V fills; reading prompts; early exit; shortened prompts"
 	@echo "make gpu-check  on a machine with a GPU and vLLM: mixed plans against transformers, speed"
 	@echo "make soak   the torture test for half an hour; make soak MINUTES=5 for less"
 	@echo "make train  train the bundled model again, into build/model (about an hour)"
@@ -79,6 +79,7 @@ bench-parts: setup
 	$(BIN)/python benchmarks/paged_kv.py --rounds $(ROUNDS)
 	$(BIN)/python benchmarks/reading_prompts.py --rounds $(ROUNDS) $(LARGE)
 	$(BIN)/python benchmarks/early_exit.py --rounds $(ROUNDS) $(LARGE)
+	$(BIN)/python benchmarks/shortened_prompts.py --model bundled --rounds $(ROUNDS)
 
 # With the Python that has vLLM for the GPU, which no set-up of ours installs.
 gpu-check:

@@ -37,6 +37,16 @@ def test_defaults_decide_nothing() -> None:
         ({"method": "static", "skip": [5], "skp": 1}, ["skp", "did you mean 'skip'"]),
         ({"skip": [5]}, ["skip", "belongs to method 'static'", "'none'"]),
         ({"": 1}, ["unknown option"]),
+        ({"prompt": 24}, ["adaskip.prompt: 24"]),
+        (
+            {"prompt": {"exit": 4, "skip": [1]}},
+            ["adaskip.prompt", "'exit' or 'skip', and not both"],
+        ),
+        ({"prompt": {"tail": 4}}, ["adaskip.prompt", "needs 'exit' or 'skip'"]),
+        ({"prompt": {"exit": 4, "tial": 4}}, ["adaskip.prompt.tial", "exit, skip, tail, from"]),
+        ({"prompt": {"exit": "4"}}, ["adaskip.prompt.exit: '4'", "integer"]),
+        ({"prompt": {"exit": 4, "tail": 0}}, ["adaskip.prompt.tail: 0"]),
+        ({"prompt": {"exit": 4, "from": -1}}, ["adaskip.prompt.from: -1"]),
     ],
 )
 def test_refuses_with_the_key_the_value_and_what_is_allowed(options: Any, words: list[str]) -> None:
@@ -50,6 +60,8 @@ def test_refuses_with_the_key_the_value_and_what_is_allowed(options: Any, words:
     ("options", "words"),
     [
         ({"method": "static", "skip": [8]}, ["8", "layers 0 to 7"]),
+        ({"prompt": {"exit": 9}}, ["prompt: 9", "1 to 8"]),
+        ({"prompt": {"skip": [8]}}, ["prompt: 8", "layers 0 to 7"]),
         ({"method": "static", "skip": list(range(8))}, ["all 16 sub-layers"]),
         ({"method": "static", "skip": [1], "budget": 0.5}, ["0.5", "keeps 0.875"]),
         ({"budget": 0.5}, ["0.5", "'none' skips nothing"]),

@@ -267,8 +267,10 @@ NAMES = {
     "llama": "Llama",
     "mistral": "Mistral",
     "opt": "OPT",
+    "phi3": "Phi3",
     "qwen2": "Qwen2",
     "qwen3": "Qwen3",
+    "qwen3_moe": "Qwen3Moe",
 }
 
 
@@ -290,6 +292,19 @@ def test_the_plugin_picks_the_class_of_the_family(tmp_path: Path, name: str) -> 
     found = from_command_line("--model", model, "--plugin", "adaskip").model_config
     assert found.architecture == f"AdaSkip{NAMES[name]}ForCausalLM"
     assert len(found.logits_processors) == 1
+
+
+def test_experts_in_some_layers_alone_and_adapters_beside_experts_are_refused(
+    tmp_path: Path,
+) -> None:
+    for change in ({"decoder_sparse_step": 2}, {"mlp_only_layers": [1]}):
+        mixed = family(tmp_path / next(iter(change)), "qwen3_moe", **change)
+        with pytest.raises(ValueError, match="experts in some layers alone"):
+            config(mixed, **engine_args())
+    model = family(tmp_path / "all", "qwen3_moe")
+    config(model, **engine_args())
+    with pytest.raises(ValueError, match=r"adapters beside experts.*remove --enable-lora"):
+        config(model, enable_lora=True, **engine_args())
 
 
 @pytest.mark.parametrize("name", ["mistral", "qwen2", "qwen3"])

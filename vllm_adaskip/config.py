@@ -220,7 +220,9 @@ def _explain(error: ValidationError, options: Mapping[str, Any]) -> str:
     lines = []
     for problem in error.errors(include_url=False):
         key = str(problem["loc"][0])
-        if problem["type"] == "extra_forbidden":
+        if len(problem["loc"]) > 1 and key == "prompt":
+            lines.append(_in_prompt(str(problem["loc"][1]), problem))
+        elif problem["type"] == "extra_forbidden":
             lines.append(_unknown(key, str(options.get("method", "none"))))
         elif problem["type"] == "missing":
             lines.append(f"adaskip.{key} is missing; method {options.get('method')!r} needs it")
@@ -229,6 +231,13 @@ def _explain(error: ValidationError, options: Mapping[str, Any]) -> str:
             reason = problem["msg"].removeprefix("Value error, ")
             lines.append(f"adaskip.{key}: {value} is not allowed: {reason}")
     return "\n".join(dict.fromkeys(lines))
+
+
+def _in_prompt(key: str, problem: Any) -> str:
+    """Explain what is wrong with a key of option ``prompt``."""
+    if problem["type"] == "extra_forbidden":
+        return f"adaskip.prompt.{key:.80}: unknown option; allowed: exit, skip, tail, from"
+    return f"adaskip.prompt.{key:.80}: {shown(problem['input'])} is not allowed: {problem['msg']}"
 
 
 def _unknown(key: str, method: str) -> str:

@@ -161,6 +161,8 @@ def _unsupported(vllm_config: VllmConfig) -> Iterator[str]:
     if (adapters := vllm_config.lora_config) is not None:
         if not current_platform.is_cpu():
             yield "LoRA adapters with plans have been run on CPUs alone; remove --enable-lora"
+        if getattr(model.hf_text_config, "num_experts", None):
+            yield "LoRA adapters beside experts have not been run; remove --enable-lora"
         if adapters.fully_sharded_loras:
             yield "sharded LoRA has not been tested; remove --fully-sharded-loras"
     if model.quantization not in (None, *QUANTISED):

@@ -16,6 +16,8 @@ from vllm_adaskip.model_executors.registry import FAMILIES
 PLAN_KINDS = {"whole layers": "5", "attention": "attn:5", "MLPs": "mlp:5"}
 #: Quantised weights that were run under plans, by family; others of the list load, untried.
 QUANTISED = {"LlamaForCausalLM": ("W8A8 int8", "W4A16 int4", "GPTQ int4", "AWQ int4")}
+#: Families whose requests may bring no LoRA adapter, which is refused at start-up.
+UNADAPTED = ("Qwen3MoeForCausalLM",)
 KV_FILLS: tuple[str, ...] = get_args(AdaSkipConfig.model_fields["kv_fill"].annotation)
 
 
@@ -40,7 +42,8 @@ def markdown() -> str:
         ]
         weights = ", ".join(QUANTISED.get(family, ("not tried",)))
         kinds = [", ".join(f"`{fill}`" for fill in one) for one in fills]
-        rows.append([f"`{family}`", *kinds, weights, "LoRA"])
+        adapters = "refused" if family in UNADAPTED else "LoRA"
+        rows.append([f"`{family}`", *kinds, weights, adapters])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 

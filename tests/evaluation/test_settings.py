@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_adaskip.classifiers import METHODS, SkipPlan
+from vllm_adaskip.classifiers import METHODS, PlanError, SkipPlan
 from vllm_adaskip.classifiers.profile import Profile, ProfileError
 from vllm_adaskip.lab.evaluation.settings import (
     DENSE,
@@ -17,6 +17,7 @@ from vllm_adaskip.lab.evaluation.settings import (
     explicit,
     plans,
     profiled,
+    shortened,
     uniform,
 )
 
@@ -76,3 +77,10 @@ def test_a_profile_by_itself_below_its_own_budget_and_at_targets(tmp_path: Path)
 def test_an_unknown_method_is_refused_with_those_that_exist() -> None:
     with pytest.raises(ValueError, match=f"'nope' is no method; allowed: {', '.join(METHODS)}"):
         list(decided("nope", {}, [0.5]))
+
+
+def test_shortened_prompts_are_settings_of_their_own() -> None:
+    one, other = shortened([9, 6], 5, 12)
+    assert one.prompt == {"exit": 9, "tail": 5} and one.skip == [] and one.name != other.name
+    with pytest.raises(PlanError, match="1 to 12"):
+        [*shortened([13], 5, 12)]

@@ -68,10 +68,13 @@ class PromptPlan:
 
         """
         read = PromptOptions.model_validate(dict(options))
-        if read.skip is None:
-            plan = exit_plan(read.exit, num_layers)
-        else:
-            plan = SkipPlan.parse(read.skip, num_layers)
+        try:
+            if read.skip is None:
+                plan = exit_plan(read.exit, num_layers)
+            else:
+                plan = SkipPlan.parse(read.skip, num_layers)
+        except PlanError as error:
+            raise PlanError(f"prompt: {error}") from None
         return None if plan.is_dense else cls(plan, read.tail, read.shortest)
 
     def full_from(self, prompt_len: int) -> int:

@@ -220,7 +220,7 @@ class Planner:
         layers = facts.shape.num_layers
         self.prompt = None if facts.prompt is None else PromptPlan.of_options(facts.prompt, layers)
         if self.prompt is not None and self.classifier.reads_whole_prompts:
-            raise ValueError(f"prompt: {dict(facts.prompt or {})!r} {self._not_with_the_method}")
+            raise ValueError(f"prompt: '{self.prompt.plan}' {self._not_with_the_method}")
         self._has_failed = False
         self._default = self._decided(facts.budget)
         if self._has_failed:
