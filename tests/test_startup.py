@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from profiles import write_first
-from readme import ROOT, blocks
+from readme import ROOT, block, blocks
 from transformers import AutoConfig
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.exceptions import VLLMValidationError
@@ -292,6 +292,15 @@ def test_the_plugin_picks_the_class_of_the_family(tmp_path: Path, name: str) -> 
     found = from_command_line("--model", model, "--plugin", "adaskip").model_config
     assert found.architecture == f"AdaSkip{NAMES[name]}ForCausalLM"
     assert len(found.logits_processors) == 1
+
+
+def test_the_page_s_server_shortens_prompts(tmp_path: Path) -> None:
+    """The command of docs/prompts.md, for another model of as many layers."""
+    words = shlex.split(block("vllm serve", "docs/prompts.md"))
+    model = family(tmp_path, "llama", num_hidden_layers=30)
+    found = from_command_line("--model", model, *words[words.index("--plugin") :])
+    prompt = AdaSkipConfig.of(found.additional_config).prompt
+    assert prompt is not None and (prompt.exit, prompt.tail, prompt.shortest) == (27, 16, 100)
 
 
 def test_experts_in_some_layers_alone_and_adapters_beside_experts_are_refused(
