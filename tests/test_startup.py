@@ -296,7 +296,7 @@ def test_the_plugin_picks_the_class_of_the_family(tmp_path: Path, name: str) -> 
 
 def test_the_page_s_server_shortens_prompts(tmp_path: Path) -> None:
     """The command of docs/prompts.md, for another model of as many layers."""
-    words = shlex.split(block("vllm serve", "docs/prompts.md"))
+    words = shlex.split(block("vllm serve", "docs/prompts.md").replace("\\\n", ""))
     model = family(tmp_path, "llama", num_hidden_layers=30)
     found = from_command_line("--model", model, *words[words.index("--plugin") :])
     prompt = AdaSkipConfig.of(found.additional_config).prompt
