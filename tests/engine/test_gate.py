@@ -189,6 +189,7 @@ def play(batch: list[Row], scope: Any, gate: Told, kv_fill: str) -> Any:
     runtime = object.__new__(SkipRuntime)
     runtime.gate = StepGate(gate, kind, table)
     runtime.fill = KV_FILLS[kv_fill](attention, cache)  # type: ignore[arg-type]
+    runtime.prompt_fill = KV_FILLS["project"](attention, cache)  # type: ignore[arg-type,assignment]
     runtime.reader = SimpleNamespace(is_open=False)  # type: ignore[assignment]
     planned = Step.of(
         starts, seq_lens, table.prompt_lens, table.skips, runtime.gate.prompt_skips(seq_lens)
