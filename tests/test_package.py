@@ -75,7 +75,8 @@ for before, after in zip(stock, (ModelRegistry.models, MODELS_CONFIG_MAP)):
     assert all(after[name] is value for name, value in before.items())
     print(sorted(set(after) - set(before)))
 """
-    ours = [f"AdaSkip{name}ForCausalLM" for name in ("Llama", "Mistral", "OPT", "Qwen2", "Qwen3")]
+    families = ["Gemma3", "Llama", "Mistral", "OPT", "Phi3", "Qwen2", "Qwen3", "Qwen3Moe"]
+    ours = [f"AdaSkip{name}ForCausalLM" for name in families]
     names = str(ours)
     assert run(code).splitlines()[-2:] == [names, names]
 

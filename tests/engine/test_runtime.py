@@ -34,7 +34,8 @@ class Forward:
         share(vllm_config, state)
         for row, skip in enumerate(skips):
             self.table.add(row, SkipPlan.parse(skip, LAYERS), prompt_len=5, is_new=True)
-        self.runtime = SkipRuntime(vllm_config, [], lens=None)
+        layer: Any = SimpleNamespace(layer_name="attention", sliding_window=None)
+        self.runtime = SkipRuntime(vllm_config, [layer], lens=None)
         self.metadata: Any = None
         monkeypatch.setattr(self.runtime.batches, "step_metadata", lambda: self.metadata)
 
