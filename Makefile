@@ -79,7 +79,7 @@ bench-parts: setup
 	$(BIN)/python benchmarks/paged_kv.py --rounds $(ROUNDS)
 	$(BIN)/python benchmarks/reading_prompts.py --rounds $(ROUNDS) $(LARGE)
 	$(BIN)/python benchmarks/early_exit.py --rounds $(ROUNDS) $(LARGE)
-	$(BIN)/python benchmarks/shortened_prompts.py --model bundled --rounds $(ROUNDS)
+	$(BIN)/python benchmarks/shortened_prompts.py --model bundled --tokens 300 --rounds $(ROUNDS)
 
 # With the Python that has vLLM for the GPU, which no set-up of ours installs.
 gpu-check:
