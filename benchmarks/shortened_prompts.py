@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -21,7 +21,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from vllm_adaskip.engine.prompt_plan import TAIL
-from vllm_adaskip.lab.bench.engines import Arguments, Batch, alone, engine
+from vllm_adaskip.lab.bench.engines import Arguments, alone, engine, first_tokens
 from vllm_adaskip.lab.bench.rounds import ratio, take_turns
 from vllm_adaskip.lab.bench.shapes import Shape
 from vllm_adaskip.offline import request
@@ -38,11 +38,11 @@ def main(
     rounds: Annotated[int, typer.Option(min=3)] = 9,
 ) -> None:
     """Time whole prompts, and prompts of which 9, 7.5 and 5 tenths of the layers run."""
-    shape, table = (
-        Shape.of(model),
-        Table("prompts", "layers run", "stock's time over ours", "bound"),
-    )
-    table.title = f"{shape.name}, prompts of {tokens} tokens, the last {TAIL} whole"
+    shape = Shape.of(model)
+    table = Table(
+        "prompts", "layers run", "stock's time over ours", "bound",
+        title=f"{shape.name}, prompts of {tokens} tokens, the last {TAIL} whole",
+    )  # fmt: skip
     layers = shape.num_layers
     exits = sorted({layers, *(round(share * layers) for share in (0.9, 0.75, 0.5))}, reverse=True)
     with TemporaryDirectory() as folder, ExitStack() as stack:
@@ -64,14 +64,6 @@ def main(
                         str(size), f"{run}/{layers}", speed, f"{bound(shape, run, tokens):.2f}"
                     )
     Console().print(table)
-
-
-def first_tokens(llm: Any, arguments: Arguments, tokens: int) -> float:
-    """Return the seconds until all requests have their first token."""
-    batch = Batch(llm, arguments, prompt=tokens, tokens=2)
-    seconds = batch.prefill()
-    batch.end()
-    return seconds
 
 
 def bound(shape: Shape, run: int, tokens: int) -> float:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from vllm_adaskip import SkipPlan
@@ -109,3 +109,23 @@ def run_with_changes(
 def decisions(model: Any) -> list[str]:
     """Return every decided plan; for `LLM.apply_model`."""
     return [str(plan) for plan in model.adaskip.state.memo.values()]
+
+
+def small_blocks(engine: Callable[..., Any], model: str, size: int) -> Callable[..., Any]:
+    """Return what makes engines with prefix caching, as many as asked for, each once.
+
+    It takes the fill, our options beside it, and vLLM's, and empties the prefix cache.
+    """
+    from vllm_adaskip import engine_args
+
+    made: dict[str, Any] = {}
+
+    def make(kv_fill: str = "none", options: dict[str, Any] | None = None, **more: Any) -> Any:
+        key = f"{kv_fill} {options} {more}"
+        if key not in made:
+            more = {"disable_log_stats": False, "block_size": size, **more}
+            made[key] = engine(model, **more, **engine_args(kv_fill=kv_fill, **(options or {})))
+        made[key].reset_prefix_cache()
+        return made[key]
+
+    return make

@@ -13,11 +13,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from batches import Entries, greedy, random_plan, sampling
+from batches import Entries, greedy, random_plan, sampling, small_blocks
 from conftest import TINY_LAYERS
 from reference import Reference
 
-from vllm_adaskip import engine_args
 from vllm_adaskip.engine.blocks import unfindable
 
 BLOCK = 32
@@ -26,18 +25,7 @@ KV_FILLS = ["none", "copy", "project"]
 
 @pytest.fixture(scope="module")
 def make(engine: Callable[..., Any], tiny_llama: str) -> Callable[..., Any]:
-    """Engines with small blocks and prefix caching, as many as asked for."""
-    made: dict[tuple[Any, ...], Any] = {}
-
-    def make(kv_fill: str, **options: Any) -> Any:
-        key = (kv_fill, *options.items())
-        if key not in made:
-            options = {"disable_log_stats": False, "block_size": BLOCK, **options}
-            made[key] = engine(tiny_llama, **options, **engine_args(kv_fill=kv_fill))
-        made[key].reset_prefix_cache()
-        return made[key]
-
-    return make
+    return small_blocks(engine, tiny_llama, BLOCK)
 
 
 @pytest.fixture(scope="module")

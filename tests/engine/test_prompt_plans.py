@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from batches import Entries, random_plan, random_prompts, sampling
+from batches import Entries, random_plan, random_prompts, sampling, small_blocks
 from conftest import TINY_LAYERS
 from reference import Reference
 from vllm.exceptions import VLLMValidationError
 
-from vllm_adaskip import engine_args, request
+from vllm_adaskip import request
 from vllm_adaskip.engine.prompt_plan import TAIL
 
 BLOCK, TOKENS = 32, 12
@@ -44,19 +44,7 @@ class Asked:
 
 @pytest.fixture(scope="module")
 def make(engine: Callable[..., Any], tiny_llama: str) -> Callable[..., Any]:
-    """Engines with small blocks, as many as asked for."""
-    made: dict[str, Any] = {}
-
-    def make(kv_fill: str = "none", options: dict[str, Any] | None = None, **more: Any) -> Any:
-        key = f"{kv_fill} {options} {more}"
-        if key not in made:
-            more = {"disable_log_stats": False, "block_size": BLOCK, **more}
-            ours = engine_args(kv_fill=kv_fill, **(options or {}))
-            made[key] = engine(tiny_llama, **more, **ours)
-        made[key].reset_prefix_cache()
-        return made[key]
-
-    return make
+    return small_blocks(engine, tiny_llama, BLOCK)
 
 
 @pytest.fixture(scope="module")

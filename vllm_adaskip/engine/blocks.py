@@ -89,19 +89,13 @@ class MarkingScheduler(MarkedBlocks):
             params.extra_args = {**(params.extra_args or {}), ADAPTER: name}
         super().add_request(request)
 
-    def mark_of(self, request: Request) -> Mark | None:
-        """Return the mark of a request's blocks that reach past its prompt, see `block_mark`."""
+    def marks_of(self, request: Request) -> tuple[Mark | None, PromptMark | None]:
+        """Return the marks of a request's blocks, see `block_mark` and `prompt_mark`."""
         params = request.sampling_params
         if params is None:
-            return None
-        return block_mark(self._planner, params.extra_args, request.num_prompt_tokens)
-
-    def prompt_mark_of(self, request: Request) -> PromptMark | None:
-        """Return the mark of a request's blocks under a prompt plan, see `prompt_mark`."""
-        params = request.sampling_params
-        if params is None:
-            return None
-        return prompt_mark(self._planner, params.extra_args, request.num_prompt_tokens)
+            return None, None
+        known = self._planner, params.extra_args, request.num_prompt_tokens
+        return block_mark(*known), prompt_mark(*known)
 
     def is_lasting(self, mark: Mark) -> bool:
         """Return whether a preempted request may find the blocks with its mark again."""

@@ -155,7 +155,6 @@ class Guard:
         self._steps = 0
         self._seen = np.zeros(SORTS, dtype=np.int64)
         self._times = np.ones(SORTS, dtype=np.int64)
-        self._newest: dict[Kind, Sort] = {}
         self._runs: Bools | None = None
         self._reckoned: tuple[Sort, float] = (0, 0, 0), 0.0
 
@@ -211,13 +210,12 @@ class Guard:
         now = np.clip(seconds / reckoned, old / FAR, old * FAR)
         self._steps += 1
         self._seen[sort] = self._steps
-        self._newest[KINDS[sort[0]]] = sort
         self._times[sort] += 1
         rate = max(RATE, 1 / self._times[sort])
         self.factors[sort] = new = old + rate * (now - old)
         # What moves a sort that was just met is what had been reckoned wrong of it, no drift.
         stale = (self._steps - self._seen > STALE) & (rate == RATE)
-        unseen = self._times == 1
+        unseen = self._seen == 0
         if KINDS[sort[0]] == "loop":  # which says nothing of steps that run compiled
             unseen[: KINDS.index("loop")] = False
         self.factors[stale | unseen] *= new / old
@@ -233,8 +231,8 @@ class Guard:
             for key, value in self._last.items()
         }
         factors = {
-            kind: round(float(self.factors[self._newest[kind]]), 3) if kind in self._newest else 1.0
-            for kind in KINDS
+            kind: round(float(own.flat[seen.argmax()]), 3) if seen.any() else 1.0
+            for kind, own, seen in zip(KINDS, self.factors, self._seen, strict=True)
         }
         return {
             **self.sequences,

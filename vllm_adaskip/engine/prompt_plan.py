@@ -69,10 +69,7 @@ class PromptPlan:
         """
         read = PromptOptions.model_validate(dict(options))
         try:
-            if read.skip is None:
-                plan = exit_plan(read.exit, num_layers)
-            else:
-                plan = SkipPlan.parse(read.skip, num_layers)
+            plan = named_plan(read.exit, read.skip, num_layers)
         except PlanError as error:
             raise PlanError(f"prompt: {error}") from None
         return None if plan.is_dense else cls(plan, read.tail, read.shortest)
@@ -91,6 +88,16 @@ class PromptPlan:
         """
         mark = f"prompt {self.plan.attention:x} {self.plan.mlp:x}"
         return (mark if end <= full_from else f"{mark} to {full_from}").encode()
+
+
+def named_plan(exit: object | None, skip: object | None, num_layers: int) -> SkipPlan:
+    """Return the plan that is named by how many layers run, or else by what is left out.
+
+    Raises:
+        PlanError: the model cannot follow it.
+
+    """
+    return exit_plan(exit, num_layers) if skip is None else SkipPlan.parse(skip, num_layers)
 
 
 def exit_plan(layers: object, num_layers: int) -> SkipPlan:

@@ -93,7 +93,7 @@ class PromptReader:
         classifier = state.planner.classifier
         self._width = classifier.width
         self._last_only = classifier.last_only
-        if self._width and not self._last_only and cache.forgets:
+        if classifier.reads_whole_prompts and cache.forgets:
             raise ValueError(
                 f"method {state.planner.facts.method!r} reads whole prompts, whose first blocks a "
                 "model lets go of if all its layers have a sliding window; add "

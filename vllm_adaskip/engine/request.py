@@ -26,7 +26,7 @@ from vllm_adaskip.classifiers import (
 )
 from vllm_adaskip.classifiers.hub import located
 from vllm_adaskip.classifiers.plan import reason, shown
-from vllm_adaskip.engine.prompt_plan import TAIL, PromptPlan, as_tail, exit_plan
+from vllm_adaskip.engine.prompt_plan import TAIL, PromptPlan, as_tail, named_plan
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -286,13 +286,9 @@ class Planner:
                     "this server run everything",
                 )
             return own if own is None or tail is None else replace(own, tail=tail)
-        layers = self.facts.shape.num_layers
         key = "adaskip_prompt_exit" if args.prompt_skip is None else "adaskip_prompt_skip"
         try:
-            if args.prompt_skip is None:
-                plan = exit_plan(args.prompt_exit, layers)
-            else:
-                plan = SkipPlan.parse(args.prompt_skip, layers)
+            plan = named_plan(args.prompt_exit, args.prompt_skip, self.facts.shape.num_layers)
         except PlanError as error:
             raise RequestError(key, str(error)) from None
         if plan.is_dense:

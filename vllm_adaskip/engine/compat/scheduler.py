@@ -46,12 +46,8 @@ class MarkedBlocks(Scheduler):
     """
 
     @abstractmethod
-    def mark_of(self, request: Request) -> Mark | None:
-        """Return what is mixed into the hashes of later blocks; None: nothing."""
-
-    @abstractmethod
-    def prompt_mark_of(self, request: Request) -> PromptMark | None:
-        """Return what is mixed into the hashes of all blocks; None: nothing."""
+    def marks_of(self, request: Request) -> tuple[Mark | None, PromptMark | None]:
+        """Return what is mixed into the hashes of later blocks, and of all; None: nothing."""
 
     @abstractmethod
     def is_lasting(self, mark: Mark) -> bool:
@@ -64,7 +60,7 @@ class MarkedBlocks(Scheduler):
     def add_request(self, request: Request) -> None:
         """Have the request's later blocks marked, then add it."""
         if (hasher := request._block_hasher) is not None:
-            mark, prompt_mark = self.mark_of(request), self.prompt_mark_of(request)
+            mark, prompt_mark = self.marks_of(request)
             if mark is not None or prompt_mark is not None:
                 request._block_hasher = _marking(hasher, mark, prompt_mark, self.hash_block_size)
             if prompt_mark is not None:

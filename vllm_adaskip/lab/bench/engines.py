@@ -144,6 +144,14 @@ def decode(
     return taken
 
 
+def first_tokens(llm: Any, arguments: Arguments, tokens: int) -> float:
+    """Return the seconds until all requests of a batch, prompts so long, have their first token."""
+    batch = Batch(llm, arguments, prompt=tokens, tokens=1)
+    seconds = batch.prefill()
+    batch.end()
+    return seconds
+
+
 def untrained_first(folder: Path, model: str, width: int = 0) -> str:
     """Write a profile for the model in a folder, with routers of so many hidden units."""
     from transformers import AutoConfig

@@ -6,9 +6,9 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+from vllm_adaskip.lab.bench.engines import first_tokens
 from vllm_adaskip.lab.bench.rounds import Run, Spread, ratio, take_turns
 from vllm_adaskip.lab.bench.shapes import Shape
-from vllm_adaskip.lab.bench.suite import first_tokens
 from vllm_adaskip.lab.bench.variants import (
     DECIDED,
     EAGER,
@@ -48,7 +48,7 @@ def guard(folder: Path, say: Say) -> list[tuple[str, float, Spread]]:
         }
         for name, llm in (("stock vLLM", engines.stock), ("FiRST", engines.first)):
             variants[f"first token, {name}"] = partial(
-                first_tokens, llm, _EFFORT.prompts, _EFFORT.prompt_tokens
+                first_tokens, llm, [None] * _EFFORT.prompts, _EFFORT.prompt_tokens
             )
         done = say("variants in turn", len(variants) * (_EFFORT.rounds + 1))
         taken = take_turns(variants, _EFFORT.rounds, done)

@@ -12,7 +12,7 @@ from typing import Any
 from vllm_adaskip.classifiers import SkipPlan
 from vllm_adaskip.lab.bench import bound
 from vllm_adaskip.lab.bench.breakdown import breakdown, host_share
-from vllm_adaskip.lab.bench.engines import Batch, following
+from vllm_adaskip.lab.bench.engines import first_tokens, following
 from vllm_adaskip.lab.bench.memory import resident
 from vllm_adaskip.lab.bench.plans import deal, distinct
 from vllm_adaskip.lab.bench.results import Results, Target, Timing
@@ -125,7 +125,7 @@ class Suite:
         }
         case = f"prefill, {prompts} x {tokens} tokens"
         variants = {
-            name: partial(first_tokens, llm, prompts, tokens)
+            name: partial(first_tokens, llm, [None] * prompts, tokens)
             for name, llm in timed.items()
             if llm is not None
         }
@@ -187,11 +187,3 @@ class Suite:
 
     def _promise(self, name: str, wanted: float, found: Spread, *, is_most: bool = False) -> None:
         self.results.targets.append(Target(self.shape.name, name, wanted, found, is_most))
-
-
-def first_tokens(llm: Any, prompts: int, tokens: int) -> float:
-    """Give the seconds until each of so many prompts has its first token."""
-    batch = Batch(llm, [None] * prompts, prompt=tokens, tokens=1)
-    seconds = batch.prefill()
-    batch.end()
-    return seconds

@@ -71,7 +71,7 @@ def explicit(skip: list[int | str], num_layers: int) -> Setting:
 
 
 def shortened(exits: Iterable[int], tail: int, num_layers: int) -> Iterator[Setting]:
-    """Give the settings in which a prompt's tokens, but the last, stop after some layers.
+    """Return the settings in which a prompt's tokens, but the last, stop after some layers.
 
     Raises:
         PlanError: the model has not so many layers.
