@@ -48,7 +48,8 @@ def main(
     with TemporaryDirectory() as folder, ExitStack() as stack:
         path, room = shape.write(Path(folder) / "model"), {"max_model_len": tokens + 8}
         stock, ours = (
-            stack.enter_context(engine(path, plugin=plugin, **room)) for plugin in (None, {})
+            stack.enter_context(engine(path, plugin=plugin, **room))
+            for plugin in (None, {"prompt": {"exit": layers}})
         )
         with Progress() as progress:
             for size in batch or [1, 8]:

@@ -10,6 +10,8 @@ from typing import Any
 from vllm_adaskip import SkipPlan
 
 Entries = list[int | str]
+#: What the tokens of a prompt leave out, but for its last ones, and how many those are.
+PromptPlan = tuple[Entries, int]
 
 
 def random_prompts(

@@ -140,7 +140,7 @@ class Reference:
         """
         plan = SkipPlan.parse(skip, self.num_layers)
         cache = DynamicCache(config=self.model.config)
-        logits = self._read(prompt, cache, *(prompt_plan or ([], len(prompt))))
+        logits = self.read(prompt, cache, *(prompt_plan or ([], len(prompt))))
         tokens, gap = [], float("inf")
         while True:
             best = logits.topk(2).values
@@ -154,7 +154,7 @@ class Reference:
             watched = exit if exit and len(tokens) > exit.warm_up else None
             logits = self._step(tokens[-1], position, plan, cache, kv_fill, rule, watched)
 
-    def _read(
+    def read(
         self, prompt: Sequence[int], cache: DynamicCache, skip: Sequence[int | str], tail: int
     ) -> torch.Tensor:
         """Run a prompt, first what leaves something out and then its tail; return its logits."""

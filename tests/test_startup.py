@@ -323,9 +323,9 @@ def test_sliding_windows_are_served_on_cpus_and_refused_elsewhere(
     own = {"use_sliding_window": True, "max_window_layers": 0} if name != "mistral" else {}
     model = family(tmp_path, name, sliding_window=64, **own)
     served = config(model, **engine_args())
-    assert not [*startup._unsupported(served)]
+    assert not [*startup._unsupported(served, AdaSkipConfig())]
     monkeypatch.setattr(startup.current_platform, "is_cpu", lambda: False)
-    (problem,) = startup._unsupported(served)
+    (problem,) = startup._unsupported(served, AdaSkipConfig())
     assert re.search(r"add --disable-sliding-window.* of 64 tokens", problem)
 
 

@@ -211,6 +211,7 @@ def _with_profile(options: Mapping[str, Any]) -> Mapping[str, Any]:
         "method": method,
         "budget": profile.budget,
         "guard": profile.guard,
+        "prompt": profile.prompt or None,
     }
     return {**brought, **options}
 
@@ -221,7 +222,7 @@ def _explain(error: ValidationError, options: Mapping[str, Any]) -> str:
     for problem in error.errors(include_url=False):
         key = str(problem["loc"][0])
         if len(problem["loc"]) > 1 and key == "prompt":
-            lines.append(_in_prompt(str(problem["loc"][1]), problem))
+            lines.append(_in_prompt(problem))
         elif problem["type"] == "extra_forbidden":
             lines.append(_unknown(key, str(options.get("method", "none"))))
         elif problem["type"] == "missing":
@@ -233,10 +234,12 @@ def _explain(error: ValidationError, options: Mapping[str, Any]) -> str:
     return "\n".join(dict.fromkeys(lines))
 
 
-def _in_prompt(key: str, problem: Any) -> str:
+def _in_prompt(problem: Any) -> str:
     """Explain what is wrong with a key of option ``prompt``."""
+    key = ".".join(map(str, problem["loc"][1:]))
     if problem["type"] == "extra_forbidden":
-        return f"adaskip.prompt.{key:.80}: unknown option; allowed: exit, skip, tail, from"
+        allowed = "enter, leave" if key.startswith("busy.") else "exit, skip, tail, from, busy"
+        return f"adaskip.prompt.{key:.80}: unknown option; allowed: {allowed}"
     return f"adaskip.prompt.{key:.80}: {shown(problem['input'])} is not allowed: {problem['msg']}"
 
 

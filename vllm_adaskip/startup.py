@@ -81,7 +81,7 @@ def prepare(vllm_config: VllmConfig) -> None:
     family = family_of(model.architecture)
     assert family is not None
     facts = config.facts(family.shape(model.hf_config))
-    problems = [*_unsupported(vllm_config), *_unmergeable(vllm_config, config)]
+    problems = [*_unsupported(vllm_config, config), *_unmergeable(vllm_config, config)]
     if not current_platform.is_cpu():
         problems += unsupported_accelerator(vllm_config, config, Planner(facts).classifier)
     if problems:
@@ -97,7 +97,7 @@ def prepare(vllm_config: VllmConfig) -> None:
         logger.warning(  # asked for: where nobody says anything it is None until later
             "vllm-adaskip: --async-scheduling is switched off, as everywhere on the CPU backend"
         )
-    if _needs_scheduler(vllm_config):
+    if _needs_scheduler(vllm_config, config):
         _name_scheduler(vllm_config)
     options = "".join(f", {key} {_shown(value)}" for key, value in config.method_options.items())
     logger.info(
@@ -128,10 +128,11 @@ def _shown(value: object) -> str:
     return str(value)
 
 
-def _needs_scheduler(vllm_config: VllmConfig) -> bool:
-    """Return whether blocks must be marked, or workers told of adapters."""
+def _needs_scheduler(vllm_config: VllmConfig, config: AdaSkipConfig) -> bool:
+    """Return whether blocks must be marked, or workers told of adapters or of load."""
     adapters = vllm_config.lora_config is not None
-    return vllm_config.cache_config.enable_prefix_caching or adapters
+    by_load = config.prompt is not None and config.prompt.busy is not None
+    return vllm_config.cache_config.enable_prefix_caching or adapters or by_load
 
 
 def _name_scheduler(vllm_config: VllmConfig) -> None:
@@ -143,7 +144,7 @@ def _name_scheduler(vllm_config: VllmConfig) -> None:
         scheduler.scheduler_cls = _ASYNC_SCHEDULER
 
 
-def _unsupported(vllm_config: VllmConfig) -> Iterator[str]:
+def _unsupported(vllm_config: VllmConfig, config: AdaSkipConfig) -> Iterator[str]:
     """Say, for each set-up that we cannot serve, which option to change."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     yield from _graphs_that_hide_the_step(vllm_config)
@@ -185,10 +186,10 @@ def _unsupported(vllm_config: VllmConfig) -> Iterator[str]:
         if (value := getattr(model.hf_text_config, key, usual)) not in (usual, None):
             yield f"{what} has not been tested ({key} is {value!r:.80}); use a model without it"
     scheduler, ours = vllm_config.scheduler_config.scheduler_cls, (_SCHEDULER, _ASYNC_SCHEDULER)
-    if scheduler and scheduler not in ours and _needs_scheduler(vllm_config):
+    if scheduler and scheduler not in ours and _needs_scheduler(vllm_config, config):
         yield (
             f"--scheduler-cls {scheduler!r} would share blocks under plans with everybody; remove "
-            "it, or add --no-enable-prefix-caching (and no --enable-lora)"
+            "it, or add --no-enable-prefix-caching (and neither --enable-lora nor prompt.busy)"
         )
     extension = parallel.worker_extension_cls
     if extension and extension != _WORKER_EXTENSION:

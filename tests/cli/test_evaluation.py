@@ -41,6 +41,12 @@ def adaskip(*arguments: object, status: int = 0) -> str:
     return done.stdout + done.stderr
 
 
+def adaskip_anyhow(*arguments: object) -> None:
+    """Run the command for what it stores; on a busy machine times may speak against it."""
+    command = [Path(sys.executable).with_name("adaskip"), *map(str, arguments)]
+    subprocess.run(command, check=False, capture_output=True)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("evaluation")
@@ -82,8 +88,7 @@ def test_tune_writes_a_profile_that_a_server_takes(folder: Path) -> None:
     out = folder / "tuned"
     asked = ["--max-drop", 0.9, "--profile", PROFILE, "--budget", 0.75]
     results = Results(folder / "tuned-runs")
-    command = [Path(sys.executable).with_name("adaskip"), "tune", "--out", out, *TUNE, *asked]
-    subprocess.run([*map(str, command)], check=False, capture_output=True)
+    adaskip_anyhow("tune", "--out", out, *TUNE, *asked)
     for seconds in (0.3, 0.9):  # this machine may be busy; the choice is what is tested
         times = [
             one.model_copy(update={"seconds": seconds, "dense_seconds": 1.0})
@@ -101,6 +106,32 @@ def test_tune_writes_a_profile_that_a_server_takes(folder: Path) -> None:
     served = AdaSkipConfig.parse({"profile": str(out)})
     assert served.method == "first" and served.guard
     assert (out / "routers.safetensors").exists()
+
+
+def test_tune_writes_a_prompt_plan_that_a_server_takes(folder: Path) -> None:
+    out = folder / "prompts"
+    asked = ["--data", "bundled:sum", "--limit", 40, "--max-drop", 0.9, "--prompt-exit", 9]
+    command = ["tune", "--out", out, *TUNE[2:], *asked, "--prompt-tail", 2]
+    adaskip_anyhow(*command)
+    results = Results(folder / "prompts-runs")
+    kept = {one.kept for one in results.read(Answer) if one.setting != "dense"}
+    assert min(kept) > 0.75 and max(kept) < 1  # the tail and the answer ran everything
+    times = [
+        one.model_copy(update={"seconds": 0.9, "dense_seconds": 1.0})
+        for one in results.read(Timing)
+    ]
+    results.replace(Timing, times)
+    shutil.rmtree(out, ignore_errors=True)
+    adaskip(*command)
+    found = Profile.load(out)
+    assert (found.method, found.guard, found.prompt) == ("none", False, {"exit": 9, "tail": 2})
+    served = AdaSkipConfig.parse({"profile": str(out)}).prompt
+    assert served is not None and served.exit == 9
+    # Dense is measured whole beside it, though the profile shortens prompts.
+    again = ["--data", "bundled:sum", "--limit", 8, "--rounds", 0, "--enforce-eager"]
+    adaskip("eval", "--out", folder / "again", "--profile", out, *again)
+    by_setting = {one.setting: one.kept for one in Results(folder / "again").read(Answer)}
+    assert by_setting["dense"] == 1.0 and by_setting[str(out)] < 1
 
 
 def test_tune_writes_nothing_where_nothing_qualifies(folder: Path) -> None:

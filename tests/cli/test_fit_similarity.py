@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+from vllm_adaskip import SkipPlan
 from vllm_adaskip.classifiers.profile import Profile
 from vllm_adaskip.cli.main import app
 from vllm_adaskip.config import AdaSkipConfig
@@ -33,6 +34,19 @@ def test_it_writes_a_profile_that_a_server_takes(tmp_path: Path, model: str) -> 
     shares = [line.split() for line in done.output.splitlines() if line.strip()[:1].isdigit()][-4:]
     assert [row[2] for row in (shares[0], shares[3])] == ["0%", "0%"]
     assert sum(float(row[4].rstrip("%")) for row in shares) > 100
+
+
+def test_it_writes_one_set_for_prompts(tmp_path: Path, model: str) -> None:
+    arguments = ["--model", model, *FEW, "--target-skip", "0.3", "--device", "cpu", "--prompts"]
+    done = fit(out := tmp_path / "profile", *arguments)
+    assert done.exit_code == 0, done.output
+    profile = Profile.load(out)
+    assert (profile.method, profile.budget, profile.options) == ("none", 1.0, {})
+    served = AdaSkipConfig.parse({"profile": str(out)}).prompt
+    assert served is not None and served.skip == profile.prompt["skip"]
+    plan = SkipPlan.parse(profile.prompt["skip"], 4)
+    assert not (plan.attention | plan.mlp) & 0b1001  # the ends are kept
+    assert plan.mlp.bit_count() == 2 and 0.5 < float(profile.metrics["compute_kept"]) <= 0.7
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from reference import Exit, MlpRule
 
 from vllm_adaskip import DecoderShape, SkipPlan, engine_args, request
 from vllm_adaskip.config import AdaSkipConfig
+from vllm_adaskip.engine.compat.projection import project
 from vllm_adaskip.engine.request import Planner
 from vllm_adaskip.lab.fitting.sub_layers import decoder_shape
 from vllm_adaskip.model_executors.registry import FAMILIES
@@ -65,6 +66,20 @@ def test_the_reference_runs_what_transformers_runs(matrix: Matrix, name: str) ->
         tokens, gap = reference.generate(prompt, [], TOKENS)
         whole = reference.model(torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1]
         assert whole.argmax(-1).tolist() == tokens and gap > 1e-4
+
+
+@pytest.mark.parametrize("name", CASES)
+@torch.inference_mode()
+def test_keys_and_values_are_projected_without_queries(matrix: Matrix, name: str) -> None:
+    executor = matrix.plugin(name, "project").llm_engine.model_executor
+    for layer in executor.driver_worker.worker.get_model().stack.layers:
+        packed = layer.self_attn.qkv_proj
+        hidden = torch.randn(5, packed.input_size)
+        want = packed(hidden)[0][:, packed.num_heads * packed.head_size :]
+        hook = packed.register_forward_pre_hook(lambda *_: pytest.fail("queries were projected"))
+        _, key, value = project(packed, hidden)
+        hook.remove()
+        torch.testing.assert_close(torch.cat([key, value], dim=-1), want)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -129,6 +129,7 @@ def test_report_counts_what_ran(engine: Callable[..., Any], tiny_llama: str) -> 
     assert report == {
         "num_layers": 8,
         "prompt_tokens": 5,
+        "shortened_tokens": 0,
         "decode_tokens": 8,
         "attn_run": [8, 8, 8, 8, 8, 4, 0, 4],
         "mlp_run": [8, 8, 8, 8, 8, 4, 0, 8],

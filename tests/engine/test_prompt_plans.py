@@ -199,6 +199,38 @@ def test_a_server_s_prompt_plan_is_for_prompts_that_are_long_enough(
             assert list(output.outputs[0].token_ids) == want, extra_args
 
 
+def test_prompts_are_shortened_while_many_wait(
+    make: Callable[..., Any], reference: Reference
+) -> None:
+    prompt = {"exit": SHORT, "tail": 5, "busy": {"enter": 4, "leave": 1}}
+    llm = make(options={"prompt": prompt}, enable_prefix_caching=False)
+    prompts = random_prompts(17, 8, longest=90)
+    exits = list(range(SHORT, TINY_LAYERS))
+
+    def answers(count: int, extra_args: dict[str, Any] | None = None) -> list[list[int]]:
+        outputs = llm.generate(
+            [{"prompt_token_ids": prompt} for prompt in prompts[:count]],
+            sampling(None, TOKENS, extra_args=extra_args),
+            use_tqdm=False,
+        )
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    def wanted(count: int, whole: int) -> list[list[int]]:
+        return [
+            reference.generate(
+                prompt, [], TOKENS, prompt_plan=None if place < whole else (exits, 5)
+            )[0]
+            for place, prompt in enumerate(prompts[:count])
+        ]
+
+    # All come before the first step, so as many wait as came before.
+    assert answers(4) == wanted(4, 4)
+    assert answers(8) == wanted(8, 4)
+    assert answers(1) == wanted(1, 1)
+    assert answers(8, request(prompt_exit=SHORT)) == wanted(8, 0)
+    assert answers(8, request(off=True)) == wanted(8, 8)
+
+
 def test_log_probabilities_of_a_shortened_prompt_are_refused(make: Callable[..., Any]) -> None:
     llm, asked = make(), Asked([1] * 50, [3], 5, [])
     with pytest.raises(VLLMValidationError, match=r"no log-probabilities.*adaskip_prompt_exit 8"):

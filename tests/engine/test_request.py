@@ -158,6 +158,16 @@ def test_the_last_tokens_of_a_long_enough_prompt_run_everything() -> None:
     assert Planner(EngineFacts(SHAPE, prompt={"exit": 8})).prompt is None
 
 
+def test_a_prompt_that_leaves_it_open_can_be_told_to_run_whole() -> None:
+    server = Planner(EngineFacts(SHAPE, prompt={"exit": 4}))
+    for args in (None, {"adaskip_skip": [2]}, {"adaskip_prompt_tail": 3}):
+        assert server.wanted(args).prompt is not None
+        assert server.wanted(server.with_whole_prompt(args)).prompt is None
+    for args in ({"adaskip": "off"}, {"adaskip_prompt_exit": 5}, {"adaskip_prompt_skip": [5]}):
+        assert server.with_whole_prompt(args) == args
+    assert NONE.with_whole_prompt({"adaskip_skip": [2]}) == {"adaskip_skip": [2]}
+
+
 def test_a_method_that_reads_whole_prompts_does_not_go_with_prompt_plans() -> None:
     facts = EngineFacts(SHAPE, "similarity", budget=0.9)
     with pytest.raises(RequestError, match=r"adaskip_prompt_exit: 'skip 4-7' .*'similarity'"):

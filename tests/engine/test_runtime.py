@@ -100,6 +100,7 @@ def test_report_adds_up_over_dense_and_planned_steps(monkeypatch: pytest.MonkeyP
     assert report(step.runtime.state) == {
         "num_layers": LAYERS,
         "prompt_tokens": 10,
+        "shortened_tokens": 0,
         "decode_tokens": 3,
         "attn_run": [3, 1, 3],
         "mlp_run": [3, 1, 1],

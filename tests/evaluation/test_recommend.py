@@ -150,6 +150,11 @@ def test_what_a_request_adds() -> None:
     assert request_arguments(HARD) == '{"vllm_xargs": {"adaskip_skip": [3, 4, 5, 6]}}'
     decided = Setting(name="s", family="similarity", method="similarity", budget=0.75)
     assert request_arguments(decided) == '{"vllm_xargs": {"adaskip_budget": 0.75}}'
+    short = Setting(name="short", family="prompts", skip=[], prompt={"exit": 9, "tail": 5})
+    assert request_arguments(short) == json.dumps(
+        {"vllm_xargs": {"adaskip_prompt_exit": 9, "adaskip_prompt_tail": 5}}
+    )
+    assert options(short) == {"prompt": short.prompt}
     assert options(DENSE) is None and switch_on_command(DENSE, manifest([])) is None
 
 

@@ -68,6 +68,10 @@ def test_a_profile_by_itself_below_its_own_budget_and_at_targets(tmp_path: Path)
     assert found[2].options == {"profile": adaptive, "target_skip": 0.25}
     assert {one.method for one in found} == {"first"}
     assert [one.name for one in profiled(fixed, [0.9], [], "f")] == [fixed]
+    prompts = {"skip": ["mlp:3"], "tail": 4, "from": 100}
+    Profile(method="none", prompt=prompts, **facts).save(Path(adaptive))
+    [found_prompt] = profiled(adaptive, [], [], "f")
+    assert found_prompt.prompt == {"skip": ["mlp:3"], "tail": 4}
     with pytest.raises(ProfileError, match="fingerprint"):
         list(profiled(fixed, [0.9], [], "another"))
     with pytest.raises(ValueError, match=r"method 'static' .* no target"):

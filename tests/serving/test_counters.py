@@ -17,6 +17,7 @@ def report(**more: Any) -> dict[str, Any]:
     counted: dict[str, Any] = {
         "num_layers": 3,
         "prompt_tokens": 50,
+        "shortened_tokens": 30,
         "decode_tokens": 10,
         "attn_run": [10, 6, 10],
         "mlp_run": [10, 6, 8],
@@ -46,6 +47,7 @@ def test_rows_are_added_up_over_layers_by_kind() -> None:
     page = Page()
     page.counters.show_report(0, report())
     assert page.value("prompt_tokens") == 50 and page.value("decode_tokens") == 10
+    assert page.value("shortened_prompt_tokens") == 30
     assert page.value("rows_run", kind="attention") == 26
     assert page.value("rows_run", kind="mlp") == 24
     assert page.value("rows_skipped", kind="attention") == 4

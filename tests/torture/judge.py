@@ -2,7 +2,8 @@
 """Judges finished outputs in float32: the plain loop of `reference.py`, but teacher-forced.
 
 The plain loop makes one pass for each token. Here the engine's own tokens are given: the
-prompt is one pass at full depth, and all generated tokens are one more pass, under the plan.
+prompt is one pass, or one and its tail another, and all generated tokens are one more pass, under
+the plan.
 Since the plan is constant this is the same mathematics, at a twentieth of the price.
 """
 
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from batches import PromptPlan
 from reference import Reference
 from tokenizers import Tokenizer
 from torture.traffic import Request
@@ -30,11 +32,11 @@ class Judge:
     """A float32 transformers model that says what is wrong with an engine's output."""
 
     def __init__(self, path: str) -> None:
-        reference = Reference(path)
+        self._reference = reference = Reference(path)
         self.model, self.num_layers = reference.model, reference.num_layers
         self.eos: int = self.model.config.eos_token_id
         self._tokenizer = Tokenizer.from_file(str(Path(path) / "tokenizer.json"))
-        self._prompt: list[int] = []
+        self._prompt: tuple[list[int], PromptPlan | None] = [], None
 
     def faults(self, request: Request, output: Any) -> Iterator[str]:
         """Say what is wrong with one finished output (vLLM's `CompletionOutput`)."""
@@ -42,7 +44,7 @@ class Judge:
         if not tokens:
             yield "no token at all"
             return
-        logits = self.logits(request.prompt, request.plan, tokens)
+        logits = self.logits(request.prompt, request.plan, tokens, request.prompt_plan)
         chosen = torch.tensor(tokens)[:, None]
         if not request.sampled:
             allowed = logits[:, request.only] if request.only else logits
@@ -60,13 +62,19 @@ class Judge:
         yield from self._wrong_end(request, tokens, output)
 
     @torch.inference_mode()
-    def logits(self, prompt: list[int], skip: Sequence[int | str], tokens: list[int]) -> Any:
+    def logits(
+        self,
+        prompt: list[int],
+        skip: Sequence[int | str],
+        tokens: list[int],
+        prompt_plan: PromptPlan | None = None,
+    ) -> Any:
         """Give ``[len(tokens), vocabulary]``: what each token should be drawn from."""
-        if prompt != self._prompt:  # the samples of one request share this pass
-            self._prompt, self._cache = prompt, DynamicCache(config=self.model.config)
-            self._first = self.model(
-                torch.tensor([prompt]), past_key_values=self._cache, logits_to_keep=1
-            ).logits[0]
+        if (prompt, prompt_plan) != self._prompt:  # the samples of one request share this pass
+            self._prompt = prompt, prompt_plan
+            self._cache = DynamicCache(config=self.model.config)
+            how = prompt_plan or ([], len(prompt))
+            self._first = self._reference.read(prompt, self._cache, *how)[None]
         if len(tokens) == 1:
             return self._first
         plan = SkipPlan.parse(skip, self.num_layers)
@@ -78,7 +86,7 @@ class Judge:
 
     def _pass(self, tokens: list[int], plan: SkipPlan) -> torch.Tensor:
         """All generated tokens in one pass, each seeing the prompt and those up to itself."""
-        decoder, start, count = self.model.model, len(self._prompt), len(tokens)
+        decoder, start, count = self.model.model, len(self._prompt[0]), len(tokens)
         hidden = decoder.embed_tokens(torch.tensor([tokens]))
         rotary = decoder.rotary_emb(hidden, torch.arange(start, start + count)[None])
         unseen = torch.ones(count, start + count, dtype=torch.bool).triu(start + 1)

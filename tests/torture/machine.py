@@ -7,7 +7,7 @@ import random
 from dataclasses import replace
 from typing import Any
 
-from batches import Entries, random_plan
+from batches import Entries, PromptPlan, random_plan
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
@@ -25,12 +25,23 @@ MALFORMED: list[dict[str, Any]] = [
     {"adaskip_skip": list(range(LAYERS))},
     {"adaskip_skips": [2]},
     {"adaskip": "off", "adaskip_skip": [2]},
+    {"adaskip_prompt_exit": 0},
+    {"adaskip_prompt_exit": 4, "adaskip_prompt_skip": [5]},
+    {"adaskip_prompt_exit": 4, "adaskip_prompt_tail": 0},
 ]
 SEEDS = st.integers(0, 2**16 - 1)
 PLANS = st.one_of(
     st.just([]),
     st.sampled_from(COMMON_PLANS),
     SEEDS.map(lambda seed: random_plan(random.Random(seed), LAYERS)),
+)
+#: Few, so that cached blocks of prompts meet prompts under an equal plan; tails of several lengths.
+PROMPT_PLANS: st.SearchStrategy[PromptPlan | None] = st.one_of(
+    st.none(),
+    st.tuples(
+        st.sampled_from([[4, 5, 6, 7], [2, "attn:4", "mlp:5"], ["attn:0", 7]]),
+        st.sampled_from([1, 16, 40]),
+    ),
 )
 #: Two letters of one word, or the end of one and the start of the next; they do occur.
 STOPS = st.sampled_from([[], [], [], ["in"], ["er", "s t"], ["e b", "qu"], [" b"]])
@@ -66,6 +77,7 @@ def requests(draw: st.DrawFn, prompts: st.SearchStrategy[list[int]] = PROMPTS) -
         logprobs=draw(st.booleans()),
         samples=draw(st.integers(1, 3)) if sampled else 1,
         sampled=sampled,
+        prompt_plan=draw(PROMPT_PLANS),
     )
 
 
@@ -111,7 +123,10 @@ class Torture(RuleBasedStateMachine):
             at = start % max(1, len(text))
             stop = [piece] if (piece := text[at : at + length]) else []
             plan = shape.plan if pick % 3 == 0 else earlier.plan
-            shape = Request(earlier.prompt, plan, 40, stop=stop, logprobs=shape.logprobs)
+            read = shape.prompt_plan if pick % 4 == 0 else earlier.prompt_plan
+            shape = Request(
+                earlier.prompt, plan, 40, stop=stop, logprobs=shape.logprobs, prompt_plan=read
+            )
         self.traffic.send(shape)
 
     @rule(
@@ -119,8 +134,16 @@ class Torture(RuleBasedStateMachine):
         plans=st.lists(PLANS, min_size=2, max_size=4),
         same_plan=st.booleans(),
         token=st.integers(100, 101),
+        read=PROMPT_PLANS,
     )
-    def twins(self, prompt: list[int], plans: list[Entries], same_plan: bool, token: int) -> None:
+    def twins(
+        self,
+        prompt: list[int],
+        plans: list[Entries],
+        same_plan: bool,
+        token: int,
+        read: PromptPlan | None,
+    ) -> None:
         """Equal tokens at equal places, but under several plans, or after longer prompts.
 
         Only one token may be drawn, so their blocks differ in nothing but what must keep them
@@ -129,7 +152,7 @@ class Torture(RuleBasedStateMachine):
         for index, plan in enumerate(plans):
             own = prompt + [token] * index if same_plan else prompt
             plan = plans[0] if same_plan else plan
-            self.traffic.send(Request(own, plan, 40, only=[token]))
+            self.traffic.send(Request(own, plan, 40, only=[token], prompt_plan=read))
 
     @rule(steps=st.integers(1, 12))
     def run(self, steps: int) -> None:

@@ -23,7 +23,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from batches import Entries, random_plan, random_prompts
+from batches import Entries, PromptPlan, random_plan, random_prompts
 from hypothesis.stateful import run_state_machine_as_test
 from reference import Reference
 from torture.engines import ENGINES, LAYERS, VOCABULARY, engine_options, write_model
@@ -52,7 +52,7 @@ def test_every_output_is_that_of_the_reference(
     print(kv_fill, tally)
     assert tally.mismatches == 0
     assert tally.finished >= 300
-    assert min(tally.planned, tally.dense, tally.stopped) >= 50
+    assert min(tally.planned, tally.dense, tally.shortened, tally.stopped) >= 50
     assert min(tally.aborted, tally.refused) > 0
     assert tally.preemptions >= 24
     assert tally.prefix_hit_tokens >= 5000
@@ -61,9 +61,9 @@ def test_every_output_is_that_of_the_reference(
 def test_the_judge_agrees_with_the_plain_loop(judge: Judge, model: str) -> None:
     reference, rng = Reference(model), random.Random(1)
     for prompt in random_prompts(1, 12, vocabulary=VOCABULARY):
-        plan = random_plan(rng, LAYERS)
-        tokens, gap = reference.generate(prompt, plan, 24)
-        logits = judge.logits(prompt, plan, tokens)
+        plan, read = random_plan(rng, LAYERS), rng.choice([None, ([5, 6, "attn:2"], 3)])
+        tokens, gap = reference.generate(prompt, plan, 24, prompt_plan=read)
+        logits = judge.logits(prompt, plan, tokens, read)
         assert logits.argmax(-1).tolist() == tokens, f"smallest gap {gap:.2g}"
 
 
@@ -79,7 +79,8 @@ def test_the_judge_sees_what_is_wrong(
     traffic = Traffic(engine(model, **engine_options("none")), judge)
     plan: Entries = [2, "attn:4", "mlp:5"]
     prompt = random_prompts(3, 1, vocabulary=VOCABULARY)[0]
-    request = Request(prompt, plan, max_tokens=20, logprobs=True, sampled=sampled)
+    read: PromptPlan = [5, "attn:2"], 3
+    request = Request(prompt, plan, max_tokens=20, logprobs=True, sampled=sampled, prompt_plan=read)
     [output] = traffic.llm.generate({"prompt_token_ids": prompt}, request.params(), use_tqdm=False)
     [answer] = output.outputs
     assert not list(judge.faults(request, answer))
@@ -88,6 +89,8 @@ def test_the_judge_sees_what_is_wrong(
         # Without log-probabilities the tokens alone must tell.
         if not sampled:
             assert list(judge.faults(replace(request, plan=wrong, logprobs=False), answer))
+    for other in (None, ([5, "attn:2"], 4), ([5], 3)):
+        assert list(judge.faults(replace(request, prompt_plan=other), answer))
     assert list(judge.faults(replace(request, prompt=[*prompt[:-1], 7]), answer))
     assert list(judge.faults(replace(request, max_tokens=19), answer))
     assert list(judge.faults(replace(request, max_tokens=21), answer))

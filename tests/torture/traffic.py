@@ -7,7 +7,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from batches import Entries
+from batches import Entries, PromptPlan
 
 if TYPE_CHECKING:
     from torture.judge import Judge
@@ -30,6 +30,7 @@ class Request:
     logprobs: bool = False
     samples: int = 1
     sampled: bool = False  # with no seed: vLLM's CPU runner fails on seeds in chunked prompts
+    prompt_plan: PromptPlan | None = None
 
     @property
     def wants_logprobs(self) -> bool:
@@ -49,8 +50,15 @@ class Request:
             allowed_token_ids=self.only or None,
             logprobs=0 if self.wants_logprobs else None,
             output_kind=RequestOutputKind.FINAL_ONLY,
-            extra_args={"adaskip_skip": self.plan} if self.plan else None,
+            extra_args=self._extra_args() or None,
         )
+
+    def _extra_args(self) -> dict[str, Any]:
+        own: dict[str, Any] = {"adaskip_skip": self.plan} if self.plan else {}
+        if self.prompt_plan is not None:
+            skip, tail = self.prompt_plan
+            own |= {"adaskip_prompt_skip": skip, "adaskip_prompt_tail": tail}
+        return own
 
 
 @dataclass
@@ -62,6 +70,7 @@ class Tally:
     refused: int = 0
     planned: int = 0
     dense: int = 0
+    shortened: int = 0
     stopped: int = 0
     tokens_judged: int = 0
     preemptions: int = 0
@@ -185,6 +194,7 @@ class Traffic:
         tally.finished += 1
         tally.planned += bool(request.plan)
         tally.dense += not request.plan
+        tally.shortened += request.prompt_plan is not None
         wrong = [] if len(outputs) == request.samples else [f"{len(outputs)} samples"]
         for one in outputs:
             tally.tokens_judged += len(one.token_ids)

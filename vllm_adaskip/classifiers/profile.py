@@ -22,7 +22,9 @@ FORMAT = 1
 #: A profile is a page of settings; what is larger is something else.
 LARGEST = 1 << 20
 #: Options that no profile sets among its method's own.
-_OPERATORS = frozenset({"guard", "known_plans", "method", "profile", "untested_accelerator"})
+_OPERATORS = frozenset(
+    {"guard", "known_plans", "method", "profile", "prompt", "untested_accelerator"}
+)
 #: What makes two checkpoints the same decoder, as far as a plan is concerned.
 _IDENTITY = (
     "hidden_size",
@@ -57,6 +59,7 @@ class Profile(BaseModel):
         method: the server's method; ``options`` are its own, and cannot name another.
         budget: largest share of decoder compute a decided plan may keep.
         guard: whether a server follows its plans only where they pay, see `AdaSkipConfig`.
+        prompt: what prompts leave out, as the server's option ``prompt``; empty: nothing.
         fingerprint: of the model's config, see `fingerprint`; ``model`` is its name, to read.
         metrics: figures of how it was made, to read.
 
@@ -69,6 +72,7 @@ class Profile(BaseModel):
     options: dict[str, Any] = {}
     budget: float = Field(default=1.0, gt=0, le=1)
     guard: bool = False
+    prompt: dict[str, Any] = {}
     model: str
     fingerprint: str
     metrics: dict[str, float | int | str] = {}

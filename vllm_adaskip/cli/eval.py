@@ -33,13 +33,8 @@ def evaluate(
     profile: run.Profiles = None,
     plans: run.Families = None,
     skip: Annotated[list[str] | None, typer.Option(help="A plan as JSON, [5, 6].")] = None,
-    prompt_exit: Annotated[
-        list[int] | None,
-        typer.Option(help="Prompts of which so many layers run (docs/prompts.md)."),
-    ] = None,
-    prompt_tail: Annotated[
-        int, typer.Option(min=1, help="Their last tokens, which run everything.")
-    ] = TAIL,
+    prompt_exit: run.PromptExits = None,
+    prompt_tail: run.PromptTail = TAIL,
     budget: run.Budgets = None,
     target_skip: run.Targets = None,
     draws: Annotated[int, typer.Option(min=1, help="Random plans for each budget.")] = 3,

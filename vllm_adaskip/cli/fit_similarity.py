@@ -16,7 +16,7 @@ from vllm_adaskip.cli.run import Model, console, plain_errors
 
 if TYPE_CHECKING:
     from vllm_adaskip.classifiers.ends import EndsOptions
-    from vllm_adaskip.classifiers.plan import DecoderShape
+    from vllm_adaskip.classifiers.plan import DecoderShape, SkipPlan
     from vllm_adaskip.lab.fitting.similarity import Floats, Similarities
 
 
@@ -32,15 +32,22 @@ def similarity(
     ] = 0.25,
     keep_first: Annotated[int, typer.Option(help="First layers never left out.")] = 1,
     keep_last: Annotated[int, typer.Option(help="Last layers never left out.")] = 1,
+    prompts: Annotated[
+        bool,
+        typer.Option("--prompts", help="One set for all prompts; answers run everything."),
+    ] = False,
     batch: fit.Batch = 16,
     seed: fit.Seed = 0,
     device: fit.Device = "auto",
 ) -> None:
     """Write a profile that leaves out the sub-layers most similar on each prompt (AdaSkip).
 
-    Nothing is trained or searched. Prints how similar each is, and how often it would go.
+    Nothing is trained or searched. Prints how similar each is, and how often it would go. With
+    --prompts the profile is a prompt plan: what is most similar over all examples, as in AdaSkip's
+    prefill.
     """
     with plain_errors():
+        from vllm_adaskip.classifiers.base import MethodOptions
         from vllm_adaskip.classifiers.ends import EndsOptions
 
         options = fit.checked(EndsOptions, keep_first=keep_first, keep_last=keep_last)
@@ -48,7 +55,7 @@ def similarity(
             raise ValueError(f"--target-skip {target_skip:g}; allowed: between 0 and 1")
         one = fit.subject(model, data, (prompt_column, answer_column), limit, batch, seed)
         options.inner(one.config["num_hidden_layers"])
-        told = {**options.model_dump(), "target_skip": target_skip}
+        told = {**options.model_dump(), "target_skip": target_skip, "prompts": prompts}
         if fit.begins(out, "similarity", one, data, told):
             from vllm_adaskip.lab.fitting.similarity import FILE, draw_similarities
 
@@ -58,11 +65,28 @@ def similarity(
             )  # fmt: skip
             left_out = often(found, options, 1 - target_skip, shape)
             draw_similarities(found, options.inner(shape.num_layers), None, out)
-            metrics = {"examples": len(one.samples)}
-            fit.save(out, "similarity", one, options, budget=1 - target_skip, metrics=metrics)
+            metrics: dict[str, float | int | str] = {"examples": len(one.samples)}
+            if prompts:
+                plan = of_prompts(found, options, 1 - target_skip, shape)
+                metrics |= {"compute_kept": plan.share(shape)}
+                brought = {"prompt": {"skip": plan.entries()}}
+                fit.save(out, "none", one, MethodOptions(), metrics=metrics, **brought)
+            else:
+                fit.save(out, "similarity", one, options, budget=1 - target_skip, metrics=metrics)
             Console().print(table(found, left_out))
             console.print(f"plot: {out / FILE}", markup=False, soft_wrap=True)
         fit.how_to_go_on(one, out)
+
+
+def of_prompts(
+    found: Similarities, options: EndsOptions, budget: float, shape: DecoderShape
+) -> SkipPlan:
+    """Return what is most similar over all prompts."""
+    from vllm_adaskip.classifiers.base import PromptStatistics
+    from vllm_adaskip.classifiers.similarity.method import Similarity
+
+    mean = found.prompts.mean(0)
+    return Similarity(shape, options).decide(budget, PromptStatistics(1, mean, mean))
 
 
 def often(found: Similarities, options: EndsOptions, budget: float, shape: DecoderShape) -> Floats:

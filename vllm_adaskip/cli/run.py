@@ -103,6 +103,11 @@ Families = Annotated[
     list[str] | None,
     typer.Option("--plans", help="Families of fixed plans: uniform, random, exit."),
 ]
+PromptExits = Annotated[
+    list[int] | None,
+    typer.Option("--prompt-exit", help="Prompts of which so many layers run (docs/prompts.md)."),
+]
+PromptTail = Annotated[int, typer.Option(min=1, help="Their last tokens, which run everything.")]
 Budgets = Annotated[list[float] | None, typer.Option("--budget", help="Shares of compute to keep.")]
 Targets = Annotated[
     list[float] | None,

@@ -18,8 +18,9 @@ from vllm_adaskip.classifiers.hub import located
 from vllm_adaskip.classifiers.methods import is_path
 from vllm_adaskip.classifiers.profile import Profile
 from vllm_adaskip.cli import run
+from vllm_adaskip.engine.prompt_plan import TAIL
 from vllm_adaskip.lab.evaluation.results import Answer, Manifest, Results, Setting
-from vllm_adaskip.lab.evaluation.settings import distinct
+from vllm_adaskip.lab.evaluation.settings import distinct, shortened
 
 if TYPE_CHECKING:
     from vllm_adaskip.lab.evaluation.summary import Summary
@@ -40,6 +41,8 @@ def tune(
     options: run.Options = "{}",
     profile: run.Profiles = None,
     plans: run.Families = None,
+    prompt_exit: run.PromptExits = None,
+    prompt_tail: run.PromptTail = TAIL,
     budget: run.Budgets = None,
     target_skip: run.Targets = None,
     max_tokens: run.MaxTokens = 32,
@@ -51,11 +54,11 @@ def tune(
 ) -> None:
     """Pick method and budget so that a held-out half stays within the loss, with 95 % confidence.
 
-    With no --method, --profile and --plans: method similarity, uniform plans and early exit. If
-    nothing qualifies, or something speaks against its numbers, nothing is written, and the exit
-    status is 1.
+    With no --method, --profile, --plans and --prompt-exit: method similarity, uniform plans and
+    early exit. If nothing qualifies, or something speaks against its numbers, nothing is written,
+    and the exit status is 1.
     """
-    if not (method or profile or plans):
+    if not (method or profile or plans or prompt_exit):
         method, plans = ["similarity"], ["uniform", "exit"]
     with run.plain_errors():
         from vllm_adaskip.lab.evaluation.doubt import doubts
@@ -72,8 +75,11 @@ def tune(
         manifest = run.described(
             model, source, seed, max_model_len=max_model_len, enforce_eager=enforce_eager
         )
-        found = run.candidates(manifest.num_layers, plans, method, options, budget, 1, seed)
-        settings = distinct([*found, *run.profiles(profile, budget, target_skip, manifest)])
+        settings = distinct([
+            *run.candidates(manifest.num_layers, plans, method, options, budget, 1, seed),
+            *shortened(prompt_exit or (), prompt_tail, manifest.num_layers),
+            *run.profiles(profile, budget, target_skip, manifest),
+        ])  # fmt: skip
         results = Results(out.with_name(f"{out.name}-runs"))
         run.answer_and_time(
             results, manifest, settings, items,
@@ -118,7 +124,7 @@ def write_profile(
     setting: Setting, trial: Trial, manifest: Manifest, speed: dict[str, float], out: Path
 ) -> None:
     """Write the profile that makes a server do what a setting did."""
-    fixed = setting.skip is not None
+    fixed = bool(setting.skip)
     options = {"skip": setting.skip} if fixed else dict(setting.options)
     if (origin := options.pop("profile", None)) is not None:
         source = located(str(origin))
@@ -134,8 +140,9 @@ def write_profile(
     made = Profile(
         method=method,
         options=options,
-        guard=decides_once(method, options),
+        guard=method != "none" and decides_once(method, options),
         budget=1.0 if fixed else setting.budget,
+        prompt=setting.prompt,
         model=manifest.model,
         fingerprint=manifest.fingerprint,
         metrics={name: value for name, value in figures.items() if value is not None},

@@ -15,16 +15,21 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping
 from functools import partial
+from logging import getLogger
 from typing import TYPE_CHECKING, Any
 
 from vllm_adaskip.classifiers import SkipPlan
 from vllm_adaskip.engine.compat.scheduler import AsyncScheduler, Mark, MarkedBlocks, PromptMark
 from vllm_adaskip.engine.naming import planner_of
+from vllm_adaskip.engine.prompt_plan import Busy, PromptOptions
 from vllm_adaskip.engine.request import ADAPTER, Planner, is_one_answer
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.request import Request
+
+
+logger = getLogger("vllm.adaskip")
 
 
 def unfindable() -> bytes:
@@ -73,21 +78,41 @@ def prompt_mark(
 
 
 class MarkingScheduler(MarkedBlocks):
-    """Named in one engine's ``scheduler_cls`` option, with prefix caching or LoRA adapters."""
+    """Named in one engine's ``scheduler_cls`` option, with prefix caching, adapters or ``busy``."""
 
     def __init__(self, *args: Any, vllm_config: VllmConfig, **kwargs: Any) -> None:
         super().__init__(*args, vllm_config=vllm_config, **kwargs)
         self._planner = planner_of(vllm_config)
         self._is_adapted = vllm_config.lora_config is not None
+        options = self._planner.facts.prompt
+        busy = None if options is None else PromptOptions.model_validate(dict(options)).busy
+        self._busy = None if busy is None else Busy(busy)
         if self._planner.classifier.gate_scope == "answer":
             self.keep_apart(self._may_stop_early)
 
     def add_request(self, request: Request) -> None:
-        """Add the adapter's name to the request's arguments, which are all that a feeder sees."""
-        if self._is_adapted and (params := request.sampling_params) is not None:
-            name = request.lora_request and request.lora_request.lora_name
-            params.extra_args = {**(params.extra_args or {}), ADAPTER: name}
+        """Write into the request's arguments, all that a feeder sees, what it does not say itself.
+
+        That is its adapter's name, and, where few prompts wait, that its own runs everything.
+        """
+        if (params := request.sampling_params) is not None:
+            if self._is_adapted:
+                name = request.lora_request and request.lora_request.lora_name
+                params.extra_args = {**(params.extra_args or {}), ADAPTER: name}
+            if not self._shortens_now():
+                params.extra_args = self._planner.with_whole_prompt(params.extra_args)
         super().add_request(request)
+
+    def _shortens_now(self) -> bool:
+        """Return whether prompts that come in now may be shortened."""
+        if self._busy is None:
+            return True
+        read = (one.num_computed_tokens >= one.num_prompt_tokens for one in self.running)
+        unread = len(self.waiting) + len(self.running) - sum(read)
+        if self._busy.saw(unread):
+            what = "shortened" if self._busy.now else "run whole"
+            logger.info("vllm-adaskip: %d prompts wait; new ones are %s now", unread, what)
+        return self._busy.now
 
     def marks_of(self, request: Request) -> tuple[Mark | None, PromptMark | None]:
         """Return the marks of a request's blocks, see `block_mark` and `prompt_mark`."""

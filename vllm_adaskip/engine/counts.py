@@ -33,6 +33,7 @@ class Counts:
 
     Attributes:
         prompt_tokens: prompt tokens that ran.
+        shortened_tokens: those among them that were under a prompt plan.
         generated_tokens: generated tokens that ran.
         run: ``[2 * num_layers]`` generated tokens that ran each sub-layer.
         exits: ``[num_layers]`` tokens, or with scope ``answer`` requests, that stopped after each
@@ -41,7 +42,7 @@ class Counts:
     """
 
     def __init__(self, num_layers: int, capacity: int) -> None:
-        self.prompt_tokens = self.generated_tokens = 0
+        self.prompt_tokens = self.shortened_tokens = self.generated_tokens = 0
         self.run = np.zeros(2 * num_layers, dtype=np.int64)
         self.exits = np.zeros(num_layers, dtype=np.int64)
         self._before = np.zeros(capacity, dtype=np.int64)  # ran before they came into the row
@@ -55,6 +56,7 @@ class Counts:
         generated = step.num_generated
         self.generated_tokens += generated
         self.prompt_tokens += step.num_tokens - generated
+        self.shortened_tokens += int(step.length[step.shortened].sum())
         self.run += step.counted
 
     def add_gated(self, step: Step, gated: Bools, past_prompt: Ints) -> None:
@@ -118,6 +120,7 @@ class Report(TypedDict):
     Attributes:
         num_layers: decoder layers.
         prompt_tokens: prompt tokens that ran.
+        shortened_tokens: those among them that were under a prompt plan.
         decode_tokens: generated tokens that ran.
         attn_run: ``[num_layers]`` generated tokens that went through each attention.
         mlp_run: the same of each MLP.
@@ -140,6 +143,7 @@ class Report(TypedDict):
 
     num_layers: int
     prompt_tokens: int
+    shortened_tokens: int
     decode_tokens: int
     attn_run: list[int]
     mlp_run: list[int]
@@ -163,6 +167,7 @@ def report(state: SkipState) -> Report:
     found: Report = {
         "num_layers": table.num_layers,
         "prompt_tokens": counts.prompt_tokens,
+        "shortened_tokens": counts.shortened_tokens,
         "decode_tokens": counts.generated_tokens,
         "attn_run": run[0::2],
         "mlp_run": run[1::2],

@@ -28,6 +28,7 @@ from vllm_adaskip.engine.compat.adapters import Adapters
 from vllm_adaskip.engine.compat.head import Head
 from vllm_adaskip.engine.compat.kernels import with_kernels
 from vllm_adaskip.engine.compat.kv_cache import KvCache
+from vllm_adaskip.engine.compat.projection import keep_apart
 from vllm_adaskip.engine.compiled import Body, CompiledPlans, Inputs, Made
 from vllm_adaskip.engine.decide import shared_state
 from vllm_adaskip.engine.fill import KV_FILLS, ProjectFill
@@ -181,6 +182,9 @@ class SkippingDecoder(nn.Module):
         self._is_adapted = vllm_config.lora_config is not None
         head = Head(self, self.finish, is_adapted=self._is_adapted)
         self.adaskip = SkipRuntime(vllm_config, attention, head)
+        shortens = self.adaskip.state.planner.facts.prompt is not None
+        if (shortens or self.adaskip.fill.projects) and not self._is_adapted:
+            keep_apart(stack)
         #: What steps run in which something is skipped or observed; not registered once more.
         self._stack = (stack if self._is_adapted else with_kernels(stack),)
         self._layers = [*self.stack.layers]  # whose lookup takes longer than this list's

@@ -19,6 +19,41 @@ from vllm_adaskip.classifiers.plan import PlanError, SkipPlan, shown
 TAIL = 16
 
 
+class BusyOptions(BaseModel):
+    """From when to when prompts are shortened.
+
+    Attributes:
+        enter: prompts that wait or are being read when it begins.
+        leave: the same when it ends; fewer, so that it does not flap.
+
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    enter: int = Field(ge=1)
+    leave: int = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _in_order(self) -> BusyOptions:
+        if self.leave >= self.enter:
+            raise ValueError("'leave' must be less than 'enter'")
+        return self
+
+
+class Busy:
+    """Whether prompts are shortened now, as they come in."""
+
+    def __init__(self, options: BusyOptions) -> None:
+        self._options = options
+        self.now = False
+
+    def saw(self, unread: int) -> bool:
+        """Take how many prompts wait or are being read; return whether `now` has changed."""
+        before = self.now
+        self.now = unread > self._options.leave if before else unread >= self._options.enter
+        return self.now != before
+
+
 class PromptOptions(BaseModel):
     """The server's option ``prompt``.
 
@@ -27,6 +62,7 @@ class PromptOptions(BaseModel):
         skip: what they leave out, in the form of ``adaskip_skip``; one of the two is needed.
         tail: last tokens of a prompt that run everything.
         shortest: tokens of the shortest prompt that this is for, written ``from``.
+        busy: while how many prompts wait or are being read; None: always.
 
     """
 
@@ -36,6 +72,7 @@ class PromptOptions(BaseModel):
     skip: list[int | str] | None = None
     tail: int = Field(default=TAIL, ge=1)
     shortest: int = Field(default=0, ge=0, alias="from")
+    busy: BusyOptions | None = None
 
     @model_validator(mode="after")
     def _one_way(self) -> PromptOptions:

@@ -297,6 +297,19 @@ class Planner:
             raise RequestError(key, f"'{plan}' {self._not_with_the_method}")
         return PromptPlan(plan, tail or (own.tail if own else TAIL))
 
+    def with_whole_prompt(self, extra_args: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+        """Return a request's arguments, by which its prompt runs everything if it leaves that open.
+
+        Raises:
+            RequestError: see `wanted`.
+
+        """
+        args = RequestArgs.parse(extra_args)
+        is_open = args.prompt_exit is None and args.prompt_skip is None
+        if self.prompt is None or args.off or not is_open:
+            return extra_args
+        return {**(extra_args or {}), "adaskip_prompt_exit": self.facts.shape.num_layers}
+
     @property
     def _not_with_the_method(self) -> str:
         return (

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vllm_adaskip.classifiers import Stream
+from vllm_adaskip.engine.compat.projection import project
 from vllm_adaskip.engine.loop import SkippingDecoder
 
 
@@ -29,11 +30,10 @@ class LlamaLayers(SkippingDecoder):
         return Stream(layer.mlp(normed), before)
 
     def project_kv(self, layer: Any, positions: Tensor, stream: Stream) -> tuple[Tensor, Tensor]:
-        """Run input norm, q/k/v projection and rotary embedding; the query is left over."""
+        """Run input norm, K/V projection and rotary embedding."""
         attention = layer.self_attn
         normed, _ = add_and_norm(layer.input_layernorm, stream)
-        sizes = [attention.q_size, attention.kv_size, attention.kv_size]
-        query, key, value = attention.qkv_proj(normed)[0].split(sizes, dim=-1)
+        query, key, value = project(attention.qkv_proj, normed)
         _, key = attention.rotary_emb(positions, query, self.before_rotary(attention, key))
         return key, value
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vllm.model_executor.models.opt import OPTForCausalLM
 
 from vllm_adaskip.classifiers import Stream
+from vllm_adaskip.engine.compat.projection import project
 from vllm_adaskip.engine.loop import SkippingDecoder
 
 
@@ -49,11 +50,11 @@ class AdaSkipOPTForCausalLM(SkippingDecoder, OPTForCausalLM):
         return _run(layer, layer.final_layer_norm, mlp, stream)
 
     def project_kv(self, layer: Any, positions: Tensor, stream: Stream) -> tuple[Tensor, Tensor]:
-        """Run the q/k/v projection, after the norm if that comes before."""
+        """Run the K/V projection, after the norm if that comes before."""
         hidden = _whole(stream)
         if layer.do_layer_norm_before:
             hidden = layer.self_attn_layer_norm(hidden)
-        _, key, value = layer.self_attn.qkv_proj(hidden)[0].chunk(3, dim=-1)
+        _, key, value = project(layer.self_attn.qkv_proj, hidden)
         return key, value
 
     def finish(self, stream: Stream) -> Tensor:

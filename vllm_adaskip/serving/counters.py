@@ -10,7 +10,8 @@ from vllm_adaskip.engine.guard import VERDICTS
 
 #: Of what a worker counts: help text, and the label that tells a counter's parts from each other.
 _WORKERS: Final[dict[str, tuple[str, str | None]]] = {
-    "prompt_tokens": ("Prompt tokens that ran; they run everything.", None),
+    "prompt_tokens": ("Prompt tokens that ran.", None),
+    "shortened_prompt_tokens": ("Prompt tokens that ran under a prompt plan.", None),
     "decode_tokens": ("Generated tokens that ran.", None),
     "rows_run": ("Generated tokens that went through a sub-layer, over all layers.", "kind"),
     "rows_skipped": ("Generated tokens that left a sub-layer out, over all layers.", "kind"),
@@ -82,6 +83,7 @@ def figures(report: Mapping[str, Any]) -> Figures:
     run = {"attention": sum(report["attn_run"]), "mlp": sum(report["mlp_run"])}
     return {
         ("prompt_tokens", None): report["prompt_tokens"],
+        ("shortened_prompt_tokens", None): report.get("shortened_tokens", 0),
         ("decode_tokens", None): tokens,
         **{("rows_run", kind): rows for kind, rows in run.items()},
         **{

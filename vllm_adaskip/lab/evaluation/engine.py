@@ -6,16 +6,17 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, count, islice
 from typing import Any
 
 from vllm_adaskip.classifiers import DecoderShape, SkipPlan
+from vllm_adaskip.engine.prompt_plan import PromptPlan
 from vllm_adaskip.lab.data.harness import HarnessItem
 from vllm_adaskip.lab.data.items import Item
 from vllm_adaskip.lab.data.metrics import CHOICE, PERPLEXITY, score_of
 from vllm_adaskip.lab.data.tokens import answer_tokens, prompt_tokens
-from vllm_adaskip.lab.evaluation.results import Answer, Setting
+from vllm_adaskip.lab.evaluation.results import PROMPT_KEY, Answer, Setting, prompt_arguments
 
 #: Items between two writes to the results: what a killed run loses at most.
 CHUNK = 64
@@ -27,11 +28,27 @@ ASKED = "asked"
 
 @dataclass(frozen=True)
 class Ran:
-    """What a request's generated tokens went through, as `Answer` has it."""
+    """What a request went through.
+
+    Attributes:
+        kept: share of decoder compute, of its generated tokens.
+        skip: their plan, as `Answer` has it; so is ``left_out``.
+        read: tokens of its prompt, where this is under a prompt plan.
+        read_kept: what those kept, in tokens that run everything.
+
+    """
 
     kept: float
     skip: list[int | str]
     left_out: list[float] | None = None
+    read: int = 0
+    read_kept: float = 0.0
+
+    def kept_of_all(self, tokens: int) -> float:
+        """Return the share that the prompt kept, if it was shortened, and so many tokens."""
+        if not self.read:
+            return self.kept
+        return (self.read_kept + tokens * self.kept) / (self.read + tokens)
 
 
 class Engine:
@@ -46,8 +63,9 @@ class Engine:
             logits_processors=["vllm_adaskip.lab.evaluation.forced:ForcedAnswer"],
             enable_prefix_caching=False,  # a repeated prompt would be timed without its prefill
             **engine,
-            # A profile's guard would not follow plans that do not pay; we ask what they do.
-            **engine_args(method=method, **{**options, "guard": False}),
+            # A profile's guard would not follow plans that do not pay; we ask what they do. What it
+            # says of prompts is the setting's, as dense runs here too.
+            **engine_args(method=method, **{"prompt": None, **options, "guard": False}),
         )
         model_config = self.llm.llm_engine.model_config
         family = family_of(model_config.architecture)
@@ -105,7 +123,7 @@ class Engine:
 
     def arguments(self, setting: Setting) -> dict[str, Any]:
         """Give the ``extra_args`` of one request."""
-        own = {f"adaskip_prompt_{key}": value for key, value in setting.prompt.items()}
+        own = prompt_arguments(setting.prompt)
         own[ASKED] = next(self._asked)
         if setting.skip is not None:
             return {"adaskip_skip": setting.skip, **own}
@@ -121,7 +139,22 @@ class Engine:
             self.llm.collective_rpc(name, args=(requests,))[0]
             for name in ("adaskip_plans", "adaskip_ran")
         )
-        return [self._ran(*one) for one in zip(plans, gated, strict=True)]
+        rans = [self._ran(*one) for one in zip(plans, gated, strict=True)]
+        return [self._with_prompt(*one) for one in zip(rans, requests, strict=True)]
+
+    def _with_prompt(self, ran: Ran, request: tuple[Mapping[str, Any], Sequence[int]]) -> Ran:
+        args, prompt = request
+        named = {
+            key.removeprefix(PROMPT_KEY): value
+            for key, value in args.items()
+            if key.startswith(PROMPT_KEY)
+        }
+        plan = PromptPlan.of_options(named, self.shape.num_layers) if named else None
+        if plan is None:
+            return ran
+        whole = len(prompt) - plan.full_from(len(prompt))
+        kept = whole + (len(prompt) - whole) * plan.plan.share(self.shape)
+        return replace(ran, read=len(prompt), read_kept=kept)
 
     def _ran(self, skip: list[int | str] | None, gated: Mapping[str, Any] | None) -> Ran:
         if skip is not None:
@@ -162,8 +195,9 @@ class Engine:
 
     def _together(self, rans: Sequence[Ran], tokens: Sequence[int]) -> Ran:
         """Return what the tokens of several requests went through."""
-        if all(one == rans[0] for one in rans):
-            return rans[0]
+        read, read_kept = sum(one.read for one in rans), sum(one.read_kept for one in rans)
+        if all((one.skip, one.left_out) == (rans[0].skip, rans[0].left_out) for one in rans):
+            return replace(rans[0], read=read, read_kept=read_kept)
         own = [
             one.left_out
             or SkipPlan.parse(one.skip, self.shape.num_layers).mask().astype(float).tolist()
@@ -175,7 +209,7 @@ class Engine:
             / max(sum(fed), 1)
             for each in zip(*own, strict=True)
         ]
-        return Ran(kept(shares, self.shape), [], shares)
+        return Ran(kept(shares, self.shape), [], shares, read, read_kept)
 
     def record(
         self,
@@ -193,7 +227,7 @@ class Engine:
             task=item.task,
             metric=item.metric,
             score=score,
-            kept=ran.kept,
+            kept=ran.kept_of_all(tokens),
             skip=ran.skip,
             tokens=tokens,
             text=text,

@@ -15,7 +15,7 @@ import numpy as np
 
 from vllm_adaskip.lab.evaluation.doubt import Doubt, Doubts, among_many, doubts
 from vllm_adaskip.lab.evaluation.quality import Quality, loss_to
-from vllm_adaskip.lab.evaluation.results import Answer, Manifest, Setting
+from vllm_adaskip.lab.evaluation.results import Answer, Manifest, Setting, prompt_arguments
 from vllm_adaskip.lab.evaluation.summary import Column, SettingSummary, Summary
 
 _DROP = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(%|points?)?", re.ASCII)
@@ -128,12 +128,13 @@ def options(setting: Setting) -> dict[str, Any] | None:
 
     That is dense, and plans that were drawn for each item outside the server.
     """
-    if setting.skip is not None:
-        return {"method": "static", "skip": setting.skip} if setting.skip else None
-    if setting.method == "none":
-        return None
+    prompt = {"prompt": setting.prompt} if setting.prompt else {}
+    if setting.skip:
+        return {"method": "static", "skip": setting.skip, **prompt}
+    if setting.skip is not None or setting.method == "none":
+        return prompt or None
     budget = {"budget": setting.budget} if setting.budget < 1 else {}
-    return {"method": setting.method, **budget, **setting.options}
+    return {"method": setting.method, **budget, **setting.options, **prompt}
 
 
 def serve_command(model: str, engine: dict[str, Any]) -> str:
@@ -153,11 +154,12 @@ def switch_on_command(setting: Setting, manifest: Manifest) -> str | None:
 
 def request_arguments(setting: Setting) -> str | None:
     """Return what a single request adds for the same plan, as JSON."""
+    own = prompt_arguments(setting.prompt)
     if setting.skip:
-        return json.dumps({"vllm_xargs": {"adaskip_skip": setting.skip}})
-    if setting.method != "none" and setting.budget < 1:
-        return json.dumps({"vllm_xargs": {"adaskip_budget": setting.budget}})
-    return None
+        own["adaskip_skip"] = setting.skip
+    elif setting.method != "none" and setting.budget < 1:
+        own["adaskip_budget"] = setting.budget
+    return json.dumps({"vllm_xargs": own}) if own else None
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 FORMAT = 1
+#: What a request's arguments of its prompt plan begin with.
+PROMPT_KEY = "adaskip_prompt_"
 
 
 class ResultsError(ValueError):
@@ -52,13 +54,19 @@ class Setting(Record):
     prompt: dict[str, Any] = {}
 
 
+def prompt_arguments(prompt: dict[str, Any]) -> dict[str, Any]:
+    """Return what a request says for a prompt plan that is written as option ``prompt``."""
+    return {f"{PROMPT_KEY}{key}": value for key, value in prompt.items()}
+
+
 class Answer(Record):
     """One item under one setting (``answers.jsonl``).
 
     Attributes:
         item: unique within the data set, ``sum/12``.
         score: the metric's value; larger is better, except for ``perplexity``.
-        kept: share of decoder compute that generated tokens went through, in [0, 1].
+        kept: share of decoder compute that generated tokens went through, in [0, 1]; under a
+            prompt plan that the prompt's tokens and they did.
         skip: the plan that was followed; empty where ``left_out`` is given.
         tokens: how many tokens were generated.
         left_out: where each token decides for itself, ``[2 * num_layers]`` shares of the tokens

@@ -19,6 +19,7 @@ from vllm_adaskip.lab.evaluation.harness_engine import HarnessEngine
 from vllm_adaskip.lab.evaluation.quality import is_narrow
 from vllm_adaskip.lab.evaluation.reading import Reader
 from vllm_adaskip.lab.evaluation.results import Answer, Results, Setting, Timing
+from vllm_adaskip.lab.scan.fits import family_shape
 
 Report = Callable[[str, int], None]
 
@@ -120,7 +121,8 @@ def evaluate(
         if not members:
             continue
         report(f"starting vLLM, method {method}", 0)
-        runs_on = start(model, method, {**members[0].options, **_known(members, work)}, **engine)
+        more = {**_known(members, work), **_shortens(members, model)}
+        runs_on = start(model, method, {**members[0].options, **more}, **engine)
         reader = Reader(runs_on)
         for setting in members:
             for part in reader.answers(setting, work.answers[setting.name], max_tokens):
@@ -140,6 +142,13 @@ def _known(members: Sequence[Setting], work: Work) -> dict[str, Any]:
     """Return the option by which a few plans that are timed run as a profile's would."""
     plans = [one.skip for one in members if one.skip and work.rounds.get(one.name)]
     return {"known_plans": plans} if 0 < len(plans) <= MOST else {}
+
+
+def _shortens(members: Sequence[Setting], model: str) -> dict[str, Any]:
+    """Return the option by which an engine is ready for prompt plans, but runs prompts whole."""
+    if not any(one.prompt for one in members):
+        return {}
+    return {"prompt": {"exit": family_shape(model).num_layers}}
 
 
 def _ratios(results: Results, batch: int) -> dict[str, dict[int, float]]:

@@ -108,7 +108,7 @@ def profiled(
     """Give a profile by itself, at each budget below its own, and at each target.
 
     Args:
-        name: its folder or hub id.
+        name: its folder or hub id; what it says of prompts is for all, however short.
         budgets: shares of compute that no sequence may exceed, in (0, 1].
         targets: shares of layers to leave out on average, in [0, 1).
         model: fingerprint of the model that is evaluated.
@@ -131,6 +131,7 @@ def profiled(
         method=profile.method,
         options={"profile": name},
         budget=profile.budget,
+        prompt={key: value for key, value in profile.prompt.items() if key != "from"},
     )
     yield own
     for budget in budgets:
