@@ -10,11 +10,12 @@ LARGE ?= --large
 # Length of `make soak`.
 MINUTES ?= 30
 
-.PHONY: help setup demo test test-0.29 test-ray ray-demo lint bench bench-guard bench-parts gpu-check soak train clean
+.PHONY: help setup demo test test-slow test-0.29 test-ray ray-demo lint bench bench-guard bench-parts gpu-check soak train clean
 
 help:
 	@echo "make demo   set up .venv and ask SmolLM2 eight questions, dense and under plans"
 	@echo "make test   set up .venv and run the tests"
+	@echo "make test-slow  two ranks, two engines behind two front ends"
 	@echo "make test-0.29  set up .venv-0.29 and run what another vLLM release could break"
 	@echo "make test-ray  the same with Ray, and run what needs it: two replicas, an offline job"
 	@echo "make ray-demo  the bundled model on Ray Serve, two replicas under a mixed load"
@@ -39,9 +40,13 @@ demo: .venv/.demo
 	$(BIN)/adaskip demo
 
 # Two processes, as there are cores on the smallest machine that is wanted; a file stays in one,
-# and files come in the order of tests/conftest.py.
+# and files come in the order of tests/conftest.py. Without those of test-slow.
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# One after the other: several processes each, on both cores.
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
 
 # A release that users of ray[llm] have.
 test-0.29: .venv-0.29/.ready

@@ -29,29 +29,24 @@ settings.load_profile("adaskip")
 
 #: Files that take longest, so that two processes which share the tests end together.
 LONGEST = (
-    "test_server",
     "test_families",
-    "test_model_runner_v2",
+    "test_server",
     "test_evaluation",
-    "test_torture",
-    "test_many_engines",
-    "test_compiled_plans",
     "test_adainfer",
+    "test_torture",
+    "test_model_runner_v2",
+    "test_readme",
+    "test_fit_adainfer",
     "test_ffn_skip",
     "test_compiled",
-    "test_readme",
+    "test_compiled_plans",
 )
 
 
-#: Two ranks want both cores: beside another file they took three times as long.
-LAST = "test_tensor_parallel"
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the files that take longest first; the others stay as they are, but for the last."""
+    """Run the files that take longest first; the others stay as they are."""
     place = {name: number for number, name in enumerate(LONGEST)}
-    rest = len(LONGEST)
-    items.sort(key=lambda item: place.get(item.path.stem, rest + (item.path.stem == LAST)))
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
 
 
 TINY_LAYERS = 8

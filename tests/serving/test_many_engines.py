@@ -11,6 +11,9 @@ import pytest
 from http_server import URL, serving
 from metrics_page import MetricsPage, scrape_until, wait_for_page
 
+#: Many processes, which take minutes to start.
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module", autouse=True)
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
