@@ -2,9 +2,11 @@
 """Time to first token of prompts whose tokens, but the last 16, stop after some layers.
 
 Beside compiled stock vLLM, in turns, in one process, with made-up weights. The bound counts
-multiplications: what is left out falls away, but the projections that make K/V of it.
+multiplications: what is left out falls away, but the projections that make K/V of it. With
+``--answer`` it is the time until all answers are complete, and the bound is still the prompts'.
 
     python benchmarks/shortened_prompts.py --model smollm2-135m --rounds 9
+    python benchmarks/shortened_prompts.py --model smollm2-135m --batch 16 --answer 32
 """
 
 from __future__ import annotations
@@ -21,7 +23,13 @@ from rich.progress import Progress
 from rich.table import Table
 
 from vllm_adaskip.engine.prompt_plan import TAIL
-from vllm_adaskip.lab.bench.engines import Arguments, alone, engine, first_tokens
+from vllm_adaskip.lab.bench.engines import (
+    Arguments,
+    alone,
+    engine,
+    first_tokens,
+    whole_answers,
+)
 from vllm_adaskip.lab.bench.rounds import ratio, take_turns
 from vllm_adaskip.lab.bench.shapes import Shape
 from vllm_adaskip.offline import request
@@ -35,28 +43,32 @@ def main(
     model: Annotated[str, typer.Option(help="As of adaskip bench.")] = "smollm2-135m",
     tokens: Annotated[int, typer.Option(min=32, help="Of each prompt.")] = 1000,
     batch: Annotated[list[int] | None, typer.Option(help="Prompts at once, 1 and 8.")] = None,
+    answer: Annotated[int, typer.Option(min=1, help="Tokens of each answer.")] = 1,
     rounds: Annotated[int, typer.Option(min=3)] = 9,
 ) -> None:
     """Time whole prompts, and prompts of which 9, 7.5 and 5 tenths of the layers run."""
     shape = Shape.of(model)
+    timed = partial(first_tokens, tokens=tokens)
+    if answer > 1:
+        timed = partial(whole_answers, prompt=tokens, tokens=answer)
     table = Table(
         "prompts", "layers run", "stock's time over ours", "bound",
-        title=f"{shape.name}, prompts of {tokens} tokens, the last {TAIL} whole",
+        title=f"{shape.name}, prompts of {tokens} tokens, tail {TAIL}; answers of {answer}",
     )  # fmt: skip
     layers = shape.num_layers
     exits = sorted({layers, *(round(share * layers) for share in (0.9, 0.75, 0.5))}, reverse=True)
     with TemporaryDirectory() as folder, ExitStack() as stack:
-        path, room = shape.write(Path(folder) / "model"), {"max_model_len": tokens + 8}
+        path, room = shape.write(Path(folder) / "model"), {"max_model_len": tokens + answer + 7}
         stock, ours = (
             stack.enter_context(engine(path, plugin=plugin, **room))
             for plugin in (None, {"prompt": {"exit": layers}})
         )
         with Progress() as progress:
             for size in batch or [1, 8]:
-                variants = {STOCK: partial(first_tokens, stock, [None] * size, tokens)}
+                variants = {STOCK: partial(timed, stock, [None] * size)}
                 for run in exits:
                     arguments: Arguments = [request(prompt_exit=run)] * size
-                    variants[str(run)] = partial(first_tokens, ours, arguments, tokens)
+                    variants[str(run)] = partial(timed, ours, arguments)
                 task = progress.add_task(f"{size} at once", total=len(variants) * (rounds + 1))
                 taken = take_turns(variants, rounds, partial(progress.advance, task))
                 for run in exits:

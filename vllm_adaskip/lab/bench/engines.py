@@ -152,6 +152,14 @@ def first_tokens(llm: Any, arguments: Arguments, tokens: int) -> float:
     return seconds
 
 
+def whole_answers(llm: Any, arguments: Arguments, prompt: int, tokens: int) -> float:
+    """Return the seconds until all requests of a batch, prompts so long, have all their tokens."""
+    batch, taken = Batch(llm, arguments, prompt=prompt, tokens=tokens), 0.0
+    while llm.llm_engine.has_unfinished_requests():
+        taken += batch.step()
+    return taken
+
+
 def untrained_first(folder: Path, model: str, width: int = 0) -> str:
     """Write a profile for the model in a folder, with routers of so many hidden units."""
     from transformers import AutoConfig
