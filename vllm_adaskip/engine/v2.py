@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> type[Any]:
     """Return the class by which the front end of an engine checks requests (0.32 and later)."""
+    if name.startswith("__"):  # Python asks for some at every import from here
+        raise AttributeError(name)
     from vllm_adaskip.engine.compat.request_check import RequestCheck
 
     return naming.named_class(__name__, name, RequestCheck)
