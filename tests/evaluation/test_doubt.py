@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from evaluation.synthetic import DENSE, LAYERS, answer, manifest, timings, write
@@ -86,6 +87,15 @@ def test_chance_is_the_most_frequent_label() -> None:
     items += [item("capital", i, f"city {i}") for i in range(20)]
     items += [item("few", i, "yes") for i in range(3)]
     assert chance(items) == {"sentiment": 0.75}
+
+
+@pytest.mark.parametrize("prompt", [{"exit": 9}, {"skip": [3, 4, 5]}, {"skip": [3, 4, "mlp:5"]}])
+def test_time_is_bounded_by_what_prompts_or_answers_keep(prompt: dict[str, Any]) -> None:
+    short = Setting(name="short", family="prompts", skip=[], prompt=prompt)
+    made = [*scored(DENSE, 300), *scored(short, 300)]
+    for ratio, found in ((0.76, []), (0.6, ["faster"])):
+        times = timings("short", [ratio] * 5)
+        assert kinds(run(made, times, [DENSE, short])) == found
 
 
 def test_better_than_dense_beyond_luck() -> None:

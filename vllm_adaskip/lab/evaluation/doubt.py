@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import sqrt
-from typing import Literal
+from typing import Any, Literal
 
+from vllm_adaskip.engine.prompt_plan import named_plan
 from vllm_adaskip.lab.data.metrics import PERPLEXITY
 from vllm_adaskip.lab.evaluation.quality import LEAST_ROUNDS, Quality, resampled
 from vllm_adaskip.lab.evaluation.summary import SettingSummary, Speed, Summary
@@ -153,8 +154,16 @@ def _of_setting(one: SettingSummary, summary: Summary) -> Iterator[Doubt]:
     if speed.rounds < summary.rounds:
         done = f"{speed.rounds} of {summary.rounds} rounds"
         yield Doubt("unfinished", f"{one.name} was timed in {done}: let the run finish.")
-    prompts = one.setting.prompt.get("exit", summary.num_layers) / summary.num_layers
+    prompts = _least_of_prompts(one.setting.prompt, summary.num_layers)
     yield from of_time(one.name, min(one.kept, prompts), speed)
+
+
+def _least_of_prompts(prompt: Mapping[str, Any], num_layers: int) -> float:
+    """Return the least share of compute that a prompt plan keeps, whatever sub-layers weigh."""
+    if not prompt:
+        return 1.0
+    plan = named_plan(prompt.get("exit"), prompt.get("skip"), num_layers)
+    return 1 - max(plan.attention.bit_count(), plan.mlp.bit_count()) / num_layers
 
 
 def of_time(name: str, kept: float, speed: Speed, whose: str = "dense") -> Iterator[Doubt]:
