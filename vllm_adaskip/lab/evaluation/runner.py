@@ -19,7 +19,6 @@ from vllm_adaskip.lab.evaluation.harness_engine import HarnessEngine
 from vllm_adaskip.lab.evaluation.quality import is_narrow
 from vllm_adaskip.lab.evaluation.reading import Reader
 from vllm_adaskip.lab.evaluation.results import Answer, Results, Setting, Timing
-from vllm_adaskip.lab.scan.fits import family_shape
 
 Report = Callable[[str, int], None]
 
@@ -121,7 +120,7 @@ def evaluate(
         if not members:
             continue
         report(f"starting vLLM, method {method}", 0)
-        more = {**_known(members, work), **_shortens(members, model)}
+        more = {**_known(members, work), **_shortens(members, results)}
         runs_on = start(model, method, {**members[0].options, **more}, **engine)
         reader = Reader(runs_on)
         for setting in members:
@@ -144,11 +143,11 @@ def _known(members: Sequence[Setting], work: Work) -> dict[str, Any]:
     return {"known_plans": plans} if 0 < len(plans) <= MOST else {}
 
 
-def _shortens(members: Sequence[Setting], model: str) -> dict[str, Any]:
+def _shortens(members: Sequence[Setting], results: Results) -> dict[str, Any]:
     """Return the option by which an engine is ready for prompt plans, but runs prompts whole."""
     if not any(one.prompt for one in members):
         return {}
-    return {"prompt": {"exit": family_shape(model).num_layers}}
+    return {"prompt": {"exit": results.manifest().num_layers}}
 
 
 def _ratios(results: Results, batch: int) -> dict[str, dict[int, float]]:
