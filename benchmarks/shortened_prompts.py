@@ -82,7 +82,8 @@ def main(
 def bound(shape: Shape, run: int, tokens: int) -> float:
     """Return how many times fewer multiplications a prompt takes of which so many layers run."""
     config = shape.config
-    size, heads = config["head_dim"], config["num_attention_heads"]
+    heads = config["num_attention_heads"]
+    size = config.get("head_dim") or config["hidden_size"] // heads
     keys_and_values = 2 * config["hidden_size"] * size * config["num_key_value_heads"]
     queries_and_output = 2 * config["hidden_size"] * size * heads
     mlp = 3 * config["hidden_size"] * config["intermediate_size"]
