@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from batches import Entries, PromptPlan
 
+from vllm_adaskip import request
+
 if TYPE_CHECKING:
     from torture.judge import Judge
     from vllm import SamplingParams
@@ -41,6 +43,7 @@ class Request:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
+        left_out, tail = self.prompt_plan or (None, None)
         return SamplingParams(
             n=self.samples,
             temperature=1 if self.sampled else 0,
@@ -50,15 +53,8 @@ class Request:
             allowed_token_ids=self.only or None,
             logprobs=0 if self.wants_logprobs else None,
             output_kind=RequestOutputKind.FINAL_ONLY,
-            extra_args=self._extra_args() or None,
+            extra_args=request(skip=self.plan or None, prompt_skip=left_out, prompt_tail=tail),
         )
-
-    def _extra_args(self) -> dict[str, Any]:
-        own: dict[str, Any] = {"adaskip_skip": self.plan} if self.plan else {}
-        if self.prompt_plan is not None:
-            skip, tail = self.prompt_plan
-            own |= {"adaskip_prompt_skip": skip, "adaskip_prompt_tail": tail}
-        return own
 
 
 @dataclass

@@ -55,8 +55,9 @@ class Counts:
         """Count a step whose forward has run, or will run as it is."""
         generated = step.num_generated
         self.generated_tokens += generated
-        self.prompt_tokens += step.num_tokens - generated
-        self.shortened_tokens += int(step.length[step.shortened].sum())
+        if generated < step.num_tokens:  # most steps have no prompt tokens
+            self.prompt_tokens += step.num_tokens - generated
+            self.shortened_tokens += int(step.length[step.shortened].sum())
         self.run += step.counted
 
     def add_gated(self, step: Step, gated: Bools, past_prompt: Ints) -> None:
