@@ -55,6 +55,12 @@ def test_a_family_that_we_do_not_serve_and_a_model_without_weights(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_prompt_that_the_model_cannot_run_so_far(tmp_path: Path, model: str) -> None:
+    done = scan(model, "--prompt-exit", "99", "--out", str(out := tmp_path / "out"))
+    assert done.exit_code == 2 and "99 is not allowed; allowed: 1 to" in done.output
+    assert not out.exists()
+
+
 def test_a_model_too_large(model: str) -> None:
     with pytest.raises(ModelError, match=r"a scan needs about 4\.\d GB of memory .* 1.0 GB are"):
         check_memory(model, 10**9)

@@ -102,8 +102,16 @@ class NoEngine:
     def ours(self, known: Sequence[SkipPlan]) -> None:
         return None
 
+    def shortening(self, num_layers: int) -> str:
+        return "ours"
 
-def run(results: Results, unit: Any = "sub-layer", model: Any = None) -> scan.Found:
+    def stock(self) -> str:
+        return "stock"
+
+
+def run(
+    results: Results, unit: Any = "sub-layer", model: Any = None, exits: Sequence[int] = ()
+) -> scan.Found:
     one = scan.Scan(
         results,
         lambda: model,
@@ -114,7 +122,7 @@ def run(results: Results, unit: Any = "sub-layer", model: Any = None) -> scan.Fo
         tokens=4,
         say=lambda what, total: lambda: None,
     )
-    return one.run([], [], 0.95)
+    return one.run([], [], 0.95, exits)
 
 
 def layer_1_useless() -> Any:
@@ -162,6 +170,57 @@ def test_no_profile_where_quality_falls_at_once(results: Results) -> None:
     found = run(results, model=tiny("llama"))
     assert found.verdict.chosen is None
     assert "quality falls at once. Without" in found.verdict.sentence
+
+
+def first_tokens_in(layer_ms: float) -> Callable[[str, Sequence[Any], int], float]:
+    """Return what times prompts by layers that run; stock vLLM takes 10 ms."""
+
+    def timed(llm: str, arguments: Sequence[Any], tokens: int) -> float:
+        assert tokens == 3 and len(arguments) in timing.BATCHES
+        if llm == "stock":
+            return 0.01
+        return (7 + layer_ms * arguments[0]["adaskip_prompt_exit"]) / 1000
+
+    return timed
+
+
+@pytest.mark.parametrize(
+    ("layer_ms", "agreements", "chosen", "words"),
+    [
+        (1.0, {3: 0.98, 2: 0.97, 1: 0.9}, 2, "Prompts may stop after 2 of 4 layers: 10% less time"),
+        (2.0, {3: 0.98, 2: 0.97}, None, "The fastest, 2 of 4 layers, takes 1.10 of its time to"),
+        (1.0, {3: 0.9, 2: 0.8}, None, "Read whole prompts: with 3 of 4 layers 90.0%"),
+        (-2.0, {3: 0.98}, None, "takes 0.10 of compiled stock vLLM's time and keeps 0.83"),
+    ],
+)
+def test_prompts(
+    results: Results,
+    monkeypatch: pytest.MonkeyPatch,
+    layer_ms: float,
+    agreements: dict[int, float],
+    chosen: int | None,
+    words: str,
+) -> None:
+    def shortened(
+        _: str, asked: Sequence[WholeAnswer], plan: SkipPlan, layers: int, tokens: int
+    ) -> PlanReading:
+        shares = [{4: 0.99, **agreements}[layers]] * len(asked)
+        skip = plan.entries()
+        return PlanReading(how="shortened", skip=skip, agreement=shares, surprise=shares)
+
+    monkeypatch.setattr("vllm_adaskip.lab.scan.prompts.TAIL", 1)
+    monkeypatch.setattr("vllm_adaskip.lab.scan.prompts.shortened", shortened)
+    monkeypatch.setattr("vllm_adaskip.lab.scan.prompts.first_tokens", first_tokens_in(layer_ms))
+    found = run(results, model=layer_1_useless(), exits=[*agreements])
+    assert found.prompts is not None and words in found.prompts.sentence
+    assert found.prompts.chosen == chosen and found.prompts.tokens == 3
+    told = json.loads(as_json(found, results.manifest(), "org/name", 0.95))["prompts"]
+    assert told["verdict"] == found.prompts.sentence and len(told["by layers that run"]) > 1
+    html = page(found, results, "<org>", 0.95)
+    assert "Shortened prompts" in html and html.count('class="chosen"') == 1 + bool(chosen)
+    # A second time nothing is measured.
+    monkeypatch.delattr("vllm_adaskip.lab.scan.prompts.first_tokens")
+    assert run(results, exits=[*agreements]).prompts == found.prompts
 
 
 def test_few_tokens_recommend_nothing(results: Results, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,6 +39,7 @@ def scan(
     agreement: Annotated[
         float, typer.Option(help="Share of answer tokens that must stay the whole model's.")
     ] = 0.95,
+    prompt_exit: run.PromptExits = None,
     max_tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer.")] = 48,
     rounds: Annotated[int, typer.Option(min=3, help="Timed rounds of each plan.")] = 8,
     seed: run.Seed = 0,
@@ -46,7 +47,8 @@ def scan(
     """Measure what each sub-layer of MODEL costs and saves on this machine; say what to leave out.
 
     The judge is the whole model itself: its own answers to your questions, so none need be right.
-    Writes scan.html, scan.json and, if there is something to leave out, a profile.
+    Writes scan.html, scan.json and, if there is something to leave out, a profile. With
+    --prompt-exit it says beside it how many layers prompts should run.
     """
     with run.plain_errors():
         if unit not in ("sub-layer", "layer"):
@@ -54,16 +56,19 @@ def scan(
         if not 0 < agreement < 1:
             raise ValueError(f"--agreement {agreement:g}; allowed: a number in (0, 1)")
         os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
+        from vllm_adaskip.engine.prompt_plan import exit_plan
         from vllm_adaskip.lab.scan.fits import check_memory, family_shape, found_model
 
         path = found_model(model)
         shape = family_shape(path)
+        for layers in prompt_exit or ():
+            exit_plan(layers, shape.num_layers)
         check_memory(path)
         items, source = _items(path, data, limit, seed, columns, apply_chat_template)
         manifest = run.described(path, source, seed)
         found = _measured(
             Results(out), manifest, shape, items,
-            unit=unit, bound=agreement, tokens=max_tokens, rounds=rounds,
+            unit=unit, bound=agreement, exits=prompt_exit or (), tokens=max_tokens, rounds=rounds,
         )  # fmt: skip
         _write(Results(out), found, model or "bundled", agreement)
 
@@ -89,6 +94,7 @@ def _measured(
     *,
     unit: str,
     bound: float,
+    exits: Sequence[int],
     tokens: int,
     rounds: int,
 ) -> Found:
@@ -118,11 +124,14 @@ def _measured(
             results, partial(run.loaded, manifest.model), shape, started,
             unit=cast("Unit", unit), rounds=rounds, tokens=tokens, say=say,
         )  # fmt: skip
-        return one.run(items, prompts, bound)
+        return one.run(items, prompts, bound, exits)
 
 
 def _write(results: Results, found: Found, model: str, bound: float) -> None:
     """Write the page, the figures and the profile, if there is one; say what was found."""
+    from vllm_adaskip.engine.prompt_plan import TAIL
+    from vllm_adaskip.lab.evaluation.recommend import switch_on_command
+    from vllm_adaskip.lab.evaluation.settings import shortened
     from vllm_adaskip.lab.scan.page import page
     from vllm_adaskip.lab.scan.profile import as_json, save_profile
 
@@ -140,3 +149,10 @@ def _write(results: Results, found: Found, model: str, bound: float) -> None:
         echo(run.serve_command(manifest.model, str(profile)))
     else:
         echo("no profile is written")
+    if found.prompts:
+        echo(found.prompts.sentence + ".", style="bold")
+        for one in found.prompts.doubts:
+            echo(f"- {one.text}")
+        if found.prompts.chosen:
+            (setting,) = shortened([found.prompts.chosen], TAIL, manifest.num_layers)
+            echo(switch_on_command(setting, manifest))

@@ -160,7 +160,8 @@ class PlanReading(Record):
 
     Attributes:
         how: ``search`` and ``held out``: the whole model's answers of that half, read under the
-            plan; ``answered``: answers that the engine gave under the plan, read at full depth.
+            plan; ``answered``: answers that the engine gave under the plan, read at full depth;
+            ``shortened``: the same where the plan is the prompt's, and the answer's none.
         agreement: of each answer, the share of tokens that are the whole model's choice.
         surprise: of each answer, nats a token by which the whole model prefers its own choice.
         loss: cross-entropy of the whole model's choices under the plan, in nats a token.
@@ -168,7 +169,7 @@ class PlanReading(Record):
 
     """
 
-    how: Literal["search", "held out", "answered"]
+    how: Literal["search", "held out", "answered", "shortened"]
     skip: list[int | str]
     agreement: list[float]
     surprise: list[float]
@@ -177,7 +178,7 @@ class PlanReading(Record):
 
 
 class StepTime(Record):
-    """Seconds of a decode step, one a round (``step-times.jsonl``).
+    """Seconds of a decode step, or until first tokens, one a round (``step-times.jsonl``).
 
     Attributes:
         stage: what takes turns in the same rounds.

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from vllm_adaskip.classifiers.plan import SkipPlan
 from vllm_adaskip.lab.data.chat import ChatTemplate
@@ -12,7 +12,7 @@ from vllm_adaskip.lab.data.items import DataError, Item
 from vllm_adaskip.lab.data.tokens import prompt_tokens
 from vllm_adaskip.lab.evaluation.reading import Heard, at_full_depth
 from vllm_adaskip.lab.evaluation.results import PlanReading, WholeAnswer
-from vllm_adaskip.lab.evaluation.settings import DENSE
+from vllm_adaskip.offline import request
 
 #: Fewer answers of two tokens or more say nothing.
 LEAST = 4
@@ -58,23 +58,22 @@ def tokenised(items: Sequence[Item], model: str, tokens: int) -> tuple[list[list
 
 
 def generated(
-    llm: Any, prompts: Sequence[list[int]], plan: SkipPlan, tokens: int
+    llm: Any, prompts: Sequence[list[int]], arguments: dict[str, Any], tokens: int
 ) -> list[tuple[list[int], str]]:
-    """Return the greedy answers under a plan, one batch: tokens and text of each."""
+    """Return the greedy answers to requests with these arguments: tokens and text of each."""
     from vllm import SamplingParams, TokensPrompt
 
-    args = None if plan.is_dense else {"adaskip_skip": plan.entries()}
-    params = SamplingParams(temperature=0, max_tokens=tokens, extra_args=args)
+    params = SamplingParams(temperature=0, max_tokens=tokens, extra_args=arguments)
     asked = [TokensPrompt(prompt_token_ids=one) for one in prompts]
     outputs = llm.generate(asked, params, use_tqdm=False)
     return [(list(one.outputs[0].token_ids), one.outputs[0].text) for one in outputs]
 
 
 def whole_answers(
-    llm: Any, items: Sequence[Item], prompts: Sequence[list[int]], dense: SkipPlan, tokens: int
+    llm: Any, items: Sequence[Item], prompts: Sequence[list[int]], tokens: int
 ) -> list[WholeAnswer]:
     """Return the whole model's answers."""
-    made = zip(items, prompts, generated(llm, prompts, dense, tokens), strict=True)
+    made = zip(items, prompts, generated(llm, prompts, {}, tokens), strict=True)
     return [
         WholeAnswer(item=item.item, prompt=one, answer=answer, text=text)
         for item, one, (answer, text) in made
@@ -102,19 +101,44 @@ def answered(llm: Any, asked: Sequence[WholeAnswer], plan: SkipPlan, tokens: int
 
     The first token is not counted: it comes of the prompt, which runs at full depth.
     """
-    answers = generated(llm, [one.prompt for one in asked], plan, tokens)
+    arguments = request(skip=plan.entries())
+    answers = generated(llm, [one.prompt for one in asked], arguments, tokens)
     heard = [
         Heard([*one.prompt, *answer[:1]], answer[1:])
         for one, (answer, _) in zip(asked, answers, strict=True)
         if len(answer) > 1
     ]
-    found = at_full_depth(llm, heard, {"adaskip_skip": DENSE.skip})
+    return _read(llm, heard, "answered", plan, [text for _, text in answers])
+
+
+def shortened(
+    llm: Any, asked: Sequence[WholeAnswer], plan: SkipPlan, layers: int, tokens: int
+) -> PlanReading:
+    """Have the engine answer prompts of which so many layers run, and read the answers again.
+
+    All tokens are counted, the first one too, as it comes of a prompt that leaves out ``plan``.
+    """
+    arguments = request(prompt_exit=layers)
+    answers = generated(llm, [one.prompt for one in asked], arguments, tokens)
+    heard = [Heard(one.prompt, answer) for one, (answer, _) in zip(asked, answers, strict=True)]
+    return _read(llm, heard, "shortened", plan, [text for _, text in answers])
+
+
+def _read(
+    llm: Any,
+    heard: Sequence[Heard],
+    how: Literal["answered", "shortened"],
+    plan: SkipPlan,
+    texts: list[str],
+) -> PlanReading:
+    """Return how far the whole model would have given these answers."""
+    found = at_full_depth(llm, heard, request(skip=[]))
     return PlanReading(
-        how="answered",
+        how=how,
         skip=plan.entries(),
         agreement=[one["agreement"] or 0.0 for one in found],
         surprise=[one["surprise"] or 0.0 for one in found],
-        texts=[text for _, text in answers],
+        texts=texts,
     )
 
 

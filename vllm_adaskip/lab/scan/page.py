@@ -18,6 +18,7 @@ from vllm_adaskip.lab.fixed_plans import Entry
 from vllm_adaskip.lab.scan.answers import halves
 from vllm_adaskip.lab.scan.order import LEAST
 from vllm_adaskip.lab.scan.scan import Found
+from vllm_adaskip.lab.scan.verdict import Confirmed
 
 #: Answers that the page shows side by side.
 _SHOWN = 6
@@ -43,10 +44,19 @@ def page(found: Found, results: Results, model: str, bound: float) -> str:
             batches=sorted(found.steps),
             map=_heat(found),
             shown=shown,
+            chosen=_chosen(found),
             pairs=_pairs(results, shown.plan.entries(), held_out),
             **drawn,
         )
     )
+
+
+def _chosen(found: Found) -> list[Confirmed]:
+    """Return the rows that stand out."""
+    chosen = [] if found.verdict.chosen is None else [found.verdict.chosen]
+    if found.prompts and found.prompts.chosen:
+        chosen.append(found.prompts.exits[found.prompts.chosen])
+    return chosen
 
 
 def _pairs(

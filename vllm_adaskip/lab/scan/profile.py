@@ -29,9 +29,34 @@ def as_json(found: Found, manifest: Manifest, model: str, bound: float) -> str:
         "order": found.order,
         "confirmed": [figures(one, {}, model) for one in (found.dense, *found.plans)],
         "held-out curves, time against stock vLLM and agreement": found.curve,
+        **_of_prompts(found),
         **_facts(manifest),
     }
     return json.dumps(told, indent=1) + "\n"
+
+
+def _of_prompts(found: Found) -> dict[str, Any]:
+    """Return what was found of shortened prompts, if anybody asked."""
+    if (prompts := found.prompts) is None:
+        return {}
+    confirmed = {prompts.whole.plan.num_layers: prompts.whole, **prompts.exits}
+    return {
+        "prompts": {
+            "verdict": prompts.sentence,
+            "doubts": [one.text for one in prompts.doubts],
+            "tokens": prompts.tokens,
+            "by layers that run": {
+                run: {
+                    "agreement": asdict(one.agreement),
+                    "surprise": one.surprise,
+                    "time to first token against stock, by batch size": {
+                        batch: asdict(speed) for batch, speed in one.speeds.items()
+                    },
+                }
+                for run, one in confirmed.items()
+            },
+        }
+    }
 
 
 def save_profile(folder: Path, found: Found, manifest: Manifest, model: str) -> Path | None:

@@ -15,9 +15,11 @@ from vllm_adaskip.lab.data.items import Item
 from vllm_adaskip.lab.evaluation.results import PlanReading, Results, StepTime, WholeAnswer
 from vllm_adaskip.lab.fixed_plans import Entry, Unit, units
 from vllm_adaskip.lab.scan import answers as asking
+from vllm_adaskip.lab.scan import prompts as shortening
 from vllm_adaskip.lab.scan import timing
 from vllm_adaskip.lab.scan.judge import How, Judge
 from vllm_adaskip.lab.scan.order import TRIED, baselines, lazy_greedy, sizes
+from vllm_adaskip.lab.scan.prompts import Prompts
 from vllm_adaskip.lab.scan.verdict import (
     Confirmed,
     Verdict,
@@ -48,6 +50,8 @@ class Found:
         curve: of the held-out answers.
         dense: ours with nothing left out.
         plans: what the engine confirmed.
+        verdict: on these.
+        prompts: of shortened prompts; None: nobody asked.
 
     """
 
@@ -61,6 +65,7 @@ class Found:
     dense: Confirmed
     plans: list[Confirmed]
     verdict: Verdict
+    prompts: Prompts | None = None
 
 
 class Scan:
@@ -98,8 +103,14 @@ class Scan:
         self._halves: dict[How, list[WholeAnswer]] = {}
         self._known = {(one.how, *one.skip): one for one in results.read(PlanReading)}
 
-    def run(self, items: Sequence[Item], prompts: Sequence[list[int]], bound: float) -> Found:
-        """Measure all that is not measured yet."""
+    def run(
+        self,
+        items: Sequence[Item],
+        prompts: Sequence[list[int]],
+        bound: float,
+        exits: Sequence[int] = (),
+    ) -> Found:
+        """Measure all that is not measured yet; ``exits``: layers that shortened prompts run."""
         searched, held_out = asking.halves(self._whole(items, prompts))
         self._halves = {"search": searched, "held out": held_out}
         plans = timing.shape_plans(self._shape.num_layers)
@@ -126,7 +137,14 @@ class Scan:
             dense=dense,
             plans=tried,
             verdict=replace(found, doubts=doubts),
+            prompts=self._prompts(exits, bound) if exits else None,
         )
+
+    def _prompts(self, exits: Sequence[int], bound: float) -> Prompts:
+        return shortening.measured(
+            self._results, self._engines, self._halves["held out"], exits, self._shape, bound,
+            rounds=self._rounds, tokens=self._tokens, say=self._say,
+        )  # fmt: skip
 
     @cached_property
     def _model(self) -> Any:
@@ -139,9 +157,8 @@ class Scan:
         if known := self._results.read(WholeAnswer):
             return known
         done = self._say("the whole model answers", 1)
-        dense = self._plan(())
         llm = self._engines.ours(timing.shape_plans(self._shape.num_layers))
-        made = asking.whole_answers(llm, items, prompts, dense, self._tokens)
+        made = asking.whole_answers(llm, items, prompts, self._tokens)
         self._results.append(made)
         done()
         return made

@@ -42,7 +42,7 @@ class Engines:
         self._stock: Any = None
         self._ours: Any = None
         self._close = ExitStack()
-        self._known: Sequence[SkipPlan] = ()
+        self._options_of_ours: Mapping[str, Any] = {}
 
     def stock(self) -> Any:
         """Return stock vLLM's ``LLM``."""
@@ -51,13 +51,20 @@ class Engines:
         return self._stock
 
     def ours(self, known: Sequence[SkipPlan]) -> Any:
-        """Return our ``LLM`` to which these plans are known; one that knows others is closed."""
-        if self._ours is None or [*known] != [*self._known]:
+        """Return our ``LLM`` to which these plans are known."""
+        return self._with({"known_plans": [plan.entries() for plan in known]})
+
+    def shortening(self, num_layers: int) -> Any:
+        """Return our ``LLM``, ready for prompts that are shortened if their request says so."""
+        return self._with({"prompt": {"exit": num_layers}})
+
+    def _with(self, options: Mapping[str, Any]) -> Any:
+        """Return our ``LLM`` with these options; one with others is closed."""
+        if self._ours is None or options != self._options_of_ours:
             self._close.close()
             self._close = self._stack.enter_context(ExitStack())
-            plans = [plan.entries() for plan in known]
-            self._ours = self._close.enter_context(self._engine(plugin={"known_plans": plans}))
-            self._known = known
+            self._ours = self._close.enter_context(self._engine(plugin=options))
+            self._options_of_ours = options
         return self._ours
 
     def _engine(self, **more: Any) -> Any:

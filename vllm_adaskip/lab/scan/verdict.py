@@ -106,7 +106,7 @@ def verdict(
         tokens: of the held-out answers.
 
     """
-    doubts = [doubt for one in plans for doubt in _doubts(one, dense)]
+    doubts = [doubt for one in plans for doubt in against(one, dense)]
     few = [*_of_tokens(tokens)]
     good = [one for one in plans if one.agreement.mean >= bound]
     if not good:
@@ -114,10 +114,10 @@ def verdict(
     best = min(good, key=lambda one: one.speed.median)
     if best.speed.sure[1] >= 1:
         return Verdict(_slow(best, bound, step), None, [*few, *doubts])
-    against = [*few, *(one for one in _doubts(best, dense) if one.kind in ("faster", "better"))]
-    if against:
+    reasons = [*few, *(one for one in against(best, dense) if one.kind in ("faster", "better"))]
+    if reasons:
         sentence = f"Do not skip layers of this model for now: what '{best.plan}' wins is in doubt"
-        return Verdict(f"{sentence}. {against[0].text.removesuffix('.')}", None, [*few, *doubts])
+        return Verdict(f"{sentence}. {reasons[0].text.removesuffix('.')}", None, [*few, *doubts])
     return Verdict(_good(best), best, [*doubts, *_of_interval(best, bound)])
 
 
@@ -126,7 +126,7 @@ def _good(one: Confirmed) -> str:
     return (
         f"Leave out {left_out}: {1 - one.speed.median:.0%} less time at batch {one.batch} than "
         f"compiled stock vLLM (measured, {1 - one.speed.sure[1]:.0%} to "
-        f"{1 - one.speed.sure[0]:.0%}), {_kept(one)} of answer tokens stay the whole model's"
+        f"{1 - one.speed.sure[0]:.0%}), {stays(one)} of answer tokens stay the whole model's"
     )
 
 
@@ -135,7 +135,7 @@ def _falls(plans: Sequence[Confirmed], bound: float) -> str:
     left_out = str(closest.plan).removeprefix("skip ")
     return (
         f"Do not skip layers of this model here: quality falls at once. Without {left_out} alone, "
-        f"{_kept(closest)} of answer tokens stay the whole model's, and {bound:.0%} are wanted; a "
+        f"{stays(closest)} of answer tokens stay the whole model's, and {bound:.0%} are wanted; a "
         f"step takes {closest.speed.median:.2f} of compiled stock vLLM's time at batch "
         f"{closest.batch}"
     )
@@ -153,12 +153,14 @@ def _slow(best: Confirmed, bound: float, step: Shape) -> str:
     )
 
 
-def _kept(one: Confirmed) -> str:
+def stays(one: Confirmed) -> str:
+    """Return the share of tokens that stay, with its interval, in words."""
     share = one.agreement
     return f"{share.mean:.1%} ({share.low:.1%} to {share.high:.1%})"
 
 
-def _doubts(one: Confirmed, dense: Confirmed) -> Iterator[Doubt]:
+def against(one: Confirmed, dense: Confirmed) -> Iterator[Doubt]:
+    """Return what speaks against a plan's figures."""
     for batch, speed in one.speeds.items():
         yield from of_time(f"'{one.plan}' at batch {batch}", one.kept, speed, "compiled stock vLLM")
     if one.agreement.low > dense.agreement.high:
