@@ -6,7 +6,8 @@ none``), for the compiler fuses their PyTorch forms, and compiles activations on
 calls then take longer than what they do. On the CPU, norms have no kernel in vLLM's dispatch at
 all, though one is built: measured at hidden size 192, 2 us against 13 at batch 1, 5 against 21 at
 batch 64. Of SiluAndMul the plain PyTorch form is the faster one there: 3.8 us against the kernel's
-2.5 at batch 1, but 7.6 against 16 at 16 and 19 against 59 at 64.
+2.5 at batch 1, but 7.6 against 16 at 16 and 19 against 59 at 64. In slices of 512 tokens, what it
+makes in between stays in the cache: 8,000 tokens of 1536 values take 22 ms so, and 45 at once.
 
 Uses ``CustomOp._forward_method``, ``_enforce_enable``, ``dispatch_forward``, and the operators
 ``_C::rms_norm`` and ``_C::fused_add_rms_norm``.
@@ -20,12 +21,16 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.custom_op import CustomOp
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 from vllm.platforms import current_platform
+
+#: Tokens of which an activation is made at once.
+SLICE = 512
 
 Forward = Callable[..., Any]
 Module = TypeVar("Module", bound=nn.Module)
@@ -63,8 +68,7 @@ def _kernel(op: nn.Module) -> Forward | None:
     if type(op) is RMSNorm and op.variance_size_override is None:
         return _norm(op)
     if current_platform.is_cpu() and isinstance(op, SiluAndMul):
-        plain: Forward = op.forward_native
-        return plain
+        return _silu_and_mul
     if isinstance(op, RMSNorm | RotaryEmbedding | SiluAndMul):
         return _dispatched(op)
     return None
@@ -77,6 +81,18 @@ def _dispatched(op: CustomOp) -> Forward:
     finally:
         op._enforce_enable = enforced
     return chosen
+
+
+def _silu_and_mul(values: Tensor) -> Tensor:
+    """Return ``[tokens, size]`` of ``[tokens, 2 * size]``, as the op's plain form, bit for bit."""
+    if len(values) <= SLICE:
+        plain: Tensor = SiluAndMul.forward_native(values)
+        return plain
+    made = values.new_empty(*values.shape[:-1], values.shape[-1] // 2)
+    for own, out in zip(torch.split(values, SLICE), torch.split(made, SLICE), strict=True):
+        gate, up = own.chunk(2, dim=-1)
+        torch.mul(functional.silu(gate), up, out=out)
+    return made
 
 
 def _norm(op: RMSNorm) -> Forward:
