@@ -8,22 +8,20 @@ model's, and the time to the first token against compiled stock vLLM, at the que
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from vllm_adaskip.classifiers.plan import DecoderShape, SkipPlan
 from vllm_adaskip.engine.prompt_plan import TAIL, exit_plan
 from vllm_adaskip.lab.bench.engines import first_tokens
-from vllm_adaskip.lab.bench.rounds import Run, take_turns
+from vllm_adaskip.lab.bench.rounds import Run
 from vllm_adaskip.lab.evaluation.doubt import Doubt
 from vllm_adaskip.lab.evaluation.results import PlanReading, Results, StepTime, WholeAnswer
 from vllm_adaskip.lab.scan.answers import shortened
-from vllm_adaskip.lab.scan.timing import BATCHES, DENSE, STOCK, Engines
-from vllm_adaskip.lab.scan.verdict import Confirmed, against, share_of, speeds_of, stays
+from vllm_adaskip.lab.scan.timing import STOCK, Engines, in_turns, known_or_timed, variant_of
+from vllm_adaskip.lab.scan.verdict import Confirmed, against, confirmed, stays
 from vllm_adaskip.offline import request
 
 
@@ -67,7 +65,7 @@ def measured(
         results: of the scan.
         engines: of vLLM.
         asked: the held-out answers of the whole model, and their prompts.
-        exits: how many layers run, of each.
+        exits: how many layers run, of each; fewer than all.
         shape: of the model.
         bound: share of tokens that must stay the whole model's.
         rounds: of each timing.
@@ -78,7 +76,7 @@ def measured(
         PlanError: the model has not so many layers.
 
     """
-    layers = [shape.num_layers, *sorted({*exits} - {shape.num_layers}, reverse=True)]
+    layers = [shape.num_layers, *sorted({*exits}, reverse=True)]
     plans = {one: exit_plan(one, shape.num_layers) for one in layers}
     known = {(*one.skip,): one for one in results.read(PlanReading) if one.how == "shortened"}
     done = say("answering shortened prompts", len(layers))
@@ -90,8 +88,10 @@ def measured(
         done()
     length = round(statistics.median(len(one.prompt) for one in asked))
     times = _times(results, engines, plans, length, rounds, say)
+    readings = [known[(*plan.entries(),)] for plan in plans.values()]
+    tail = min(TAIL, length) / length
     whole, *others = (
-        _confirmed(known[(*plan.entries(),)], times, plan, shape, length) for plan in plans.values()
+        replace(one, kept=tail + (1 - tail) * one.kept) for one in confirmed(readings, times, shape)
     )
     return verdict(length, whole, dict(zip(layers[1:], others, strict=True)), bound)
 
@@ -99,56 +99,30 @@ def measured(
 def _times(
     results: Results,
     engines: Engines,
-    plans: dict[int, SkipPlan],
+    plans: Mapping[int, SkipPlan],
     length: int,
     rounds: int,
     say: Callable[[str, int], Callable[[], None]],
 ) -> list[StepTime]:
     stage, (whole, *_) = f"first token of {length}", plans
-    names = {STOCK, *(_variant(plan) for plan in plans.values())}
-    found = []
-    for batch in BATCHES:
-        own = [
-            one
-            for one in results.read(StepTime)
-            if (one.stage, one.batch) == (stage, batch) and one.variant in names
-        ]
-        if {one.variant for one in own} != names:
-            done = say(f"timing first tokens, batch {batch}", len(names) * (rounds + 1))
-            stock, ours = engines.stock(), engines.shortening(whole)
-            variants: dict[str, Run] = {STOCK: partial(first_tokens, stock, [None] * batch, length)}
-            for run, plan in plans.items():
-                arguments: list[Any] = [request(prompt_exit=run)] * batch
-                variants[_variant(plan)] = partial(first_tokens, ours, arguments, length)
-            taken = take_turns(variants, rounds, done)
-            own = [
-                StepTime(stage=stage, variant=name, batch=batch, seconds=seconds)
-                for name, seconds in taken.items()
-            ]
-            results.append(own)
-        found += own
-    return found
 
+    def timed(batch: int, done: Callable[[], None]) -> list[StepTime]:
+        stock, ours = engines.stock(), engines.shortening(whole)
+        variants: dict[str, Run] = {STOCK: partial(first_tokens, stock, [None] * batch, length)}
+        for run, plan in plans.items():
+            arguments: list[Any] = [request(prompt_exit=run)] * batch
+            variants[variant_of(plan)] = partial(first_tokens, ours, arguments, length)
+        return in_turns(stage, variants, batch, rounds, done)
 
-def _variant(plan: SkipPlan) -> str:
-    return DENSE if plan.is_dense else str(plan)
-
-
-def _confirmed(
-    reading: PlanReading,
-    times: Sequence[StepTime],
-    plan: SkipPlan,
-    shape: DecoderShape,
-    length: int,
-) -> Confirmed:
-    tail = min(TAIL, length) / length
-    return Confirmed(
-        plan,
-        share_of(reading.agreement),
-        float(np.mean(reading.surprise)),
-        speeds_of(times, _variant(plan)),
-        kept=tail + (1 - tail) * plan.share(shape),
+    found = known_or_timed(
+        results,
+        stage,
+        {STOCK, *map(variant_of, plans.values())},
+        rounds,
+        lambda batch, turns: say(f"timing first tokens, batch {batch}", turns),
+        timed,
     )
+    return [one for times in found.values() for one in times]
 
 
 def verdict(tokens: int, whole: Confirmed, exits: dict[int, Confirmed], bound: float) -> Prompts:

@@ -165,22 +165,16 @@ class Scan:
 
     def _times(self, stage: str, plans: Sequence[SkipPlan]) -> dict[int, list[StepTime]]:
         """Time plans at each batch size, or return what an earlier run timed."""
-        names = {timing.STOCK, timing.DENSE, *map(str, plans)}
-        known = [
-            one
-            for one in self._results.read(StepTime)
-            if one.stage == stage and one.variant in names
-        ]
-        found = {}
-        for batch in timing.BATCHES:
-            times = [one for one in known if one.batch == batch]
-            if {one.variant for one in times} != names:
-                turns = len(names) * (self._rounds + 1)
-                done = self._say(f"timing {stage}s, batch {batch}", turns)
-                times = timing.timed(self._engines, stage, plans, batch, self._rounds, done)
-                self._results.append(times)
-            found[batch] = times
-        return found
+        return timing.known_or_timed(
+            self._results,
+            stage,
+            {timing.STOCK, timing.DENSE, *map(str, plans)},
+            self._rounds,
+            lambda batch, turns: self._say(f"timing {stage}s, batch {batch}", turns),
+            lambda batch, done: timing.timed(
+                self._engines, stage, plans, batch, self._rounds, done
+            ),
+        )
 
     def _reading(self, how: How, entries: Sequence[Entry]) -> PlanReading:
         plan = self._plan(entries)

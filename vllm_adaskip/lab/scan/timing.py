@@ -18,7 +18,7 @@ from typing import Any
 from vllm_adaskip.classifiers.plan import SkipPlan
 from vllm_adaskip.lab.bench.engines import decode, engine, following
 from vllm_adaskip.lab.bench.rounds import Run, take_turns
-from vllm_adaskip.lab.evaluation.results import StepTime
+from vllm_adaskip.lab.evaluation.results import Results, StepTime
 
 STOCK, DENSE = "stock", "dense"
 #: Batch sizes that are timed; the last one decides.
@@ -138,11 +138,53 @@ def timed(
         DENSE: partial(_step, ours, [None] * batch),
         **{str(plan): partial(_step, ours, following([plan] * batch)) for plan in plans},
     }
+    return in_turns(stage, variants, batch, rounds, done)
+
+
+def in_turns(
+    stage: str, variants: Mapping[str, Run], batch: int, rounds: int, done: Callable[[], None]
+) -> list[StepTime]:
+    """Time variants round by round in turn."""
     taken = take_turns(variants, rounds, done)
     return [
         StepTime(stage=stage, variant=name, batch=batch, seconds=seconds)
         for name, seconds in taken.items()
     ]
+
+
+def known_or_timed(
+    results: Results,
+    stage: str,
+    variants: set[str],
+    rounds: int,
+    begin: Callable[[int, int], Callable[[], None]],
+    time: Callable[[int, Callable[[], None]], list[StepTime]],
+) -> dict[int, list[StepTime]]:
+    """Return times by batch size: what an earlier run stored, or else what is timed and stored now.
+
+    Args:
+        results: of the scan.
+        stage: what takes turns in the same rounds.
+        variants: all that are wanted.
+        rounds: of each.
+        begin: is told of a batch size and how many turns it has; returns what to call after each.
+        time: times a batch size.
+
+    """
+    known = [one for one in results.read(StepTime) if one.stage == stage]
+    found = {}
+    for batch in BATCHES:
+        times = [one for one in known if one.batch == batch and one.variant in variants]
+        if {one.variant for one in times} != variants:
+            times = time(batch, begin(batch, len(variants) * (rounds + 1)))
+            results.append(times)
+        found[batch] = times
+    return found
+
+
+def variant_of(plan: SkipPlan) -> str:
+    """Return how the times of a plan are called."""
+    return DENSE if plan.is_dense else str(plan)
 
 
 def _step(llm: Any, arguments: Any) -> float:

@@ -13,7 +13,7 @@ from vllm_adaskip.lab.evaluation.doubt import Doubt, of_time
 from vllm_adaskip.lab.evaluation.quality import Interval, interval
 from vllm_adaskip.lab.evaluation.results import PlanReading, StepTime
 from vllm_adaskip.lab.evaluation.summary import Speed, speed_of
-from vllm_adaskip.lab.scan.timing import DENSE, STOCK, Shape
+from vllm_adaskip.lab.scan.timing import STOCK, Shape, variant_of
 
 #: Fewer held-out tokens recommend nothing.
 FEW = 200
@@ -86,8 +86,7 @@ def confirmed(
     found = []
     for one in readings:
         plan = SkipPlan.parse(one.skip, shape.num_layers)
-        variant = DENSE if plan.is_dense else str(plan)
-        speeds = speeds_of(times, variant)
+        speeds = speeds_of(times, variant_of(plan))
         surprise = float(np.mean(one.surprise))
         found.append(Confirmed(plan, share_of(one.agreement), surprise, speeds, plan.share(shape)))
     return found
