@@ -58,6 +58,10 @@ def test_a_family_that_we_do_not_serve_and_a_model_without_weights(
 def test_a_prompt_that_the_model_cannot_run_so_far(tmp_path: Path, model: str) -> None:
     done = scan(model, "--prompt-exit", "99", "--out", str(out := tmp_path / "out"))
     assert done.exit_code == 2 and "99 is not allowed; allowed: 1 to" in done.output
+    layers = json.loads((Path(model) / "config.json").read_text())["num_hidden_layers"]
+    done = scan(model, "--prompt-exit", str(layers), "--out", str(out))
+    assert done.exit_code == 2
+    assert f"{layers}: the whole model; allowed: 1 to {layers - 1}" in done.output
     assert not out.exists()
 
 

@@ -62,7 +62,9 @@ def scan(
         path = found_model(model)
         shape = family_shape(path)
         for layers in prompt_exit or ():
-            exit_plan(layers, shape.num_layers)
+            if exit_plan(layers, shape.num_layers).is_dense:
+                most = shape.num_layers - 1
+                raise ValueError(f"--prompt-exit {layers}: the whole model; allowed: 1 to {most}")
         check_memory(path)
         items, source = _items(path, data, limit, seed, columns, apply_chat_template)
         manifest = run.described(path, source, seed)
