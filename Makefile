@@ -10,13 +10,14 @@ LARGE ?= --large
 # Length of `make soak`.
 MINUTES ?= 30
 
-.PHONY: help setup demo test test-slow test-0.29 test-ray ray-demo lint bench bench-guard bench-parts gpu-check soak train clean
+.PHONY: help setup demo test test-slow test-0.29 test-0.33 test-ray ray-demo lint bench bench-guard bench-parts gpu-check soak train clean
 
 help:
 	@echo "make demo   set up .venv and ask SmolLM2 eight questions, dense and under plans"
 	@echo "make test   set up .venv and run the tests"
 	@echo "make test-slow  two ranks, two engines behind two front ends"
 	@echo "make test-0.29  set up .venv-0.29 and run what another vLLM release could break"
+	@echo "make test-0.33  the same with the newest release, which has no CPU build"
 	@echo "make test-ray  the same with Ray, and run what needs it: two replicas, an offline job"
 	@echo "make ray-demo  the bundled model on Ray Serve, two replicas under a mixed load"
 	@echo "make lint   ruff, mypy, import-linter"
@@ -48,11 +49,18 @@ test: setup
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
 
-# A release that users of ray[llm] have.
+# What another release of vLLM could break.
+OTHER_RELEASE := -m pytest -p no:cacheprovider tests/compat tests/engine/test_v1_feeder.py \
+	tests/engine/test_v2_feeder.py tests/engine/test_both_feeders.py tests/engine/test_model_runner_v2.py
+
+# That users of ray[llm] have.
 test-0.29: .venv-0.29/.ready
-	.venv-0.29/bin/python -m pytest -p no:cacheprovider tests/compat \
-		tests/engine/test_v1_feeder.py tests/engine/test_v2_feeder.py tests/engine/test_both_feeders.py \
-		tests/engine/test_model_runner_v2.py
+	.venv-0.29/bin/python $(OTHER_RELEASE)
+
+# The newest, whose Python runs over the kernels of .venv.
+test-0.33: setup
+	$(BIN)/python deploy/newer_vllm.py 0.33.0
+	PYTHONPATH=build/vllm-0.33.0 $(BIN)/python $(OTHER_RELEASE)
 
 .venv-0.29/.ready: pyproject.toml deploy/setup_venv.py deploy/vllm-metadata/pyproject.toml
 	$(PYTHON) deploy/setup_venv.py cpu-0-29

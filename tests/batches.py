@@ -83,15 +83,29 @@ def run_with_changes(
     changes: Sequence[tuple[int, Entries]],
     max_tokens: int,
 ) -> list[list[int]]:
+    """Return the tokens of `outputs_with_changes`."""
+    outputs = outputs_with_changes(llm, prompts, plans, changes, max_tokens)
+    return [list(output.token_ids) for output in outputs]
+
+
+def outputs_with_changes(
+    llm: Any,
+    prompts: Sequence[Sequence[int]],
+    plans: Sequence[Entries],
+    changes: Sequence[tuple[int, Entries]],
+    max_tokens: int,
+    **more: Any,
+) -> list[Any]:
     """Run one batch; row ``i`` follows ``changes[i]`` once it has that many tokens.
 
-    Prompts must differ in length, by which rows are told apart.
+    Prompts must differ in length, by which rows are told apart. ``more`` is of sampling.
     """
     state = llm.apply_model(lambda model: model.adaskip.state)[0]
     core = llm.llm_engine
     for index, (prompt, plan) in enumerate(zip(prompts, plans, strict=True)):
-        core.add_request(str(index), {"prompt_token_ids": prompt}, sampling(plan, max_tokens))
-    got: dict[int, list[int]] = {}
+        params = sampling(plan, max_tokens, **more)
+        core.add_request(str(index), {"prompt_token_ids": prompt}, params)
+    got: dict[int, Any] = {}
     while core.has_unfinished_requests():
         for output in core.step():
             index, tokens = int(output.request_id), list(output.outputs[0].token_ids)
@@ -104,7 +118,7 @@ def run_with_changes(
                 ]
                 state.table.follow(row, SkipPlan.parse(plan, state.table.num_layers))
             if output.finished:
-                got[index] = tokens
+                got[index] = output.outputs[0]
     return [got[index] for index in range(len(prompts))]
 
 

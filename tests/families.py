@@ -186,14 +186,15 @@ class Matrix:
             method["warm_up"] = WARM_UP
         return self.make(name, **engine_args(kv_fill=kv_fill, **method))
 
-    def make(self, name: str, **options: Any) -> Any:
+    def make(self, name: str, *, model: str | None = None, **options: Any) -> Any:
+        """Start an engine of a case, with another checkpoint of it if one is named."""
         if "num_experts" in CASES[name].config:
             # A process whose first model had no experts has no group for them.
             from vllm.distributed import destroy_model_parallel
 
             destroy_model_parallel()
         return self._engine(
-            self.checkpoint(name),
+            model or self.checkpoint(name),
             max_num_batched_tokens=64,
             kv_cache_memory_bytes=16 << 20,
             **CASES[name].engine,

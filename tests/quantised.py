@@ -35,7 +35,7 @@ def write(source: str, folder: Path, kind: str) -> tuple[str, str]:
     packed, plain = {}, {}
     for name, weight in load_file(Path(source) / "model.safetensors").items():
         stem, _, end = name.rpartition(".")
-        if end != "weight" or not stem.endswith("_proj"):
+        if end != "weight" or not stem.endswith(("_proj", ".fc1", ".fc2")):
             packed[name] = plain[name] = weight
             continue
         tensors, stands_for = quantise(weight.float())
@@ -117,7 +117,7 @@ def _compressed(
         "quant_method": "compressed-tensors",
         "format": form,
         "quantization_status": "compressed",
-        "ignore": ["lm_head"],
+        "ignore": ["lm_head", "re:.*mlp.gate$"],
         "config_groups": {
             "group_0": {
                 "targets": ["Linear"],

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from decoders import DECODERS, LlamaDecoder, OptDecoder
@@ -107,15 +109,40 @@ class ReferenceLens(Lens):
         return logits if vocabulary is None else logits[:, list(vocabulary)]
 
 
-class Reference:
-    """A float32 transformers model and its plan-following greedy loop."""
+class Fp8Cache(DynamicCache):
+    """Keeps keys and values as vLLM's CPU kernels store them in fp8: cut off, not rounded."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, form: torch.dtype, **more: Any) -> None:
+        super().__init__(**more)
+        self._form = form
+
+    def _stored(self, values: torch.Tensor) -> torch.Tensor:
+        most = torch.finfo(self._form).max
+        near = values.clamp(-most, most).to(self._form).contiguous()
+        is_above = near.float().abs() > values.abs()
+        return (near.view(torch.uint8) - is_above.to(torch.uint8)).view(self._form).float()
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        stored = self._stored(key_states), self._stored(value_states)
+        return super().update(*stored, *args, **kwargs)
+
+
+class Reference:
+    """A float32 transformers model and its plan-following greedy loop.
+
+    With a form of fp8 its keys and values are cut off to that.
+    """
+
+    def __init__(self, path: str, kv_form: torch.dtype | None = None) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, attn_implementation="eager"
         ).eval()
         self.num_layers: int = self.model.config.num_hidden_layers
         self.decoder = DECODERS[self.model.config.model_type](self.model)
+        make = DynamicCache if kv_form is None else partial(Fp8Cache, kv_form)
+        self._cache = partial(make, config=self.model.config)
 
     @torch.inference_mode()
     def generate(
@@ -139,7 +166,7 @@ class Reference:
         out, and their K/V are projected there.
         """
         plan = SkipPlan.parse(skip, self.num_layers)
-        cache = DynamicCache(config=self.model.config)
+        cache = self._cache()
         logits = self.read(prompt, cache, *(prompt_plan or ([], len(prompt))))
         tokens, gap = [], float("inf")
         while True:
@@ -153,6 +180,27 @@ class Reference:
             position = len(prompt) + len(tokens) - 1
             watched = exit if exit and len(tokens) > exit.warm_up else None
             logits = self._step(tokens[-1], position, plan, cache, kv_fill, rule, watched)
+
+    @torch.inference_mode()
+    def logprobs(
+        self,
+        prompt: Sequence[int],
+        skip: Sequence[int | str],
+        tokens: Sequence[int],
+        *,
+        kv_fill: str = "none",
+        then: tuple[int, Sequence[int | str]] | None = None,
+    ) -> torch.Tensor:
+        """Return log-probabilities ``[tokens, vocabulary]`` where these are the answer's tokens."""
+        plan = SkipPlan.parse(skip, self.num_layers)
+        cache = self._cache()
+        logits = [self.read(prompt, cache, [], len(prompt))]
+        for count, token in enumerate(tokens[:-1], start=1):
+            if then and count == then[0]:
+                plan = SkipPlan.parse(then[1], self.num_layers)
+            at = len(prompt) + count - 1
+            logits.append(self._step(token, at, plan, cache, kv_fill, None, None))
+        return torch.stack(logits).log_softmax(dim=-1)
 
     def read(
         self, prompt: Sequence[int], cache: DynamicCache, skip: Sequence[int | str], tail: int
@@ -293,3 +341,24 @@ class Reference:
             below = [layer for layer in ran if layer < index]
             source = cache.layers[below[-1] if below else ran[0]]
             cache.update(source.keys[:, :, -1:], source.values[:, :, -1:], index)
+
+
+def distance(
+    prompt: Sequence[int],
+    output: Any,
+    reference: Reference,
+    plan: Sequence[int | str],
+    then: tuple[int, Sequence[int | str]] | None = None,
+    kv_fill: str = "none",
+) -> float:
+    """Return how far log-probabilities of an output's candidates are from the loop's, in nats.
+
+    The mean over tokens and candidates; the loop reads the output's own tokens.
+    """
+    said = reference.logprobs(prompt, plan, output.token_ids, kv_fill=kv_fill, then=then)
+    pairs = [
+        (said[at, token].item(), one.logprob)
+        for at, step in enumerate(output.logprobs)
+        for token, one in step.items()
+    ]
+    return sum(abs(one - other) for one, other in pairs) / len(pairs)

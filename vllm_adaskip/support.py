@@ -14,15 +14,21 @@ from vllm_adaskip.model_executors.registry import FAMILIES
 
 #: What a plan's entries name -> how requests write one.
 PLAN_KINDS = {"whole layers": "5", "attention": "attn:5", "MLPs": "mlp:5"}
-#: Quantised weights that were run under plans, by family; others of the list load, untried.
-QUANTISED = {"LlamaForCausalLM": ("W8A8 int8", "W4A16 int4", "GPTQ int4", "AWQ int4")}
+_INT8, _INT4 = "W8A8 int8", "W4A16 int4"
+#: Quantised weights that were run under plans, by family. What else vLLM reads in GPTQ and AWQ is
+#: unpacked into the kernels of W4A16; experts have no such kernel on an x86 CPU.
+QUANTISED: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(FAMILIES, (_INT8, _INT4)),
+    "LlamaForCausalLM": (_INT8, _INT4, "GPTQ int4", "AWQ int4"),
+    "Qwen3MoeForCausalLM": (_INT8,),
+}
 #: Families whose requests may bring no LoRA adapter, which is refused at start-up.
 UNADAPTED = ("Qwen3MoeForCausalLM",)
 KV_FILLS: tuple[str, ...] = get_args(AdaSkipConfig.model_fields["kv_fill"].annotation)
 
 
 def supported() -> list[tuple[str, str, str]]:
-    """Give every ``(architecture, plan kind, kv_fill)`` that is served.
+    """Return every ``(architecture, plan kind, kv_fill)`` that is served.
 
     Plan kinds and fills live in the loop that all families share, and a family has to bring
     what they need: so each family in the registry serves all of them.
@@ -31,19 +37,22 @@ def supported() -> list[tuple[str, str, str]]:
 
 
 def markdown() -> str:
-    """Write the table: a row per family; a column per plan kind, in it the fills, and two more."""
+    """Write the table: a row per family; a column per plan kind, in it the fills, and three more.
+
+    Whatever a family's weights are, its keys and values may be in fp8.
+    """
     cells = supported()
     header = ["architecture", *(f"{kind}, `{entry}`" for kind, entry in PLAN_KINDS.items())]
-    header += ["quantised weights", "adapters of requests"]
+    header += ["quantised weights", "`--kv-cache-dtype`", "adapters of requests"]
     rows = [header, ["---"] * len(header)]
     for family in FAMILIES:
         fills = [
             [fill for one, kind, fill in cells if (one, kind) == (family, k)] for k in PLAN_KINDS
         ]
-        weights = ", ".join(QUANTISED.get(family, ("not tried",)))
+        weights = ", ".join(QUANTISED[family])
         kinds = [", ".join(f"`{fill}`" for fill in one) for one in fills]
         adapters = "refused" if family in UNADAPTED else "LoRA"
-        rows.append([f"`{family}`", *kinds, weights, adapters])
+        rows.append([f"`{family}`", *kinds, weights, "`fp8`", adapters])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 

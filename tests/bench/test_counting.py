@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from math import comb
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from vllm_adaskip.classifiers import SkipPlan
 from vllm_adaskip.lab.bench.bound import bound, nearly_dense, rows_to_time
@@ -17,7 +19,7 @@ from vllm_adaskip.lab.bench.machine import Machine
 from vllm_adaskip.lab.bench.plans import deal, distinct
 from vllm_adaskip.lab.bench.results import Results, Target
 from vllm_adaskip.lab.bench.rounds import Spread, ratio, take_turns
-from vllm_adaskip.lab.bench.shapes import SHAPES, Shape
+from vllm_adaskip.lab.bench.shapes import RANK, SHAPES, Shape, adapters_beside
 from vllm_adaskip.lab.bench.work import Work, decoder_shape
 
 
@@ -132,3 +134,14 @@ def test_a_target_says_whether_it_is_met_and_stands_in_the_json(tmp_path: Path) 
     found = json.loads((tmp_path / "results.json").read_text())
     assert found["targets"][0]["found"] == {"low": 0.9, "middle": 0.95, "high": 1.0}
     assert found["versions"]["vllm"] and not (tmp_path / "results.json.part").exists()
+
+
+def test_adapters_are_written_beside_a_shape_for_all_its_linear_layers(tmp_path: Path) -> None:
+    shape = replace(Shape.of("bundled"), adapters=2).of_depth(3)
+    folders = adapters_beside(shape.write(tmp_path))
+    assert [Path(one).name for one in folders] == ["adapter-0", "adapter-1"]
+    first, second = (load_file(Path(one) / "adapter_model.safetensors") for one in folders)
+    assert len(first) == 3 * 7 * 2 and first.keys() == second.keys()
+    name = "base_model.model.model.layers.2.mlp.down_proj.lora_A.weight"
+    assert first[name].shape == (RANK, shape.config["intermediate_size"])
+    assert not first[name].equal(second[name])

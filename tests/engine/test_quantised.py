@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import adapters
 import pytest
 import quantised
 from batches import Entries, greedy, logprobs_of, sampling
-from reference import Reference
+from reference import Reference, distance
 from transformers import AutoTokenizer
 
 from vllm_adaskip import bundled_model, engine_args
@@ -31,8 +33,8 @@ class Quantised:
 
     def __init__(self, kind: str, folder: Path, engine: Callable[..., Any]) -> None:
         self.kind = kind
-        self.path, dequantised = quantised.write(bundled_model(), folder, kind)
-        self.reference = Reference(dequantised)
+        self.path, self.reference_path = quantised.write(bundled_model(), folder, kind)
+        self.reference = Reference(self.reference_path)
         self._engine = engine
         self.ours = cache(self._ours)
 
@@ -118,3 +120,29 @@ def test_the_prefix_cache(int8: Quantised) -> None:
         want, gap = int8.reference.generate(prompt, plan, TOKENS, kv_fill="copy")
         same = list(output.outputs[0].token_ids) == want
         assert same or gap < quantised.NEAR[int8.kind], f"{plan}, smallest gap {gap:.2f}"
+
+
+def test_adapters_of_requests(int8: Quantised, tmp_path: Path) -> None:
+    """Mixed adapters under mixed plans, beside the dequantised weights with each merged in."""
+    from vllm.lora.request import LoRARequest
+
+    paths = adapters.write(int8.reference_path, tmp_path, 2, strength=0.2)
+    references = [int8.reference, *(Reference(merged) for _, merged in paths)]
+    requests = [None, *(LoRARequest(one, at, one) for at, (one, _) in enumerate(paths, start=1))]
+    llm = int8.start(
+        enable_lora=True, max_loras=3, max_lora_rank=8, **engine_args(kv_fill="project")
+    )
+    cases = [*product(PROMPTS[:4], PLANS[:4], range(3))]
+    outputs = llm.generate(
+        [{"prompt_token_ids": prompt} for prompt, _, _ in cases],
+        [sampling(plan, TOKENS, logprobs=5) for _, plan, _ in cases],
+        lora_request=[requests[whose] for _, _, whose in cases],
+        use_tqdm=False,
+    )
+    right = other_adapter = dense = 0.0
+    for (prompt, plan, whose), output in zip(cases, outputs, strict=True):
+        one = prompt, output.outputs[0]
+        right += distance(*one, references[whose], plan)
+        other_adapter += distance(*one, references[(whose + 1) % 3], plan)
+        dense += distance(*one, references[whose], [])
+    assert right < 0.25 * min(other_adapter, dense), (right, other_adapter, dense)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
@@ -50,6 +51,9 @@ def table(
         typer.Option(min=1, max=128, help="Sequences in a batch; repeatable. 1, 16 and 64."),
     ] = None,
     rounds: Rounds = 5,
+    adapters: Annotated[
+        int, typer.Option(min=0, max=32, help="LoRA adapters that the requests take in turn.")
+    ] = 0,
     breakdown: Annotated[
         bool, typer.Option("--breakdown", help="Only where the time of a step goes.")
     ] = False,
@@ -66,7 +70,7 @@ def table(
         return
     console = Console()
     with plain_errors(stopped="stopped; of models that were not done nothing is kept"):
-        shapes = shapes_of(model)
+        shapes = [replace(shape, adapters=adapters) for shape in shapes_of(model)]
         from vllm_adaskip.lab.bench.machine import Machine
         from vllm_adaskip.lab.bench.plot import draw
         from vllm_adaskip.lab.bench.results import Results
@@ -99,12 +103,12 @@ def shapes_of(names: list[str] | None, *, kv_space: int = 1) -> list[Shape]:
 
 
 def effort_for(shape: Shape, rounds: int) -> Effort:
-    """Give many short steps of a small model, few long ones of a large one."""
+    """Return many short steps of a small model, few long ones of a large one or with adapters."""
     from vllm_adaskip.lab.bench.variants import Effort
     from vllm_adaskip.lab.bench.work import decoder_shape
 
     weighed = decoder_shape(shape)
-    if weighed.num_layers * weighed.layer_parameters > _LARGE:
+    if shape.adapters or weighed.num_layers * weighed.layer_parameters > _LARGE:
         return Effort(steps=3, rounds=rounds, turns=2, prompts=4)
     return Effort(steps=16, rounds=2 * rounds + 1, turns=3, prompts=16)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_adaskip.classifiers import SkipPlan
+from vllm_adaskip.lab.bench.shapes import RANK, adapters_beside
 
 #: Of each request, its ``extra_args``.
 Arguments = Sequence[Mapping[str, Any] | None]
@@ -43,7 +44,7 @@ def engine(model: str, *, plugin: Mapping[str, Any] | None = None, **options: An
     """Start an engine with made-up weights, compiled as vLLM is by default.
 
     Args:
-        model: folder of its config.
+        model: folder of its config; with adapters beside it they are enabled.
         plugin: with ours and these options of it; None: stock vLLM.
         options: vLLM's, which go before what all these engines have.
 
@@ -63,6 +64,8 @@ def engine(model: str, *, plugin: Mapping[str, Any] | None = None, **options: An
         "enable_prefix_caching": False,
         "distributed_executor_backend": "uni",
     }
+    if count := len(adapters_beside(model)):
+        common |= {"enable_lora": True, "max_loras": count + 1, "max_lora_rank": RANK}
     llm = LLM(model, **{**common, **options}, **({} if plugin is None else engine_args(**plugin)))
     try:
         yield llm
@@ -75,7 +78,8 @@ class Batch:
 
     Prompts are `prompt` tokens long, all different, and never come again, so that no plan is
     remembered from an earlier batch; with ``again`` they are the same in every batch, so that
-    the prefix cache has them.
+    the prefix cache has them. Each of the adapters beside the model, of which there are ``n``,
+    is taken by ``n`` requests one after the other, so that it meets plans that are dealt in turn.
     """
 
     def __init__(
@@ -91,6 +95,7 @@ class Batch:
 
         self._engine = llm.llm_engine
         vocabulary = self._engine.model_config.get_vocab_size()
+        adapters = _adapters(self._engine.model_config.model)
         self._ids = [f"bench-{next(_numbers)}" for _ in arguments]
         for place, (one, extra_args) in enumerate(zip(self._ids, arguments, strict=True)):
             number = place if again else int(one.removeprefix("bench-"))
@@ -102,7 +107,10 @@ class Batch:
                 extra_args=None if extra_args is None else dict(extra_args),
             )
             ids = random.Random(number).choices(range(vocabulary - 8), k=prompt)
-            self._engine.add_request(one, {"prompt_token_ids": ids}, params)
+            adapter = adapters and adapters[place // len(adapters) % len(adapters)]
+            self._engine.add_request(
+                one, {"prompt_token_ids": ids}, params, lora_request=adapter or None
+            )
 
     def prefill(self) -> float:
         """Run steps until every request has its first token; give their seconds."""
@@ -125,6 +133,14 @@ class Batch:
         self._engine.abort_request(self._ids, internal=True)
         while self._engine.has_unfinished_requests():
             self._engine.step()
+
+
+def _adapters(model: str) -> list[Any]:
+    """Return the adapters beside a model as requests name them."""
+    from vllm.lora.request import LoRARequest
+
+    folders = adapters_beside(model)
+    return [LoRARequest(str(at), at, folder) for at, folder in enumerate(folders, start=1)]
 
 
 def following(plans: Sequence[SkipPlan]) -> Arguments:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decoders of real shapes with made-up weights, whole and with layers physically gone."""
+"""Decoders of real shapes with made-up weights and adapters, whole and with layers gone."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "opt": "OPTForCausalLM"}
 #: Length that every shape is given, so that long contexts can be timed.
 POSITIONS = 8192
+#: Of every made-up LoRA adapter.
+RANK = 16
 
 
 @dataclass(frozen=True)
@@ -90,11 +93,13 @@ class Shape:
     Attributes:
         name: as users write it.
         config: in transformers' keys, with ``model_type``.
+        adapters: LoRA adapters that are written beside it, which requests take in turn.
 
     """
 
     name: str
     config: Mapping[str, Any]
+    adapters: int = 0
 
     @classmethod
     def of(cls, name: str) -> Shape:
@@ -131,15 +136,46 @@ class Shape:
         return str(architectures[0])
 
     def of_depth(self, layers: int) -> Shape:
-        """Give the same with fewer layers, the others physically gone."""
-        return Shape(f"{self.name}, {layers} layers", {**self.config, "num_hidden_layers": layers})
+        """Return the same with fewer layers, the others physically gone."""
+        config = {**self.config, "num_hidden_layers": layers}
+        return replace(self, name=f"{self.name}, {layers} layers", config=config)
 
     def write(self, folder: Path) -> str:
-        """Write the config where an engine loads it from, and give that path."""
+        """Write the config where an engine loads it from, and adapters; return that path."""
         from transformers import AutoConfig
 
         changed = {**self.config, "architectures": [self.family], "dtype": "bfloat16"}
         changed.pop("layer_types", None)
         config = AutoConfig.for_model(**changed)
         config.save_pretrained(folder)
+        for number in range(self.adapters):
+            _write_adapter(folder / f"adapter-{number}", config, number)
         return str(folder)
+
+
+def adapters_beside(model: str) -> list[str]:
+    """Return the folders of the LoRA adapters that were written beside a shape's config."""
+    return sorted(str(file.parent) for file in Path(model).glob("adapter-*/adapter_config.json"))
+
+
+def _write_adapter(folder: Path, config: Any, seed: int) -> None:
+    """Write a made-up adapter of all linear layers but the head, in peft's format."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    random = torch.Generator().manual_seed(seed)
+    pairs, targets = {}, set()
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            targets.add(name.rpartition(".")[2])
+            down, up = (RANK, module.in_features), (module.out_features, RANK)
+            for end, size in (("A", down), ("B", up)):
+                values = 0.01 * torch.randn(size, generator=random)
+                pairs[f"base_model.model.{name}.lora_{end}.weight"] = values.bfloat16()
+    folder.mkdir()
+    save_file(pairs, folder / "adapter_model.safetensors")
+    facts = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": sorted(targets)}
+    (folder / "adapter_config.json").write_text(json.dumps(facts))

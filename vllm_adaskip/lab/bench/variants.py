@@ -74,7 +74,8 @@ class Engines:
         guarded: the plugin with `similarity`, a plan for each prompt, and ``guard``.
         first: the plugin with FiRST, which decides on half of the layers, ``coalesce`` 1.
 
-    The last two are None where memory is short.
+    The last two are None where memory is short, or with adapters: those engines run uncompiled,
+    and ``guard`` measures none.
 
     """
 
@@ -111,7 +112,8 @@ class Engines:
             (model, first, False),
         )
         gc.collect()  # what earlier engines hold goes only with them
-        wanted = wanted[: max(4, int(memory_available() / memory_of(shape)))]
+        most = 0 if shape.adapters else int(memory_available() / memory_of(shape))
+        wanted = wanted[: max(4, most)]
         started = say(f"{shape.name}: starting engines", len(wanted))
         with ExitStack() as stack:
             engines = []
