@@ -345,11 +345,18 @@ def test_other_forms_of_attention_are_refused(
         config(family(tmp_path, "qwen2", **changes), runner="generate", **engine_args())
 
 
-def test_a_quantisation_that_was_not_tested_is_refused(tiny_llama: str, tmp_path: Path) -> None:
+def test_a_quantisation_that_was_not_tested_is_refused(
+    tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for FP8 on accelerators, whose modules are vLLM's own."""
     facts = {"quant_method": "fp8", "activation_scheme": "dynamic"}
     quantised = variant(tiny_llama, tmp_path, quantization_config=facts)
     with pytest.raises(ValueError, match=r"quantisation 'fp8' has not been tested.*auto_gptq"):
         config(quantised, **engine_args())
+    taken = config(tiny_llama, **engine_args())
+    taken.model_config.quantization = "fp8"
+    monkeypatch.setattr(startup.current_platform, "is_cpu", lambda: False)
+    assert not [*startup._unsupported(taken, AdaSkipConfig())]
 
 
 def test_a_profile_s_lora_does_not_go_into_quantised_weights(

@@ -35,6 +35,8 @@ _ASYNC_SCHEDULER = f"{_ENGINE}.blocks.AsyncMarkingScheduler"
 _WORKER_EXTENSION = f"{_ENGINE}.counts.AdaSkipWorkerExtension"
 #: vLLM's names of quantisations that `tests/engine/test_quantised.py` runs.
 QUANTISED = ("compressed-tensors", "auto_gptq", "awq")
+#: Of those of accelerators, never run: their modules are vLLM's own, and their weights stay whole.
+UNTRIED = ("fp8", "auto_awq")
 #: Of a model's config: what changes the attention of layers that else look like a family's.
 _UNTRIED: dict[str, tuple[object, str]] = {
     "decoder_sparse_step": (1, "experts in some layers alone"),
@@ -109,6 +111,12 @@ def prepare(vllm_config: VllmConfig) -> None:
         config.budget,
         config.kv_fill,
     )
+    if model.quantization in UNTRIED:
+        logger.warning(
+            "vllm-adaskip: quantisation %r has been run under no plans; compare some answers "
+            "with those of the unquantised model",
+            model.quantization,
+        )
     if config.guard and not current_platform.is_cpu():
         logger.warning("vllm-adaskip: guard measures on CPUs alone; here every plan is followed")
     elif config.guard and vllm_config.lora_config is not None:
@@ -166,10 +174,11 @@ def _unsupported(vllm_config: VllmConfig, config: AdaSkipConfig) -> Iterator[str
             yield "LoRA adapters beside experts have not been run; remove --enable-lora"
         if adapters.fully_sharded_loras:
             yield "sharded LoRA has not been tested; remove --fully-sharded-loras"
-    if model.quantization not in (None, *QUANTISED):
+    accepted = QUANTISED if current_platform.is_cpu() else (*QUANTISED, *UNTRIED)
+    if model.quantization not in (None, *accepted):
         yield (
             f"quantisation {model.quantization!r} has not been tested; use an unquantised "
-            f"checkpoint, or one of these: {', '.join(QUANTISED)}"
+            f"checkpoint, or one of these: {', '.join(accepted)}"
         )
     if vllm_config.kv_transfer_config is not None:
         yield "KV transfer would hand on blocks with holes; remove --kv-transfer-config"
