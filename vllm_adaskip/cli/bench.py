@@ -85,9 +85,12 @@ def table(
                 with TemporaryDirectory() as folder:
                     suite.run(Path(folder), only_breakdown=breakdown)
                 results.write(out / "results.json")  # so that a later shape cannot lose it
-                draw(results, out / "results.png")
+                written = [out / "results.json"]
+                if results.timings:  # none with --breakdown
+                    draw(results, out / "results.png")
+                    written.append(out / "results.png")
     print_results(console, results)
-    console.print(f"Written: {out / 'results.json'}, {out / 'results.png'}")
+    console.print("Written:", ", ".join(map(str, written)))
 
 
 def shapes_of(names: list[str] | None, *, kv_space: int = 1) -> list[Shape]:
