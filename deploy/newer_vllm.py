@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Put a vLLM release without a CPU build beside ``.venv``: its Python over the kernels there.
+"""Put a vLLM release without a CPU build beside the installed one: its Python over those kernels.
 
 CPU builds come later than releases. The Python of the next one runs with them, but for what calls
 a kernel whose signature changed. Writes ``build/vllm-RELEASE``, to be named in ``PYTHONPATH``.
@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -35,14 +36,10 @@ def main(release: str) -> None:
             if name.startswith("vllm/") and Path(name).suffix in DATA:
                 packed.extract(name, folder)
     wheel.unlink()
-    for kernels in _installed().glob("*.so"):
+    installed = Path(sysconfig.get_path("purelib")) / "vllm"
+    for kernels in installed.glob("*.so"):
         shutil.copy(kernels, folder / "vllm")
     (folder / ".ready").touch()
-
-
-def _installed() -> Path:
-    (found,) = (ROOT / ".venv").glob("lib/python*/site-packages/vllm")
-    return found
 
 
 if __name__ == "__main__":

@@ -82,18 +82,6 @@ def run_with_changes(
     plans: Sequence[Entries],
     changes: Sequence[tuple[int, Entries]],
     max_tokens: int,
-) -> list[list[int]]:
-    """Return the tokens of `outputs_with_changes`."""
-    outputs = outputs_with_changes(llm, prompts, plans, changes, max_tokens)
-    return [list(output.token_ids) for output in outputs]
-
-
-def outputs_with_changes(
-    llm: Any,
-    prompts: Sequence[Sequence[int]],
-    plans: Sequence[Entries],
-    changes: Sequence[tuple[int, Entries]],
-    max_tokens: int,
     **more: Any,
 ) -> list[Any]:
     """Run one batch; row ``i`` follows ``changes[i]`` once it has that many tokens.
@@ -108,9 +96,9 @@ def outputs_with_changes(
     got: dict[int, Any] = {}
     while core.has_unfinished_requests():
         for output in core.step():
-            index, tokens = int(output.request_id), list(output.outputs[0].token_ids)
+            index, (answer,) = int(output.request_id), output.outputs
             after, plan = changes[index]
-            if len(tokens) == after:
+            if len(answer.token_ids) == after:
                 (row,) = [
                     row
                     for row, length in enumerate(state.table.prompt_lens)
@@ -118,7 +106,7 @@ def outputs_with_changes(
                 ]
                 state.table.follow(row, SkipPlan.parse(plan, state.table.num_layers))
             if output.finished:
-                got[index] = output.outputs[0]
+                got[index] = answer
     return [got[index] for index in range(len(prompts))]
 
 

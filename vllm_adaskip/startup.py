@@ -36,7 +36,7 @@ _WORKER_EXTENSION = f"{_ENGINE}.counts.AdaSkipWorkerExtension"
 #: vLLM's names of quantisations that `tests/engine/test_quantised.py` runs.
 QUANTISED = ("compressed-tensors", "auto_gptq", "awq")
 #: Of those of accelerators, never run: their modules are vLLM's own, and their weights stay whole.
-UNTRIED = ("fp8", "auto_awq")
+_ON_ACCELERATORS = ("fp8", "auto_awq")
 #: Of a model's config: what changes the attention of layers that else look like a family's.
 _UNTRIED: dict[str, tuple[object, str]] = {
     "decoder_sparse_step": (1, "experts in some layers alone"),
@@ -111,7 +111,7 @@ def prepare(vllm_config: VllmConfig) -> None:
         config.budget,
         config.kv_fill,
     )
-    if model.quantization in UNTRIED:
+    if model.quantization in _ON_ACCELERATORS:
         logger.warning(
             "vllm-adaskip: quantisation %r has been run under no plans; compare some answers "
             "with those of the unquantised model",
@@ -174,7 +174,7 @@ def _unsupported(vllm_config: VllmConfig, config: AdaSkipConfig) -> Iterator[str
             yield "LoRA adapters beside experts have not been run; remove --enable-lora"
         if adapters.fully_sharded_loras:
             yield "sharded LoRA has not been tested; remove --fully-sharded-loras"
-    accepted = QUANTISED if current_platform.is_cpu() else (*QUANTISED, *UNTRIED)
+    accepted = QUANTISED if current_platform.is_cpu() else (*QUANTISED, *_ON_ACCELERATORS)
     if model.quantization not in (None, *accepted):
         yield (
             f"quantisation {model.quantization!r} has not been tested; use an unquantised "

@@ -249,7 +249,8 @@ def check(matrix: Matrix, name: str, fill: str, plans: list[Entries], seed: int)
     prompts = [[rng.randrange(512) for _ in range(3 + 5 * index)] for index in range(len(plans))]
     # Without a fill nobody may read what a token left out.
     changes = [(rng.randint(2, 8), [] if fill != "none" else plan) for plan in plans]
-    got = run_with_changes(llm, prompts, plans, changes, TOKENS)
+    outputs = run_with_changes(llm, prompts, plans, changes, TOKENS)
+    got = [list(output.token_ids) for output in outputs]
     dense = read = 0
     for prompt, plan, then, tokens in zip(prompts, plans, changes, got, strict=True):
         want, gap = reference.generate(prompt, plan, TOKENS, kv_fill=fill, then=then)

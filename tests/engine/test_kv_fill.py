@@ -37,7 +37,8 @@ def test_a_sequence_that_runs_more_finds_what_was_filled(
     plans[:4] = [[0, 1], [3, 4, 5], [*range(1, 8)], [*range(7)]]
     changes: list[tuple[int, Entries]] = [(rng.randint(2, 12), []) for _ in prompts]
     changes[5:9] = [(4, random_plan(rng, TINY_LAYERS)) for _ in range(4)]
-    got = run_with_changes(llm, prompts, plans, changes, TOKENS)
+    outputs = run_with_changes(llm, prompts, plans, changes, TOKENS)
+    got = [list(output.token_ids) for output in outputs]
     others = 0
     for prompt, plan, then, tokens in zip(prompts, plans, changes, got, strict=True):
         want, gap = reference.generate(prompt, plan, TOKENS, kv_fill=kv_fill, then=then)

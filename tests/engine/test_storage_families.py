@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import quantised
 import torch
-from batches import Entries, outputs_with_changes, random_plan
+from batches import Entries, random_plan, run_with_changes
 from families import CASES, LAYERS, Matrix
 from reference import Reference, distance
 from tiny import write_model
@@ -74,7 +74,7 @@ def distances(llm: Any, reference: Reference, kv_fill: str) -> tuple[float, floa
     plans: list[Entries] = [[], *(random_plan(rng, LAYERS) for _ in range(9))]
     prompts = [[rng.randrange(512) for _ in range(3 + 5 * at)] for at in range(len(plans))]
     changes = [(rng.randint(2, 8), random_plan(rng, LAYERS)) for _ in plans]
-    outputs = outputs_with_changes(llm, prompts, plans, changes, TOKENS, logprobs=5)
+    outputs = run_with_changes(llm, prompts, plans, changes, TOKENS, logprobs=5)
     off = of_dense = without_fill = 0.0
     for prompt, plan, then, output in zip(prompts, plans, changes, outputs, strict=True):
         one = prompt, output, reference

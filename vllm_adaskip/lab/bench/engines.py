@@ -107,10 +107,8 @@ class Batch:
                 extra_args=None if extra_args is None else dict(extra_args),
             )
             ids = random.Random(number).choices(range(vocabulary - 8), k=prompt)
-            adapter = adapters and adapters[place // len(adapters) % len(adapters)]
-            self._engine.add_request(
-                one, {"prompt_token_ids": ids}, params, lora_request=adapter or None
-            )
+            adapter = adapters[place // len(adapters) % len(adapters)] if adapters else None
+            self._engine.add_request(one, {"prompt_token_ids": ids}, params, lora_request=adapter)
 
     def prefill(self) -> float:
         """Run steps until every request has its first token; give their seconds."""

@@ -59,7 +59,7 @@ class Suite:
                     taken = self._decode(engines, batch)
                     self._judge_mixtures(engines, batch, taken)
                 # vLLM's CPU kernels gather an adapter for each token: minutes for sixteen prompts.
-                for prompts in sorted({1, self.effort.prompts} if not self.shape.adapters else ()):
+                for prompts in () if self.shape.adapters else sorted({1, self.effort.prompts}):
                     self._prefill(engines, prompts)
             self._break_down(engines, max(self.batches))
         if not only_breakdown:
