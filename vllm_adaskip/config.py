@@ -16,6 +16,7 @@ from vllm_adaskip.classifiers.hub import located
 from vllm_adaskip.classifiers.methods import is_path
 from vllm_adaskip.classifiers.plan import shown
 from vllm_adaskip.classifiers.profile import Profile, ProfileError
+from vllm_adaskip.engine.drafts import DraftOptions
 from vllm_adaskip.engine.prompt_plan import PromptOptions
 from vllm_adaskip.engine.request import EngineFacts, Planner
 
@@ -81,6 +82,8 @@ class AdaSkipConfig(BaseModel):
             GPU, at start-up.
         prompt: what the tokens of prompts leave out, but for the last ones; see `PromptOptions` and
             docs/prompts.md.
+        speculate: draft tokens with a part of the layers, and verify them with the whole model, or
+            the request's plan; changes no answer. See `DraftOptions` and docs/lossless.md.
         untested_accelerator: serve on an accelerator on which nobody has run this yet; an
             NVIDIA GPU with vLLM 0.32 does not need it.
 
@@ -96,6 +99,7 @@ class AdaSkipConfig(BaseModel):
     guard: bool = False
     known_plans: list[list[int | str]] = []
     prompt: PromptOptions | None = None
+    speculate: DraftOptions | None = None
     untested_accelerator: bool = False
 
     @field_validator("method")
@@ -175,6 +179,7 @@ class AdaSkipConfig(BaseModel):
             guard=self.guard,
             known_plans=self.known_plans,
             prompt=None if self.prompt is None else self.prompt.model_dump(by_alias=True),
+            speculate=None if self.speculate is None else self.speculate.model_dump(),
         )
         try:
             Planner(facts)
@@ -221,8 +226,8 @@ def _explain(error: ValidationError, options: Mapping[str, Any]) -> str:
     lines = []
     for problem in error.errors(include_url=False):
         key = str(problem["loc"][0])
-        if len(problem["loc"]) > 1 and key == "prompt":
-            lines.append(_in_prompt(problem))
+        if len(problem["loc"]) > 1 and key in _NESTED:
+            lines.append(_nested(problem))
         elif problem["type"] == "extra_forbidden":
             lines.append(_unknown(key, str(options.get("method", "none"))))
         elif problem["type"] == "missing":
@@ -234,13 +239,21 @@ def _explain(error: ValidationError, options: Mapping[str, Any]) -> str:
     return "\n".join(dict.fromkeys(lines))
 
 
-def _in_prompt(problem: Any) -> str:
-    """Explain what is wrong with a key of option ``prompt``."""
-    key = ".".join(map(str, problem["loc"][1:]))
+#: Options that are objects, and their keys.
+_NESTED = {
+    "prompt": "exit, skip, tail, from, busy",
+    "prompt.busy": "enter, leave",
+    "speculate": ", ".join(DraftOptions.model_fields),
+}
+
+
+def _nested(problem: Any) -> str:
+    """Explain what is wrong with a key of an option that is an object."""
+    *where, key = map(str, problem["loc"])
+    name = f"adaskip.{'.'.join(where)}.{key:.80}"
     if problem["type"] == "extra_forbidden":
-        allowed = "enter, leave" if key.startswith("busy.") else "exit, skip, tail, from, busy"
-        return f"adaskip.prompt.{key:.80}: unknown option; allowed: {allowed}"
-    return f"adaskip.prompt.{key:.80}: {shown(problem['input'])} is not allowed: {problem['msg']}"
+        return f"{name}: unknown option; allowed: {_NESTED['.'.join(where)]}"
+    return f"{name}: {shown(problem['input'])} is not allowed: {problem['msg']}"
 
 
 def _unknown(key: str, method: str) -> str:

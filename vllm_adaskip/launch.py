@@ -11,6 +11,8 @@ from vllm_adaskip.config import LEVEL, AdaSkipConfig, ConfigError, asks, check_a
 from vllm_adaskip.engine.compat import is_probe
 from vllm_adaskip.model_executors.registry import FAMILIES, family_of
 
+#: What `startup.prepare` replaces by a class that knows the model.
+DRAFTER = "vllm_adaskip.engine.drafter.SelfDraft"
 Overrides = Mapping[str, Any] | Callable[[Any], Any]
 
 
@@ -77,5 +79,20 @@ def engine_args(
             f"additional_config: {LEVEL!r} is not allowed there; give its options to engine_args"
         )
     additional = {**theirs, LEVEL: options}
-    AdaSkipConfig.of(additional)
-    return {"hf_overrides": UseAdaSkip(hf_overrides), "additional_config": additional}
+    drafting = speculative_config(AdaSkipConfig.of(additional))
+    return {
+        "hf_overrides": UseAdaSkip(hf_overrides),
+        "additional_config": additional,
+        **({} if drafting is None else {"speculative_config": drafting}),
+    }
+
+
+def speculative_config(config: AdaSkipConfig) -> dict[str, Any] | None:
+    """Return vLLM's ``speculative_config`` of an engine with option ``speculate``; else None."""
+    if config.speculate is None:
+        return None
+    return {
+        "method": "custom_class",
+        "model": DRAFTER,
+        "num_speculative_tokens": config.speculate.tokens,
+    }

@@ -56,15 +56,19 @@ def _add_arguments(parser: Any) -> None:
 def _finish(args: Namespace) -> None:
     """Turn the plugin on where it was asked for, by name or by bringing its options."""
     from vllm_adaskip.config import AdaSkipConfig, asks
-    from vllm_adaskip.launch import UseAdaSkip
+    from vllm_adaskip.launch import UseAdaSkip, speculative_config
 
     additional = getattr(args, "additional_config", None) or {}
     if not asks(additional) and getattr(args, "plugin", None) != NAME:
         return
     if getattr(args, "config", None):  # vLLM takes it away where it reads the file
         raise ValueError(f"--config={args.config} is not read; write --config {args.config}")
-    AdaSkipConfig.of(additional)
+    drafting = speculative_config(AdaSkipConfig.of(additional))
     args.additional_config = {NAME: {}, **additional}
+    if drafting is not None:
+        if theirs := getattr(args, "speculative_config", None):
+            raise ValueError(f"adaskip.speculate and --speculative-config {theirs}: leave one out")
+        args.speculative_config = drafting
     if not isinstance(args.hf_overrides, UseAdaSkip):
         args.hf_overrides = UseAdaSkip(args.hf_overrides or None)
     _allow_report_endpoint()

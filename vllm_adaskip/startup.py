@@ -20,6 +20,7 @@ from vllm_adaskip.classifiers.hub import located
 from vllm_adaskip.classifiers.lora import FOLDER
 from vllm_adaskip.config import LEVEL, AdaSkipConfig, ConfigError, asks
 from vllm_adaskip.engine import naming
+from vllm_adaskip.launch import DRAFTER
 from vllm_adaskip.engine.compat import name_feeder
 from vllm_adaskip.engine.request import Planner
 from vllm_adaskip.model_executors.registry import FAMILIES, family_of
@@ -32,6 +33,7 @@ logger = init_logger("vllm.adaskip")
 _ENGINE = "vllm_adaskip.engine"
 _SCHEDULER = f"{_ENGINE}.blocks.MarkingScheduler"
 _ASYNC_SCHEDULER = f"{_ENGINE}.blocks.AsyncMarkingScheduler"
+_DRAFTING_WORKER = f"{_ENGINE}.worker.DraftingWorker"
 _WORKER_EXTENSION = f"{_ENGINE}.counts.AdaSkipWorkerExtension"
 #: vLLM's names of quantisations that `tests/engine/test_quantised.py` runs.
 QUANTISED = ("compressed-tensors", "auto_gptq", "awq")
@@ -95,6 +97,10 @@ def prepare(vllm_config: VllmConfig) -> None:
         check=naming.class_path(f"{_ENGINE}.v2", "RequestCheck", facts),
     )
     vllm_config.parallel_config.worker_extension_cls = _WORKER_EXTENSION
+    if config.speculate is not None:
+        drafter = naming.class_path(f"{_ENGINE}.drafter", "SelfDraft", facts)
+        vllm_config.speculative_config.model = drafter.replace(":", ".")
+        vllm_config.parallel_config.worker_cls = _DRAFTING_WORKER
     if current_platform.is_cpu() and vllm_config.scheduler_config.async_scheduling:
         logger.warning(  # asked for: where nobody says anything it is None until later
             "vllm-adaskip: --async-scheduling is switched off, as everywhere on the CPU backend"
@@ -137,10 +143,11 @@ def _shown(value: object) -> str:
 
 
 def _needs_scheduler(vllm_config: VllmConfig, config: AdaSkipConfig) -> bool:
-    """Return whether blocks must be marked, or workers told of adapters or of load."""
+    """Return whether blocks must be marked or kept free, or workers told of adapters or load."""
     adapters = vllm_config.lora_config is not None
     by_load = config.prompt is not None and config.prompt.busy is not None
-    return vllm_config.cache_config.enable_prefix_caching or adapters or by_load
+    drafts = config.speculate is not None
+    return vllm_config.cache_config.enable_prefix_caching or adapters or by_load or drafts
 
 
 def _name_scheduler(vllm_config: VllmConfig) -> None:
@@ -165,8 +172,7 @@ def _unsupported(vllm_config: VllmConfig, config: AdaSkipConfig) -> Iterator[str
         )
     if parallel.use_ubatching:
         yield "dual batch overlap is not supported; remove --enable-dbo and --ubatch-size"
-    if vllm_config.speculative_config is not None:
-        yield "speculative decoding is not supported; remove --speculative-config"
+    yield from _undraftable(vllm_config, config)
     if (adapters := vllm_config.lora_config) is not None:
         if not current_platform.is_cpu():
             yield "LoRA adapters with plans have been run on CPUs alone; remove --enable-lora"
@@ -203,6 +209,34 @@ def _unsupported(vllm_config: VllmConfig, config: AdaSkipConfig) -> Iterator[str
     extension = parallel.worker_extension_cls
     if extension and extension != _WORKER_EXTENSION:
         yield f"--worker-extension-cls {extension!r} takes the place of ours; remove it"
+
+
+def _undraftable(vllm_config: VllmConfig, config: AdaSkipConfig) -> Iterator[str]:
+    """Say what does not go with drafts, ours or those of others."""
+    theirs = vllm_config.speculative_config
+    if config.speculate is None:
+        if theirs is not None:
+            yield (
+                f"--speculative-config with method {theirs.method!r} is not supported; remove it, "
+                "or draft with the model's own layers: adaskip.speculate (docs/lossless.md)"
+            )
+        return
+    if theirs is None or theirs.model != DRAFTER:
+        yield (
+            "adaskip.speculate sets --speculative-config by itself; start with --plugin adaskip "
+            "or vllm_adaskip.engine_args(), and name no speculative method beside it"
+        )
+    if not current_platform.is_cpu():
+        yield "drafts have been made on CPUs alone; remove adaskip.speculate"
+    if vllm_config.use_v2_model_runner:
+        yield "drafts need the V1 runner; set VLLM_USE_V2_MODEL_RUNNER to 0"
+    if vllm_config.model_config.logits_processors:
+        yield "vLLM allows no logits processors beside drafts; remove --logits-processors"
+    if vllm_config.lora_config is not None:
+        yield "drafts with LoRA adapters have not been run; remove --enable-lora"
+    worker = vllm_config.parallel_config.worker_cls
+    if worker not in ("auto", _DRAFTING_WORKER):
+        yield f"--worker-cls {worker!r} takes the place of ours; remove it"
 
 
 def _unmergeable(vllm_config: VllmConfig, config: AdaSkipConfig) -> Iterator[str]:

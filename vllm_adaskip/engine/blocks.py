@@ -78,7 +78,7 @@ def prompt_mark(
 
 
 class MarkingScheduler(MarkedBlocks):
-    """Named in one engine's ``scheduler_cls`` option, with prefix caching, adapters or ``busy``."""
+    """Named in one engine's ``scheduler_cls`` option, where `startup` says that it is needed."""
 
     def __init__(self, *args: Any, vllm_config: VllmConfig, **kwargs: Any) -> None:
         super().__init__(*args, vllm_config=vllm_config, **kwargs)
@@ -87,6 +87,8 @@ class MarkingScheduler(MarkedBlocks):
         options = self._planner.facts.prompt
         busy = None if options is None else PromptOptions.model_validate(dict(options)).busy
         self._busy = None if busy is None else Busy(busy)
+        if (draft := self._planner.draft) is not None:
+            self.keep_free(draft.tokens)
         if self._planner.classifier.gate_scope == "answer":
             self.keep_apart(self._may_stop_early)
 

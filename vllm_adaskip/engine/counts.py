@@ -137,6 +137,7 @@ class Report(TypedDict):
         compiled: where a CPU compiles plans: how many, steps that ran one, and what compiling
             took, in seconds and MiB of memory.
         guard: with the option: `Guard.report`.
+        drafts: where tokens are drafted: `Drafter.report`.
         exits: where a method lets tokens exit: ``[num_layers]`` tokens, or with scope ``answer``
             requests, that stopped after each layer.
 
@@ -158,6 +159,7 @@ class Report(TypedDict):
     graphs: NotRequired[dict[str, int]]
     compiled: NotRequired[dict[str, float]]
     guard: NotRequired[dict[str, Any]]
+    drafts: NotRequired[dict[str, Any]]
     exits: NotRequired[list[int]]
 
 
@@ -189,6 +191,8 @@ def report(state: SkipState) -> Report:
             "seconds": round(compiled.seconds, 1),
             "mebibytes": round(compiled.mebibytes),
         }
+    if (drafter := state.drafter) is not None:
+        found["drafts"] = drafter.report()
     if state.guard is not None:
         found["guard"] = state.guard.report()
     if state.planner.classifier.gates_attention:

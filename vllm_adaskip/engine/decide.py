@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
     from vllm_adaskip.engine.compiled import CompiledPlans
+    from vllm_adaskip.engine.drafter import Drafter
     from vllm_adaskip.engine.graphs import GraphBook
     from vllm_adaskip.engine.guard import Guard
+    from vllm_adaskip.engine.v1 import PulledBatch
 
 logger = getLogger("vllm.adaskip")
 
@@ -54,6 +56,8 @@ class SkipState:
         replay: of the forward that comes next, what runs it as a graph; None: there is none.
         graphs: the engine's graphs; None: it has none.
         compiled: its compiled plans, on a CPU; None: it compiles none.
+        pulled: feeds the table where nobody tells of the batch; None: somebody does.
+        drafter: drafts tokens; None: the engine does not.
         plans: sequences that entered, by plan: ``dense``, ``skipping``, or ``gated`` where the
             method may leave out more, token by token. Sequences that wait for a plan are in none.
         coalesced: decisions so far that others in the batch changed, see `engine/coalesce.py`.
@@ -74,6 +78,8 @@ class SkipState:
         self.memo: LRUCache[Undecided, SkipPlan] = LRUCache(_REMEMBERED)
         self.guard: Guard | None = None
         self.given: LRUCache[Undecided, SkipPlan] = LRUCache(_REMEMBERED)
+        self.pulled: PulledBatch | None = None
+        self.drafter: Drafter | None = None
 
     def enter(
         self,
@@ -107,7 +113,13 @@ class SkipState:
             )
         gated = wanted.is_gated(one_answer)
         self.table.add(
-            row, plan, len(prompt), is_new=not generated, gated=gated, prompt=wanted.prompt
+            row,
+            plan,
+            len(prompt),
+            is_new=not generated,
+            gated=gated,
+            prompt=wanted.prompt,
+            drafts=wanted.drafts,
         )
         if isinstance(plan, SkipPlan) and not generated:
             self._count(row, plan, failed=wanted.by_method and plan is self.planner.dense)
@@ -237,17 +249,18 @@ class SkipState:
 def shared_state(vllm_config: VllmConfig) -> SkipState:
     """Return the state that the feeder and the model of an engine share.
 
-    The V1 runner makes its feeder before its model. Under V2 the model comes first, and brings
-    the feeder along, so whoever asks first makes the state.
+    The V1 runner makes its feeder before its model. Under V2, and with drafts, the model comes
+    first, and the feeder with it or later, so whoever asks first makes the state.
 
     Raises:
         RuntimeError: nobody feeds plans to this engine, which would be silently dense.
 
     """
     state = compat.shared(vllm_config)
-    if state is None and vllm_config.use_v2_model_runner:
+    is_v2, drafts = vllm_config.use_v2_model_runner, vllm_config.speculative_config is not None
+    if state is None and (is_v2 or drafts):
         capacity = vllm_config.scheduler_config.max_num_seqs
-        state = SkipState(planner_of(vllm_config), capacity, is_told_lengths=True)
+        state = SkipState(planner_of(vllm_config), capacity, is_told_lengths=is_v2)
         compat.share(vllm_config, state)
     if not isinstance(state, SkipState):
         raise RuntimeError(

@@ -10,13 +10,14 @@ passing on both halves. Most of vLLM's layers carry it so, with the sum fused in
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -31,6 +32,7 @@ from vllm_adaskip.engine.compat.kv_cache import KvCache
 from vllm_adaskip.engine.compat.projection import keep_apart
 from vllm_adaskip.engine.compiled import Body, CompiledPlans, Inputs, Made
 from vllm_adaskip.engine.decide import shared_state
+from vllm_adaskip.engine.drafter import Drafter
 from vllm_adaskip.engine.fill import KV_FILLS, ProjectFill
 from vllm_adaskip.engine.gate import StepGate
 from vllm_adaskip.engine.guard import PARTS, SIZES, Costs, Guard, measured
@@ -57,6 +59,7 @@ class SkipRuntime:
         gate: asks the method in the middle of a forward.
         step: the step that runs now, or ran last.
         body: compiled for the step that runs now; None: there is none.
+        starts: ``[rows + 1]``, where each row's tokens start in that step.
 
     """
 
@@ -77,6 +80,7 @@ class SkipRuntime:
         self.gate = StepGate(gate, classifier, self._table)
         self.step: Step | None = None
         self.body: Body | None = None
+        self.starts: Ints = np.zeros(1, dtype=np.int64)
         self._planned: Step | None = None
         self._starts = b""
         self._only_decodes = False
@@ -92,7 +96,9 @@ class SkipRuntime:
         if (lengths := self._lengths(metadata)) is None:  # a warm-up: no sequences
             self.step = None
             return None
-        starts, seq_lens = lengths
+        if self.state.pulled is not None:
+            self.state.pulled.update()
+        starts, seq_lens = self.starts, _ = lengths
         step = self._planned
         if step is None or self._is_stale(starts):
             step = self._planned = self._plan(starts, seq_lens)
@@ -177,7 +183,7 @@ class SkippingDecoder(nn.Module):
         super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
         compat.enable_amx()
         stack = self.stack_of(self.model)
-        attention = map(self.attention_of, stack.layers)
+        attention = [self.attention_of(layer) for layer in stack.layers]
         #: Requests may bring LoRA adapters, for which vLLM wraps the layers after this.
         self._is_adapted = vllm_config.lora_config is not None
         head = Head(self, self.finish, is_adapted=self._is_adapted)
@@ -189,12 +195,17 @@ class SkippingDecoder(nn.Module):
         self._stack = (stack if self._is_adapted else with_kernels(stack),)
         self._layers = [*self.stack.layers]  # whose lookup takes longer than this list's
         compilation, state = vllm_config.compilation_config, self.adaskip.state
+        #: Inductor's, where a CPU compiles.
+        self._options: Mapping[str, Any] | None = None
         if compilation.mode and vllm_config.device_config.device_type == "cpu":
             self._options = compilation.inductor_compile_config
-            state.compiled = CompiledPlans(state.planner.known_plans, self._body_of)
+            state.compiled = CompiledPlans(state.planner.known_plans, self.body_of)
         is_guarded = state.planner.facts.guard and not self._is_adapted
         if is_guarded and vllm_config.device_config.device_type == "cpu":
             state.guard = Guard(partial(self._costs, vllm_config), compat.of_rank_0)
+        self.drafter: Drafter | None = None
+        if state.planner.draft is not None:
+            self.drafter = state.drafter = Drafter(self, vllm_config, attention, head)
 
     @staticmethod
     def get_model_state_cls() -> type[Any]:
@@ -257,15 +268,31 @@ class SkippingDecoder(nn.Module):
     ) -> Any:
         """Return what the LM head takes, ``[tokens, width]``."""
         inputs = input_ids, positions, intermediate_tensors, inputs_embeds
-        if (guard := self.adaskip.state.guard) is None:
+        guard, drafter = self.adaskip.state.guard, self.drafter
+        if guard is None and drafter is None:
             return self._forward(*inputs)
         start = perf_counter()
         output = self._forward(*inputs)
-        step = self.adaskip.step
+        seconds, step = perf_counter() - start, self.adaskip.step
         if step is None:
-            guard.measure(input_ids, positions)
-        elif step.num_generated == step.num_tokens:
-            guard.saw(step.runs, perf_counter() - start)
+            self._measure(input_ids, positions, inputs_embeds)
+            return output
+        if drafter is not None:
+            drafter.ran(self.adaskip.starts, seconds)
+        if guard is not None and step.num_generated == step.num_tokens == len(self.adaskip.starts) - 1:
+            guard.saw(step.runs, seconds)
+        return output
+
+    def _measure(self, *inputs: *Inputs) -> None:
+        """Time, in a warm-up, what guard and drafter want to know."""
+        if (guard := self.adaskip.state.guard) is not None:
+            guard.measure(*inputs[:2])
+        if self.drafter is not None:
+            self.drafter.warm_up(self._options, *inputs)
+
+    def dense(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        """Run stock vLLM's own forward of ``[tokens]`` ids and positions."""
+        output: Tensor = super().forward(input_ids, positions)
         return output
 
     def _forward(
@@ -277,7 +304,8 @@ class SkippingDecoder(nn.Module):
     ) -> Any:
         adaskip = self.adaskip
         step = adaskip.begin()
-        if adaskip.step is None and (plans := adaskip.state.compiled) is not None:
+        if adaskip.step is None and self._options is not None:
+            assert (plans := adaskip.state.compiled) is not None
             plans.compile(adaskip.fill, self._options, input_ids, positions, inputs_embeds)
         if (replay := adaskip.state.replay) is not None:
             adaskip.state.replay = None
@@ -288,7 +316,7 @@ class SkippingDecoder(nn.Module):
         real = slice(step.num_tokens)
         input_ids = None if input_ids is None else input_ids[real]
         inputs_embeds = None if inputs_embeds is None else inputs_embeds[real]
-        run = self._run if adaskip.body is None else self._run_compiled
+        run = self.run if adaskip.body is None else self._run_compiled
         output = run(step, input_ids, positions[real], inputs_embeds)
         adaskip.end()
         return output
@@ -303,25 +331,25 @@ class SkippingDecoder(nn.Module):
         sizes = [size for size in SIZES if size <= min(most, len(positions))]
         compiled = self.adaskip.state.compiled
         bodies = [] if compiled is None else compiled.bodies
-        dense = super().forward
 
         def timed(size: int) -> list[Callable[[], Any]]:
             inputs = ids[:size], positions[:size]
-            return [partial(dense, *inputs), *runs(Probes(self, *inputs), bodies)]
+            return [partial(self.dense, *inputs), *runs(Probes(self, *inputs), bodies)]
 
         with compat.warm_up(vllm_config):
             table = measured(timed, sizes)
         table[PARTS.index("attention") : len(PARTS)] /= len(self._layers)
         return Costs(sizes, compat.of_rank_0(table), [mask for mask, _ in bodies])
 
-    def _body_of(self, left_out: Bools) -> Body:
+    def body_of(self, left_out: Bools, *, fills: bool = True) -> Body:
         """Return what a step runs in which all rows leave out ``[2 * num_layers]``.
 
         It runs the modules as stock vLLM made them, whose small operations the compiler fuses.
+        ``fills``: whether K/V are made where the engine's fill wants them.
         """
         bare = copy(self)
         bare._stack = (self.stack_of(self.model),)
-        layers, projects = [*bare.stack.layers], self.adaskip.fill.projects
+        layers, projects = [*bare.stack.layers], fills and self.adaskip.fill.projects
         sub_layers = list(enumerate(left_out.tolist()))
 
         def body(input_ids: Tensor | None, positions: Tensor, inputs_embeds: Tensor | None) -> Made:
@@ -361,39 +389,43 @@ class SkippingDecoder(nn.Module):
 
         def run(input_ids: Tensor, positions: Tensor) -> Tensor:
             if step.is_dense:
-                output: Tensor = super(SkippingDecoder, self).forward(input_ids, positions)
-                return output
+                return self.dense(input_ids, positions)
             adaskip = self.adaskip
             adaskip.fill.begin(step, may_change=False)
-            output = self._run(step, input_ids, positions, None)
+            output = self.run(step, input_ids, positions, None)
             adaskip.fill.finish()
             return output
 
         return run
 
-    def _run(
+    def run(
         self,
         step: Step,
         input_ids: Tensor | None,
         positions: Tensor,
         inputs_embeds: Tensor | None,
+        *,
+        fills: bool = True,
     ) -> Tensor:
-        """Run a step's tokens through what they do not leave out."""
+        """Run a step's tokens through what they do not leave out; return as `forward`.
+
+        ``fills``: whether K/V are projected where they leave attention out.
+        """
         embedded = self.embed(input_ids, positions, inputs_embeds)
         with self.adaskip.running(step), self._adapters() as adapters:
             window = Window(Stream(embedded, None), positions, adapters)
-            self._run_sub_layers(step, window)
+            self._run_sub_layers(step, window, fills)
         return self.finish(window.stream)
 
     def _adapters(self) -> AbstractContextManager[Adapters | None]:
         """Enter what tells vLLM's LoRA layers whose rows are shown; None: there are none."""
         return Adapters(self).during_step() if self._is_adapted else nullcontext()
 
-    def _run_sub_layers(self, step: Step, window: Window) -> None:
+    def _run_sub_layers(self, step: Step, window: Window, fills: bool) -> None:
         """Run each sub-layer for its tokens; where there are none it is not launched."""
         adaskip = self.adaskip
         reads, asks = adaskip.reader.is_open, adaskip.gate.is_open
-        projects = adaskip.fill.projects or step.is_shortened
+        projects = fills and (adaskip.fill.projects or step.is_shortened)
         for sub_layer in range(step.runs.shape[1]):
             part, is_mlp = step.part(sub_layer), sub_layer % 2
             layer = self._layers[sub_layer // 2]

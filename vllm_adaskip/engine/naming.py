@@ -56,6 +56,8 @@ def named_class(module: str, name: str, base: type[Named]) -> type[Named]:
 
 def planner_of(vllm_config: VllmConfig) -> Planner:
     """Return the planner of the class that an engine names."""
+    if (speculative := vllm_config.speculative_config) is not None:  # ours, as `startup` checks
+        return _planner(speculative.model.rpartition("_")[2])
     # Not `or ()`: under some releases the list calls itself empty, see `compat.admission`.
     named = vllm_config.model_config.logits_processors
     (path,) = [

@@ -26,6 +26,7 @@ from vllm_adaskip.classifiers import (
 )
 from vllm_adaskip.classifiers.hub import located
 from vllm_adaskip.classifiers.plan import reason, shown
+from vllm_adaskip.engine.drafts import Draft
 from vllm_adaskip.engine.prompt_plan import TAIL, PromptPlan, as_tail, named_plan
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ KEYS = (
     "adaskip_prompt_exit",
     "adaskip_prompt_skip",
     "adaskip_prompt_tail",
+    "adaskip_draft",
 )
 #: By which the scheduler tells workers a request's LoRA adapter, where requests may have any.
 ADAPTER = "_adaskip_adapter"
@@ -74,6 +76,7 @@ class RequestArgs:
     prompt_exit: object | None = None
     prompt_skip: object | None = None
     prompt_tail: int | None = None
+    draft: int | None = None
 
     @classmethod
     def parse(cls, extra_args: Mapping[str, Any] | None) -> RequestArgs:
@@ -93,8 +96,8 @@ class RequestArgs:
         switch = ours.get("adaskip", "on")
         if switch not in ("on", "off"):
             raise RequestError("adaskip", f"{shown(switch)} is not allowed; allowed: 'on', 'off'")
-        if switch == "off" and len(ours) > 1:
-            others = " and ".join(sorted(ours.keys() - {"adaskip"}))
+        others = " and ".join(sorted(ours.keys() - {"adaskip", "adaskip_draft"}))
+        if switch == "off" and others:
             raise RequestError("adaskip", f"'off' means dense and does not go with {others}")
         exit, skip, tail = (ours.get(f"adaskip_prompt_{name}") for name in ("exit", "skip", "tail"))
         if exit is not None and skip is not None:
@@ -106,7 +109,8 @@ class RequestArgs:
         except PlanError as error:
             raise RequestError("adaskip_prompt_tail", str(error)) from None
         budget = _budget(ours.get("adaskip_budget"))
-        return cls(switch == "off", ours.get("adaskip_skip"), budget, exit, skip, own_tail)
+        draft = _draft(ours.get("adaskip_draft"))
+        return cls(switch == "off", ours.get("adaskip_skip"), budget, exit, skip, own_tail, draft)
 
 
 def is_one_answer(params: SamplingParams) -> bool:
@@ -123,7 +127,7 @@ class EngineFacts:
 
     ``profile``, a folder or hub id, is where a method finds its tensors, in every process.
     ``known_plans`` are plans that requests will name, in the form of `SkipPlan.parse`; ``prompt``
-    is what `PromptPlan.of_options` reads.
+    is what `PromptPlan.of_options` reads, and ``speculate`` what `Draft.of_options` does.
     """
 
     shape: DecoderShape
@@ -136,6 +140,7 @@ class EngineFacts:
     guard: bool = False
     known_plans: Sequence[Sequence[int | str]] = field(default_factory=list)  # as JSON has it
     prompt: Mapping[str, Any] | None = None
+    speculate: Mapping[str, Any] | None = None
 
     def to_json(self) -> str:
         """Write the facts as JSON text."""
@@ -158,6 +163,7 @@ class Wanted:
         gate: scope in which the method's `Gate` may leave out more; None: it may not.
         by_method: whether the server's method decides the plan, and not the request.
         prompt: what the prompt's tokens leave out; None: nothing.
+        drafts: tokens that may be drafted at once.
 
     """
 
@@ -166,6 +172,7 @@ class Wanted:
     gate: Scope | None = None
     by_method: bool = False
     prompt: PromptPlan | None = None
+    drafts: int = 0
 
     def is_gated(self, one_answer: bool) -> bool:
         """Return whether that holds for a request, which asks for one token or not."""
@@ -182,6 +189,7 @@ class Planner:
         known_plans: that sequences are likely to follow: the method's one plan, those of option
             ``known_plans``, and the method's codebook; without dense, `MOST_PLANS` in all at most.
         prompt: what prompts leave out whose request says nothing; None: nothing.
+        draft: how the engine drafts; None: it does not.
         dense: leaves out nothing. `decide` returns just this one where the method fails.
         refused: requests that `admit` has refused in this process, by `RequestError.reason`.
 
@@ -221,6 +229,19 @@ class Planner:
         self.prompt = None if facts.prompt is None else PromptPlan.of_options(facts.prompt, layers)
         if self.prompt is not None and self.classifier.reads_whole_prompts:
             raise ValueError(f"prompt: '{self.prompt.plan}' {self._not_with_the_method}")
+        self.draft = None if facts.speculate is None else Draft.of_options(facts.speculate, layers)
+        if self.draft is not None and gate:
+            raise ValueError(
+                f"speculate: not allowed with method {facts.method!r} and scope {gate!r}, whose "
+                "gate would remember drafts that are not accepted; allowed: a method that decides "
+                "once a sequence"
+            )
+        if self.draft is not None and facts.coalesce:
+            raise ValueError(
+                f"speculate: not allowed with coalesce {facts.coalesce:g}, under which a plan "
+                "depends on who is in the batch, and so on how fast others draft; allowed: "
+                "coalesce 0"
+            )
         self._has_failed = False
         self._default = self._decided(facts.budget)
         if self._has_failed:
@@ -259,11 +280,21 @@ class Planner:
 
         """
         args = RequestArgs.parse(extra_args)
-        if args.off:
-            return Wanted(self.dense, 1.0)
-        wanted = self._wanted(args)
-        prompt = self._prompt(args)
-        return wanted if prompt is None else replace(wanted, prompt=prompt)
+        wanted = Wanted(self.dense, 1.0) if args.off else self._wanted(args)
+        prompt, drafts = None if args.off else self._prompt(args), self._drafts(args.draft)
+        if prompt is None and not drafts:
+            return wanted
+        return replace(wanted, prompt=prompt, drafts=drafts)
+
+    def _drafts(self, asked: int | None) -> int:
+        """Return how many tokens may be drafted: what a request says, or the server's."""
+        most = 0 if self.draft is None else self.draft.tokens
+        if asked is None:
+            return most
+        if asked > most:
+            allowed = f"0 to {most}" if most else "0, as this server drafts nothing (speculate)"
+            raise RequestError("adaskip_draft", f"{asked} is not allowed; allowed: {allowed}")
+        return asked
 
     def _wanted(self, args: RequestArgs) -> Wanted:
         if args.skip is not None:
@@ -392,6 +423,18 @@ def _nearest(key: str) -> str:
 
 def _listed() -> str:
     return ", ".join(KEYS)
+
+
+def _draft(value: object) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise RequestError(
+            "adaskip_draft",
+            f"{shown(value)} is not allowed; allowed: an integer from 0 (no drafts) to the "
+            "server's speculate.tokens",
+        )
+    return value
 
 
 def _budget(value: object) -> float | None:

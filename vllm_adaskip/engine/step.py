@@ -167,8 +167,14 @@ class Step:
     @classmethod
     def of_one_plan(cls, left_out: Bools, rows: int) -> Step:
         """Lay out a step in which every row decodes and leaves out ``[2 * num_layers]``."""
+        return cls.of_decodes(np.tile(left_out, (rows, 1)))
+
+    @classmethod
+    def of_decodes(cls, skips: Bools) -> Step:
+        """Lay out a step of one generated token a row; ``[rows, 2 * num_layers]`` is left out."""
+        rows = len(skips)
         ones = np.ones(rows, dtype=np.int64)
-        return cls.of(np.arange(rows + 1), ones + 1, ones, np.tile(left_out, (rows, 1)))
+        return cls.of(np.arange(rows + 1), ones + 1, ones, skips)
 
     def fork(self) -> Step:
         """Return a step of its own with the same spans, for a forward that may clear some."""

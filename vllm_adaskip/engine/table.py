@@ -49,6 +49,8 @@ class SequenceTable:
             everything; 0: all do.
         prompt_skips: ``[capacity, 2 * num_layers]``, what the tokens before leave out.
         undecided: rows that have no plan yet.
+        drafts: ``[capacity]`` int64, tokens that may be drafted for the row at once.
+        drafted: of rows with drafts that wait to be verified, each one's confidence.
         gated: ``[capacity]`` bool, True where the method's `Gate` may leave out more.
         allowed: of gated rows that say so, the token ids they may draw.
         counts: what ran, of rows that are gated and in all.
@@ -66,6 +68,8 @@ class SequenceTable:
         self.full_from = np.zeros(capacity, dtype=np.int64)
         self.prompt_skips = np.zeros_like(self.skips)
         self.undecided: dict[int, Undecided] = {}
+        self.drafts = np.zeros(capacity, dtype=np.int64)
+        self.drafted: dict[int, list[float]] = {}
         self.gated = np.zeros(capacity, dtype=np.bool_)
         self.allowed: dict[int, Sequence[int]] = {}
         self.counts = Counts(num_layers, capacity)
@@ -96,6 +100,7 @@ class SequenceTable:
         is_new: bool = True,
         gated: bool = False,
         prompt: PromptPlan | None = None,
+        drafts: int = 0,
     ) -> None:
         """Put a sequence into a row; ``is_new`` is False for one that comes back."""
         self.remove(row)
@@ -103,7 +108,7 @@ class SequenceTable:
         if prompt is not None:
             self.full_from[row] = prompt.full_from(prompt_len)
             self.prompt_skips[row] = prompt.plan.mask()
-        self.gated[row] = gated
+        self.gated[row], self.drafts[row] = gated, drafts
         self.requests += is_new
         if isinstance(plan, Undecided):
             self.undecided[row] = plan
@@ -134,8 +139,9 @@ class SequenceTable:
         """Empty a row."""
         self.prompt_lens[row] = self.full_from[row] = 0
         self.skips[row] = self.wants[row] = self.prompt_skips[row] = False
-        self.gated[row] = False
+        self.gated[row], self.drafts[row] = False, 0
         self.counts.leave(row)
+        self.drafted.pop(row, None)
         self.allowed.pop(row, None)
         self.undecided.pop(row, None)
         self.version += 1
@@ -155,12 +161,55 @@ class SequenceTable:
             self.full_from,
             self.prompt_skips,
             self.gated,
+            self.drafts,
         ):
             values[pair] = values[swapped]
         self.counts.swap(one, other)
         _swap(self.undecided, one, other)
         _swap(self.allowed, one, other)
+        _swap(self.drafted, one, other)
         self.version += 1
+
+
+class BatchOrder:
+    """Which request is in which row of the table."""
+
+    def __init__(self, table: SequenceTable, capacity: int) -> None:
+        self._table = table
+        self._requests: list[str | None] = [None] * capacity
+        self._rows: dict[str, int] = {}
+
+    def enter(self, request: str) -> int:
+        """Return an empty row, which is the request's now."""
+        row = self._requests.index(None)
+        self._requests[row], self._rows[request] = request, row
+        return row
+
+    def __contains__(self, request: str) -> bool:
+        return request in self._rows
+
+    def leave(self, request: str) -> None:
+        """Empty the row of a request, if it has one."""
+        if (row := self._rows.pop(request, None)) is not None:
+            self._requests[row] = None
+            self._table.remove(row)
+
+    def leave_but(self, batch: Sequence[str]) -> None:
+        """Empty the rows of all other requests."""
+        for request in self._rows.keys() - set(batch):
+            self.leave(request)
+
+    def arrange(self, batch: Sequence[str]) -> None:
+        """Bring the batch's requests into the first rows, in its order; others go behind them."""
+        for row, request in enumerate(batch):
+            if (source := self._rows[request]) == row:
+                continue
+            other = self._requests[row]
+            self._table.swap(row, source)
+            self._requests[row], self._requests[source] = request, other
+            self._rows[request] = row
+            if other is not None:
+                self._rows[other] = source
 
 
 def _swap(values: dict[int, Value], one: int, other: int) -> None:

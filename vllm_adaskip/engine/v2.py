@@ -9,7 +9,6 @@ batch (as under V1, where that is so anyway), so the rows are put into the batch
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +24,7 @@ from vllm_adaskip.engine.compat.model_state import (
 from vllm_adaskip.engine.decide import shared_state
 from vllm_adaskip.engine.graphs import Entry, GraphBook
 from vllm_adaskip.engine.request import is_one_answer
-from vllm_adaskip.engine.table import SequenceTable
+from vllm_adaskip.engine.table import BatchOrder
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -38,39 +37,6 @@ def __getattr__(name: str) -> type[Any]:
     from vllm_adaskip.engine.compat.request_check import RequestCheck
 
     return naming.named_class(__name__, name, RequestCheck)
-
-
-class BatchOrder:
-    """Which request is in which row of the table."""
-
-    def __init__(self, table: SequenceTable, capacity: int) -> None:
-        self._table = table
-        self._requests: list[str | None] = [None] * capacity
-        self._rows: dict[str, int] = {}
-
-    def enter(self, request: str) -> int:
-        """Give a request an empty row."""
-        row = self._requests.index(None)
-        self._requests[row], self._rows[request] = request, row
-        return row
-
-    def leave(self, request: str) -> None:
-        """Empty the row of a request, if it has one."""
-        if (row := self._rows.pop(request, None)) is not None:
-            self._requests[row] = None
-            self._table.remove(row)
-
-    def arrange(self, batch: Sequence[str]) -> None:
-        """Bring the batch's requests into the first rows, in its order; others go behind them."""
-        for row, request in enumerate(batch):
-            if (source := self._rows[request]) == row:
-                continue
-            other = self._requests[row]
-            self._table.swap(row, source)
-            self._requests[row], self._requests[source] = request, other
-            self._rows[request] = row
-            if other is not None:
-                self._rows[other] = source
 
 
 class AdaSkipModelState(DefaultModelState):

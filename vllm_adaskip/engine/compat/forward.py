@@ -148,11 +148,35 @@ class SubBatches:
                 self._context.attn_metadata[name], self._context.slot_mapping[name] = seen[part]
 
     def _make_groups(self, metadata: dict[str, Any]) -> list[_Group]:
-        """Put layers that share metadata together, once the KV cache is laid out."""
-        found: dict[int, list[int]] = {}
-        for layer, name in enumerate(self._names):
-            found.setdefault(id(metadata[name]), []).append(layer)
-        return [_Group(self._vllm_config, self._layers, own, metadata) for own in found.values()]
+        return [
+            _Group(layers, self._names[layers[0]], builder)
+            for layers, builder in groups_of(self._vllm_config, self._layers, metadata)
+        ]
+
+
+def groups_of(
+    vllm_config: VllmConfig, layers: Sequence[Attention], metadata: dict[str, Any]
+) -> list[tuple[list[int], Any]]:
+    """Put layers that share a step's metadata together, each with what builds its metadata.
+
+    Call it once the KV cache is laid out. Since and remove when: see `SubBatches`.
+    """
+    found: dict[int, list[int]] = {}
+    for layer, one in enumerate(layers):
+        found.setdefault(id(metadata[one.layer_name]), []).append(layer)
+    return [(own, _builder(vllm_config, [layers[at] for at in own], metadata)) for own in found.values()]
+
+
+def _builder(
+    vllm_config: VllmConfig, layers: Sequence[Attention], metadata: dict[str, Any]
+) -> Any:
+    first = layers[0]
+    return first.attn_backend.get_builder_cls()(
+        first.get_kv_cache_spec(vllm_config),
+        [layer.layer_name for layer in layers],
+        vllm_config,
+        metadata[first.layer_name].query_start_loc.device,
+    )
 
 
 class _Group:
@@ -165,22 +189,9 @@ class _Group:
 
     """
 
-    def __init__(
-        self,
-        vllm_config: VllmConfig,
-        all_layers: Sequence[Attention],
-        layers: list[int],
-        metadata: dict[str, Any],
-    ) -> None:
-        first = all_layers[layers[0]]
-        self.layers, self.name = layers, first.layer_name
+    def __init__(self, layers: list[int], name: str, builder: Any) -> None:
+        self.layers, self.name, self._builder = layers, name, builder
         self.whole: tuple[Any, Tensor]
-        self._builder = first.attn_backend.get_builder_cls()(
-            first.get_kv_cache_spec(vllm_config),
-            [all_layers[layer].layer_name for layer in layers],
-            vllm_config,
-            metadata[self.name].query_start_loc.device,
-        )
         self._joined: _Joined | None = None
 
     def metadata(self, parts: Sequence[Part | None]) -> dict[Part | None, tuple[Any, Tensor]]:

@@ -81,3 +81,39 @@ class Head(Lens):
         rows = self._model.lm_head.weight[torch.tensor(vocabulary, device=hidden.device)]
         scale: float = self._model.logits_processor.scale
         return nn.functional.linear(hidden, rows) * scale
+
+
+class DraftHead:
+    """The LM head for drafts: the likeliest of all tokens, or of the first ones.
+
+    Since and remove when: see `Head`.
+    """
+
+    def __init__(self, model: Any, head: Head, vocabulary: int | None) -> None:
+        """Take a model, its head, and how many token ids drafts may have; None: all.
+
+        Raises:
+            ValueError: parts of this model's head cannot be had.
+
+        """
+        self._model, self._vocabulary = model, vocabulary
+        self._rows: Tensor | None = None
+        try:
+            head.check(None if vocabulary is None else [0, vocabulary - 1])
+        except ValueError as error:
+            raise ValueError(f"speculate: {error}") from None
+
+    def __call__(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``[rows]`` probabilities and ids of the likeliest tokens of ``[rows, width]``."""
+        logits = self._logits(hidden).float()
+        top, picked = logits.max(dim=-1)
+        return (logits - top[:, None]).exp_().sum(dim=-1).reciprocal_(), picked
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        if self._vocabulary is None:
+            logits: Tensor = self._model.compute_logits(hidden)
+            return logits
+        if self._rows is None:  # weights are loaded by now
+            self._rows = self._model.lm_head.weight[: self._vocabulary].clone()
+        scale: float = self._model.logits_processor.scale
+        return nn.functional.linear(hidden, self._rows) * scale

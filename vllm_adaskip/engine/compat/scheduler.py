@@ -53,6 +53,14 @@ class MarkedBlocks(Scheduler):
     def is_lasting(self, mark: Mark) -> bool:
         """Return whether a request that comes back after preemption has the same mark again."""
 
+    def keep_free(self, tokens: int) -> None:
+        """Keep slots for so many tokens behind each sequence's last, in which drafts are made.
+
+        vLLM does so for drafters of its own. Since 0.26 (`Scheduler.num_lookahead_tokens`).
+        Remove when it does for ``custom_class``.
+        """
+        self.num_lookahead_tokens = tokens
+
     def keep_apart(self, may_leave_holes: Callable[[Request], bool]) -> None:
         """Keep the last step of the prompts of some requests out of the prefix cache."""
         self.kv_cache_manager: Any = _KeepingApart(self.kv_cache_manager, may_leave_holes)

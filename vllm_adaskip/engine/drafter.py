@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drafts tokens with the model's own layers, on its own paged K/V."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vllm_adaskip.engine import compat, naming
+from vllm_adaskip.engine.compat.drafting import DraftContexts, RunnerDrafts
+from vllm_adaskip.engine.compat.head import DraftHead, Head
+from vllm_adaskip.engine.compiled import CompiledPlans
+from vllm_adaskip.engine.drafts import SIZES, Drafted, Pace, Terms, Times, goes_on
+from vllm_adaskip.engine.fill import KvFill
+from vllm_adaskip.engine.guard import Floats, measured
+from vllm_adaskip.engine.step import Ints, Step
+from vllm_adaskip.engine.v1 import PulledBatch
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from vllm.config import VllmConfig
+    from vllm.model_executor.layers.attention import Attention
+
+    from vllm_adaskip.engine.compiled import Inputs
+    from vllm_adaskip.engine.loop import SkippingDecoder
+
+#: Without `adapt` nothing is weighed.
+FREE = Terms(a_pass=0.0, a_token=0.0, rate=1.0)
+
+
+def __getattr__(name: str) -> type[SelfDraft]:
+    return naming.named_class(__name__, name, SelfDraft)
+
+
+class SelfDraft(RunnerDrafts):
+    """What an engine's ``speculative_config`` names; its name carries the engine's facts."""
+
+    def load_model(self, target: SkippingDecoder) -> None:
+        """Take the model, which drafts, and feed its table from the runner's batch."""
+        assert target.drafter is not None
+        self.drafts = target.drafter
+        state = target.adaskip.state
+        state.pulled = PulledBatch(state, self)
+
+
+class Drafter:
+    """Makes the drafts of an engine.
+
+    Attributes:
+        pace: how much is drafted; None: always all that is allowed.
+        drafted: counters.
+        compiled: the draft's body, on a CPU where vLLM compiles.
+
+    """
+
+    def __init__(
+        self,
+        model: SkippingDecoder,
+        vllm_config: VllmConfig,
+        attention: Sequence[Attention],
+        head: Head,
+    ) -> None:
+        """Take the model with its attention and head, before its weights are loaded."""
+        self._model, self._vllm_config = model, vllm_config
+        self._state = model.adaskip.state
+        draft = self._state.planner.draft
+        assert draft is not None
+        self._draft, self._mask = draft, draft.plan.mask()
+        self._longest = vllm_config.model_config.max_model_len
+        self._contexts = DraftContexts(vllm_config, attention)
+        self._fill = KvFill(attention, model.adaskip.cache)
+        self._head = DraftHead(model, head, draft.vocabulary)
+        self.pace = Pace(self._times, compat.of_rank_0) if draft.adapt else None
+        self.drafted = Drafted(draft.tokens)
+        self.compiled: CompiledPlans | None = None
+        self._inputs: tuple[Tensor, Tensor] | None = None
+        self._step: tuple[bytes, Step] | None = None
+        self._ran: tuple[Ints, float] | None = None
+        self._seconds = 0.0
+        self._ended = perf_counter()
+
+    def warm_up(self, options: Mapping[str, Any] | None, *inputs: *Inputs) -> None:
+        """Compile the draft's body on the inputs of a warm-up, with inductor's options, if any."""
+        ids, positions, _ = inputs
+        if options is not None and self.compiled is None:
+            body = partial(self._model.body_of, fills=False)
+            self.compiled = CompiledPlans([self._draft.plan], body)
+            self.compiled.compile(self._fill, options, *inputs)
+        if self.pace is not None and self.pace.times is None and ids is not None:
+            self._inputs = ids, positions
+            self.pace.measure()
+            self._inputs = None
+
+    def report(self) -> dict[str, Any]:
+        """Return what was drafted, and what it gained."""
+        return {**self.drafted.report(), **({} if self.pace is None else self.pace.report())}
+
+    def ran(self, starts: Ints, seconds: float) -> None:
+        """Remember the forward that has just run.
+
+        Args:
+            starts: ``[rows + 1]``, where each row's tokens start in it.
+            seconds: that it took.
+
+        """
+        self._contexts.keep()
+        self._ran = starts, seconds
+
+    def propose(self, sampled: Sequence[Sequence[int]], ends: Ints, slots: Ints) -> list[list[int]]:
+        """Return drafts of each row, behind the tokens that it has just drawn.
+
+        Args:
+            sampled: tokens of each row of the step; none where its prompt is not complete.
+            ends: ``[rows]`` tokens of each row's sequence, with these.
+            slots: ``[rows]`` tokens for which it has slots.
+
+        """
+        self._learn(sampled, perf_counter())
+        drafts: list[list[int]] = [[] for _ in sampled]
+        caps = self._caps(sampled, ends, slots)
+        (rows,) = caps.nonzero()
+        terms = self._terms(len(sampled), len(rows)) if len(rows) else None
+        if terms is not None:
+            self._fill_in(drafts, rows, caps[rows], sampled, ends, terms)
+        self._ended = perf_counter()
+        return drafts
+
+    def _learn(self, sampled: Sequence[Sequence[int]], now: float) -> None:
+        """Learn what became of the drafts that the last forward verified, and what it took."""
+        assert self._ran is not None
+        starts, seconds = self._ran
+        lengths = np.diff(starts)
+        waiting, verified, accepted = self._state.table.drafted, 0, 0
+        for row, confidence in waiting.items():
+            tried = min(len(confidence), int(lengths[row]) - 1)  # vLLM may leave some out
+            right = min(len(sampled[row]) - 1, tried)
+            self.drafted.saw(tried, right)
+            if self.pace is not None:
+                self.pace.calibration.learn(confidence[:tried], right)
+            verified, accepted = verified + tried, accepted + right
+        waiting.clear()
+        seconds_drafting, self._seconds = self._seconds, 0.0
+        if self.pace is None or self.pace.times is None:
+            return
+        if seconds_drafting:
+            self.pace.saw(len(lengths), verified, accepted, seconds_drafting)
+        if all(map(len, sampled)) and (lengths <= self._draft.tokens + 1).all():  # no prompts
+            rest = now - self._ended - seconds
+            self.pace.times.saw_forward(int(starts[-1]), seconds, rest)
+
+    def _caps(self, sampled: Sequence[Sequence[int]], ends: Ints, slots: Ints) -> Ints:
+        """Return ``[rows]`` tokens that each row may draft."""
+        table, rows = self._state.table, len(sampled)
+        drew = np.array([bool(tokens) for tokens in sampled])
+        nothing = (table.skips[:rows] | self._mask).all(axis=1)
+        room = np.minimum(slots - ends + 1, self._longest - ends)
+        found: Ints = np.where(drew & ~nothing, np.minimum(table.drafts[:rows], room), 0)
+        return found.clip(min=0)
+
+    def _terms(self, rows: int, drafting: int) -> Terms | None:
+        if self.pace is None:
+            return FREE
+        terms = self.pace.terms(rows, drafting)
+        self.drafted.off += terms is None
+        return terms
+
+    def _fill_in(
+        self,
+        drafts: list[list[int]],
+        rows: Ints,
+        caps: Ints,
+        sampled: Sequence[Sequence[int]],
+        ends: Ints,
+        terms: Terms,
+    ) -> None:
+        """Draft pass by pass, for rows that are still worth it."""
+        ids = torch.tensor([sampled[row][-1] for row in rows])
+        positions = torch.from_numpy(ends[rows] - 1)
+        reach = np.ones(len(rows))
+        self._contexts.begin(rows)
+        for place in range(int(caps.max())):
+            picked, confidence = self._pass(rows, ids, positions)
+            if self.pace is not None:
+                reach = reach * self.pace.calibration.of(confidence)
+            kept = reach >= terms.a_token
+            for row, token, sure in zip(
+                rows[kept].tolist(), picked[kept].tolist(), confidence[kept].tolist(), strict=True
+            ):
+                drafts[row].append(token)
+                self._state.table.drafted.setdefault(row, []).append(sure)
+            self.drafted.drafted += int(kept.sum())
+            alive = kept & (caps > place + 1)
+            if not alive.any() or not goes_on(reach[alive], terms):
+                break
+            ids, positions = torch.from_numpy(picked[alive]), positions[alive] + 1
+            if not alive.all():
+                rows, caps, reach = rows[alive], caps[alive], reach[alive]
+                self._contexts.begin(rows)
+
+    def _pass(self, rows: Ints, ids: Tensor, positions: Tensor) -> tuple[Ints, Floats]:
+        """Return the likeliest next token of each row, and its probability."""
+        start = perf_counter()
+        step = self._step_of(rows)
+        with self._contexts.at(positions):
+            hidden = self._hidden(step, ids, positions)
+        confidence, picked = self._head(hidden)
+        self.drafted.passes += 1
+        if self.pace is not None and self.pace.times is not None:
+            self.pace.times.saw_pass(len(rows), perf_counter() - start)
+            self._seconds += self.pace.times.a_pass(len(rows))
+        return picked.numpy(), confidence.numpy()
+
+    def _hidden(self, step: Step, ids: Tensor, positions: Tensor) -> Tensor:
+        body = None if self.compiled is None else self.compiled.of(step)
+        if body is not None:
+            return body(ids, positions, None).hidden
+        return self._model.run(step, ids, positions, None, fills=False)
+
+    def _times(self) -> Times:
+        """Time a whole forward, and a pass, by how many tokens; on all ranks together."""
+        most = self._vllm_config.scheduler_config.max_num_seqs
+        ids, positions = self._inputs or torch.zeros(2, most, dtype=torch.int64).unbind()
+        sizes = [size for size in SIZES if size <= len(positions)]
+
+        def timed(size: int) -> list[Callable[[], Any]]:
+            inputs = ids[:size], positions[:size]
+            step = Step.of_decodes(np.tile(self._mask, (size, 1)))
+            return [
+                partial(self._model.dense, *inputs),
+                lambda: self._head(self._hidden(step, *inputs)),
+            ]
+
+        with compat.warm_up(self._vllm_config):
+            return Times(sizes, compat.of_rank_0(measured(timed, sizes)))
+
+    def _step_of(self, rows: Ints) -> Step:
+        """Return the step in which rows leave out what the draft does and what they do anyway."""
+        table = self._state.table
+        key = rows.tobytes() + table.version.to_bytes(8)
+        if self._step is None or self._step[0] != key:
+            self._step = key, Step.of_decodes(table.skips[rows] | self._mask)
+        return self._step[1]
