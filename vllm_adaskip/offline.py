@@ -23,6 +23,7 @@ def request(
     prompt_exit: int | None = None,
     prompt_skip: Sequence[int | str] | None = None,
     prompt_tail: int | None = None,
+    draft: int | None = None,
 ) -> dict[str, Any]:
     """Return a request's arguments: for ``SamplingParams.extra_args``, or ``vllm_xargs`` over HTTP.
 
@@ -34,6 +35,7 @@ def request(
         prompt_exit: layers that the prompt's tokens run, but for its last ones.
         prompt_skip: what they leave out, in the form of ``skip``; one of the two at most.
         prompt_tail: last tokens of the prompt that run everything, 16 by default.
+        draft: tokens that may be drafted at once, 0 for none; the server's number by default.
 
     Raises:
         ValueError: a budget, a tail or an entry that is not allowed, ``prompt_exit`` together with
@@ -50,6 +52,7 @@ def request(
         "adaskip_prompt_exit": prompt_exit,
         "adaskip_prompt_skip": None if prompt_skip is None else [*prompt_skip],
         "adaskip_prompt_tail": prompt_tail,
+        "adaskip_draft": draft,
     }
     arguments = {key: value for key, value in given.items() if value is not None}
     RequestArgs.parse(arguments)

@@ -8,6 +8,7 @@ would be wrong or silently ignored are refused here, each with the option to cha
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from vllm import envs
@@ -226,6 +227,8 @@ def _undraftable(vllm_config: VllmConfig, config: AdaSkipConfig) -> Iterator[str
             "adaskip.speculate sets --speculative-config by itself; start with --plugin adaskip "
             "or vllm_adaskip.engine_args(), and name no speculative method beside it"
         )
+    if not find_spec("vllm.triton_utils.dispatcher"):
+        yield "drafts need vLLM 0.32 or later; remove adaskip.speculate"
     if not current_platform.is_cpu():
         yield "drafts have been made on CPUs alone; remove adaskip.speculate"
     if vllm_config.use_v2_model_runner:

@@ -181,7 +181,7 @@ class Drafter:
         terms: Terms,
     ) -> None:
         """Draft pass by pass, for rows that are still worth it."""
-        ids = torch.tensor([sampled[row][-1] for row in rows])
+        ids = np.array([sampled[row][-1] for row in rows])
         positions = torch.from_numpy(ends[rows] - 1)
         reach = np.ones(len(rows))
         self._contexts.begin(rows)
@@ -199,17 +199,18 @@ class Drafter:
             alive = kept & (caps > place + 1)
             if not alive.any() or not goes_on(reach[alive], terms):
                 break
-            ids, positions = torch.from_numpy(picked[alive]), positions[alive] + 1
+            ids, positions = picked[alive], positions[alive] + 1
             if not alive.all():
                 rows, caps, reach = rows[alive], caps[alive], reach[alive]
                 self._contexts.begin(rows)
 
-    def _pass(self, rows: Ints, ids: Tensor, positions: Tensor) -> tuple[Ints, Floats]:
+    def _pass(self, rows: Ints, ids: Ints, positions: Tensor) -> tuple[Ints, Floats]:
         """Return the likeliest next token of each row, and its probability."""
         start = perf_counter()
         step = self._step_of(rows)
         with self._contexts.at(positions):
-            hidden = self._hidden(step, ids, positions)
+            # As in vLLM's own steps: what is compiled without guards takes these types alone.
+            hidden = self._hidden(step, torch.from_numpy(ids.astype(np.int32)), positions)
         confidence, picked = self._head(hidden)
         self.drafted.passes += 1
         if self.pace is not None and self.pace.times is not None:
@@ -226,7 +227,8 @@ class Drafter:
     def _times(self) -> Times:
         """Time a whole forward, and a pass, by how many tokens; on all ranks together."""
         most = self._vllm_config.scheduler_config.max_num_seqs
-        ids, positions = self._inputs or torch.zeros(2, most, dtype=torch.int64).unbind()
+        zeros = torch.zeros(most, dtype=torch.int32), torch.zeros(most, dtype=torch.int64)
+        ids, positions = self._inputs or zeros
         sizes = [size for size in SIZES if size <= len(positions)]
 
         def timed(size: int) -> list[Callable[[], Any]]:

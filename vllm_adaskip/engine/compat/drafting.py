@@ -83,6 +83,38 @@ def attach(runner: Any) -> None:
     runner.drafter.attach(runner)
 
 
+def mend_sampling() -> None:
+    """Have drafts verified at the temperature that requests ask for.
+
+    On the CPU vLLM hands each draft's temperature, top-k and top-p on through a kernel that
+    writes into a copy, so that drafts are judged by whatever was in memory (vLLM's issue 55005).
+    A right one is registered where vLLM lets platforms do so, in workers that draft alone, unless
+    the release at hand is right. Since 0.32 (``register_kernels``). Remove when that issue is
+    closed in all releases that we support.
+    """
+    from vllm.triton_utils.dispatcher import register_kernels
+    from vllm.v1.sample.rejection_sampler import expand_batch_to_tokens
+
+    values = torch.tensor([0.5, 2.0])
+    found = expand_batch_to_tokens(values, torch.tensor([1, 3], dtype=torch.int32), 3)
+    if found.tolist() != [0.5, 2.0, 2.0]:
+        register_kernels({"vllm.v1.sample.rejection_sampler.expand_kernel": _expand})
+
+
+def _expand(
+    output: Tensor,
+    values: Tensor,
+    ends: Tensor,
+    replace_from: float,
+    replace_to: float,
+    MAX_NUM_TOKENS: int | None = None,
+) -> None:
+    """Write each of ``[requests]`` values once a draft of it, which ends before ``ends``."""
+    counts = ends.diff(prepend=ends.new_zeros(1))
+    values = values.masked_fill(values == replace_from, replace_to)
+    output.copy_(values.repeat_interleave(counts))
+
+
 class DraftContexts:
     """Forward contexts in which some rows' attention sees one drafted token each.
 
