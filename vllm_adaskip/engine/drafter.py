@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 #: Without `adapt` nothing is weighed.
 FREE = Terms(a_pass=0.0, a_token=0.0, rate=1.0)
+#: Steps without drafts of which one is learnt from.
+SELDOM = 8
 
 
 def __getattr__(name: str) -> type[SelfDraft]:
@@ -84,6 +86,7 @@ class Drafter:
         self._step: tuple[bytes, Step] | None = None
         self._ran: tuple[Ints, float] | None = None
         self._seconds = 0.0
+        self._steps = 0
         self._ended = perf_counter()
 
     def warm_up(self, options: Mapping[str, Any] | None, *inputs: *Inputs) -> None:
@@ -124,20 +127,25 @@ class Drafter:
         """
         self._learn(sampled, perf_counter())
         drafts: list[list[int]] = [[] for _ in sampled]
-        caps = self._caps(sampled, ends, slots)
-        (rows,) = caps.nonzero()
-        terms = self._terms(len(sampled), len(rows)) if len(rows) else None
+        may_draft = int(np.count_nonzero(self._state.table.drafts[: len(sampled)]))
+        terms = self._terms(len(sampled), may_draft) if may_draft else None
         if terms is not None:
-            self._fill_in(drafts, rows, caps[rows], sampled, ends, terms)
+            caps = self._caps(sampled, ends, slots)
+            (rows,) = caps.nonzero()
+            if len(rows):
+                self._fill_in(drafts, rows, caps[rows], sampled, ends, terms)
         self._ended = perf_counter()
         return drafts
 
     def _learn(self, sampled: Sequence[Sequence[int]], now: float) -> None:
         """Learn what became of the drafts that the last forward verified, and what it took."""
+        waiting, verified, accepted = self._state.table.drafted, 0, 0
+        self._steps += 1
+        if not (waiting or self._seconds) and self._steps % SELDOM:
+            return
         assert self._ran is not None
         starts, seconds = self._ran
         lengths = np.diff(starts)
-        waiting, verified, accepted = self._state.table.drafted, 0, 0
         for row, confidence in waiting.items():
             tried = min(len(confidence), int(lengths[row]) - 1)  # vLLM may leave some out
             right = min(len(sampled[row]) - 1, tried)

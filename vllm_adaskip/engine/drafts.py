@@ -253,20 +253,25 @@ class Pace:
 
         All ranks get the same.
         """
+        gain = self.gains.setdefault(_about(rows), Gain())
+        terms = self._terms(rows, drafting) if gain.is_due else None
+        found = self._of_rank_0(np.array([0.0, 0, 0, 0] if terms is None else [1.0, *terms]))
+        if not found[0]:
+            gain.waited += 1
+            return None
+        return Terms(*found[1:].tolist())
+
+    def _terms(self, rows: int, drafting: int) -> Terms | None:
+        """Return the same; None where it would not pay if all drafts were accepted."""
         self.measure()
         assert self.times is not None
-        times, gain = self.times, self.gains.setdefault(_about(rows), Gain())
+        times = self.times
         token = (times.rest + times.forward(rows)) / rows
         more = times.forward(rows + drafting) - times.forward(rows)
         terms = Terms(
             times.a_pass(drafting) / token, more / drafting / token, self.calibration.rate
         )
-        is_due = gain.is_due and terms.a_pass + terms.a_token * drafting < drafting
-        found = self._of_rank_0(np.array([is_due, *terms]))
-        if not found[0]:
-            gain.waited += 1
-            return None
-        return Terms(*found[1:].tolist())
+        return terms if terms.a_pass + terms.a_token * drafting < drafting else None
 
     def saw(self, rows: int, verified: int, accepted: int, seconds: float) -> None:
         """Learn from a round with drafts.

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What drafts are worth: whole answers beside stock vLLM's, and beside its n-gram drafts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import count, cycle, islice
+from typing import Any
+
+from vllm_adaskip.lab.bench.engines import engine
+from vllm_adaskip.lab.bench.rounds import Run, Spread, ratio, take_turns
+
+STOCK, EAGER, NGRAM = "stock vLLM", "stock vLLM, eager", "stock vLLM, n-gram drafts"
+
+_numbers = count()
+
+
+@dataclass(frozen=True)
+class Answered:
+    """How fast a variant answers.
+
+    Attributes:
+        batch: requests at once.
+        variant: what drafts.
+        per_token: seconds of a token of the whole batch, over the rounds.
+        against_stock: compiled stock vLLM's seconds over these, round by round.
+        accepted: drafts that were accepted, a step and row; None: nothing drafts.
+        drafted: those that were verified, the same.
+        equal: answers that are stock vLLM's, token by token, and of how many.
+
+    """
+
+    batch: int
+    variant: str
+    per_token: Spread
+    against_stock: Spread
+    accepted: float | None
+    drafted: float | None
+    equal: tuple[int, int]
+
+
+@contextmanager
+def started(
+    model: str, options: Mapping[str, Mapping[str, Any]], tokens: int, **vllm: Any
+) -> Iterator[dict[str, Any]]:
+    """Start compiled engines with a model's weights: stock vLLM's, and one for each draft.
+
+    Args:
+        model: folder or hub id.
+        options: name -> our option ``speculate``.
+        tokens: that n-gram drafts have at most.
+        vllm: options of all engines.
+
+    """
+    ngram = {"method": "ngram", "num_speculative_tokens": tokens, "prompt_lookup_max": 4}
+    variants: dict[str, dict[str, Any]] = {
+        STOCK: {},
+        EAGER: {"enforce_eager": True},
+        **{name: {"plugin": {"speculate": dict(one)}} for name, one in options.items()},
+        NGRAM: {"speculative_config": ngram},  # last, as no engine starts after what it imports
+    }
+    with ExitStack() as stack:
+        yield {
+            name: stack.enter_context(engine(model, load_format="auto", **{**vllm, **one}))
+            for name, one in variants.items()
+        }
+
+
+def compare(
+    engines: Mapping[str, Any],
+    prompts: Sequence[list[int]],
+    batch: int,
+    tokens: int,
+    rounds: int,
+    done: Callable[[], None],
+) -> list[Answered]:
+    """Let all engines answer, in turns; in each round all of them the same prompts."""
+    turns = {name: Turns(llm, prompts, batch, tokens) for name, llm in engines.items()}
+    variants: dict[str, Run] = {name: one.run for name, one in turns.items()}
+    taken = take_turns(variants, rounds, done)
+    stock = turns[STOCK].answers[batch:]  # the first round warms up
+    found = []
+    for name, one in turns.items():
+        pairs = list(zip(one.answers[batch:], stock, strict=True))
+        found.append(
+            Answered(
+                batch,
+                name,
+                Spread.of([seconds / (batch * (tokens - 1)) for seconds in taken[name]]),
+                ratio(taken, STOCK, name),
+                *(one.drafts() or (None, None)),
+                (sum(mine == theirs for mine, theirs in pairs), len(pairs)),
+            )
+        )
+    return found
+
+
+class Turns:
+    """One engine's answers, round by round.
+
+    Attributes:
+        answers: token ids of each.
+
+    """
+
+    def __init__(self, llm: Any, prompts: Sequence[list[int]], batch: int, tokens: int) -> None:
+        self._llm, self._batch, self._tokens = llm, batch, tokens
+        self._prompts = cycle(prompts)
+        self.answers: list[list[int]] = []
+        self._before: list[int] | None = None
+        self._steps = 0
+
+    def run(self) -> float:
+        """Answer the next prompts; return the seconds behind their first tokens."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(
+            temperature=0, max_tokens=self._tokens, ignore_eos=True, detokenize=False
+        )
+        core, answers = self._llm.llm_engine, dict[str, list[int]]()
+        for prompt in islice(self._prompts, self._batch):
+            name = f"drafts-{next(_numbers)}"
+            core.add_request(name, {"prompt_token_ids": prompt}, params)
+            answers[name] = []
+        while not all(answers.values()):
+            self._step(answers)
+        if self._before is None:
+            self._before = self._counted()
+        start, self._steps = time.perf_counter(), 0
+        while core.has_unfinished_requests():
+            self._step(answers)
+        seconds = time.perf_counter() - start
+        self.answers += answers.values()
+        return seconds
+
+    def _step(self, answers: dict[str, list[int]]) -> None:
+        for output in self._llm.llm_engine.step():
+            answers[output.request_id] = list(output.outputs[0].token_ids)
+
+    def _counted(self) -> list[int]:
+        """Return steps of rows, drafts verified and accepted, by vLLM's own metrics."""
+        return []
+
+    def drafts(self) -> tuple[float, float] | None:
+        """Return drafts that were accepted, and verified, for each step of a row."""
+        return None
