@@ -16,6 +16,7 @@ from vllm_adaskip.classifiers.hub import located
 from vllm_adaskip.classifiers.methods import is_path
 from vllm_adaskip.classifiers.plan import shown
 from vllm_adaskip.classifiers.profile import Profile, ProfileError
+from vllm_adaskip.engine.draft_weights import DraftProfile
 from vllm_adaskip.engine.drafts import DraftOptions
 from vllm_adaskip.engine.prompt_plan import PromptOptions
 from vllm_adaskip.engine.request import EngineFacts, Planner
@@ -154,11 +155,14 @@ class AdaSkipConfig(BaseModel):
 
     def check_model(self, hf_config: Mapping[str, Any]) -> None:
         """Refuse a profile that was made for another model (`ConfigError`)."""
-        if self.profile is not None:
-            try:
-                Profile.load(located(self.profile)).check_model(hf_config)
-            except ProfileError as error:
-                raise ConfigError(f"adaskip.profile: {error}") from None
+        draft = None if self.speculate is None else self.speculate.profile
+        kinds = ("profile", self.profile, Profile), ("speculate.profile", draft, DraftProfile)
+        for option, name, kind in kinds:
+            if name is not None:
+                try:
+                    kind.load(located(name)).check_model(hf_config)
+                except ProfileError as error:
+                    raise ConfigError(f"adaskip.{option}: {error}") from None
 
     def facts(self, shape: DecoderShape) -> EngineFacts:
         """Bind the options to a model.

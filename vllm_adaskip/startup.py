@@ -21,9 +21,9 @@ from vllm_adaskip.classifiers.hub import located
 from vllm_adaskip.classifiers.lora import FOLDER
 from vllm_adaskip.config import LEVEL, AdaSkipConfig, ConfigError, asks
 from vllm_adaskip.engine import naming
-from vllm_adaskip.launch import DRAFTER
 from vllm_adaskip.engine.compat import name_feeder
 from vllm_adaskip.engine.request import Planner
+from vllm_adaskip.launch import DRAFTER
 from vllm_adaskip.model_executors.registry import FAMILIES, family_of
 
 if TYPE_CHECKING:
@@ -237,6 +237,11 @@ def _undraftable(vllm_config: VllmConfig, config: AdaSkipConfig) -> Iterator[str
         yield "vLLM allows no logits processors beside drafts; remove --logits-processors"
     if vllm_config.lora_config is not None:
         yield "drafts with LoRA adapters have not been run; remove --enable-lora"
+    if config.speculate.profile and (found := vllm_config.model_config.quantization):
+        yield (
+            f"a draft's layers are not quantised, and the model is ({found}); remove "
+            "adaskip.speculate.profile, or use the unquantised checkpoint"
+        )
     worker = vllm_config.parallel_config.worker_cls
     if worker not in ("auto", _DRAFTING_WORKER):
         yield f"--worker-cls {worker!r} takes the place of ours; remove it"

@@ -55,8 +55,9 @@ def serve(one: Pace, rows: int, accepted: float, steps: int) -> int:
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ({}, "'exit' or 'skip'"),
-        ({"exit": 2, "skip": [1]}, "'exit' or 'skip'"),
+        ({}, "needs one of 'exit', 'skip' and 'profile'"),
+        ({"exit": 2, "skip": [1]}, "needs one of"),
+        ({"profile": "p", "vocabulary": 9}, "'vocabulary' does not go with 'profile'"),
         ({"exit": 2, "tokens": 0}, "greater than or equal to 1"),
         ({"exit": 2, "tokens": 17}, "less than or equal to 16"),
         ({"exit": 2, "tokens": True}, "valid integer"),
@@ -109,7 +110,7 @@ def test_a_request_may_ask_for_fewer_drafts() -> None:
 @pytest.mark.parametrize("value", [4, -1, 1.0, True, "2", [1]])
 def test_wrong_numbers_of_drafts_are_refused(value: Any) -> None:
     planner = Planner(EngineFacts(SHAPE, speculate={"exit": 2, "tokens": 3}))
-    with pytest.raises(RequestError, match="adaskip_draft: .*allowed: .*0"):
+    with pytest.raises(RequestError, match=r"adaskip_draft: .*allowed: .*0"):
         planner.wanted({"adaskip_draft": value})
 
 

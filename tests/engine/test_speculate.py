@@ -139,12 +139,17 @@ def test_stop_tokens_logprobs_penalties_and_the_end_of_the_context(
                 for step, step_of_other in zip(
                     mine.logprobs or (), theirs.logprobs or (), strict=True
                 ):
-                    values = [{token: each.logprob for token, each in one.items()} for one in (step, step_of_other)]
+                    values = [
+                        {token: each.logprob for token, each in one.items()}
+                        for one in (step, step_of_other)
+                    ]
                     assert values[0] == pytest.approx(values[1], abs=1e-4)
 
 
 def test_wrong_arguments_are_refused_before_they_reach_the_engine(llm: Any) -> None:
-    with pytest.raises(VLLMValidationError, match="adaskip_draft: 4 is not allowed; allowed: 0 to 3"):
+    with pytest.raises(
+        VLLMValidationError, match="adaskip_draft: 4 is not allowed; allowed: 0 to 3"
+    ):
         run(llm, [[1, 2]], [sampling(None, 2, extra_args={"adaskip_draft": 4})])
     with pytest.raises(VLLMValidationError, match="adaskip_skip"):
         run(llm, [[1, 2]], [sampling([99], 2)])
@@ -211,12 +216,13 @@ def test_at_temperature_answers_have_the_same_distribution(
     path = tmp_path_factory.mktemp("words") / "llama"
     model = write_llama(path, layers=3, vocab_size=8, max_position_embeddings=128)
     llm = engine(
-        model, max_num_seqs=64, max_model_len=64, **engine_args(speculate={**DRAFT, "skip": ["mlp:1"]})
+        model,
+        max_num_seqs=64,
+        max_model_len=64,
+        **engine_args(speculate={**DRAFT, "skip": ["mlp:1"]}),
     )
     reference, prompt = Reference(model), [1, 5, 2, 7]
-    outputs = run(
-        llm, [prompt], [sampling([], 3, temperature=1.0, n=4000, seed=None)]
-    )
+    outputs = run(llm, [prompt], [sampling([], 3, temperature=1.0, n=4000, seed=None)])
     seen = Counter(tuple(one.token_ids) for one in outputs[0].outputs)
     statistic, freedom = 0.0, 0
     expected = distribution(reference, prompt, 3)
@@ -240,7 +246,9 @@ def distribution(reference: Reference, prompt: list[int], length: int) -> dict[A
             logits = reference.model(torch.tensor(rows)).logits[:, -1]
         found = {
             (*tokens, token): weight * probability
-            for (tokens, weight), row in zip(found.items(), logits.softmax(-1).tolist(), strict=True)
+            for (tokens, weight), row in zip(
+                found.items(), logits.softmax(-1).tolist(), strict=True
+            )
             for token, probability in enumerate(row)
         }
     return found
@@ -267,7 +275,8 @@ def test_a_part_of_the_vocabulary_drafts_its_own_tokens(
     plain = drafter.propose
 
     def propose(*args: Any) -> Any:
-        proposed.extend(sum(drafted := plain(*args), []))
+        drafted = plain(*args)
+        proposed.extend(token for own in drafted for token in own)
         return drafted
 
     drafter.propose = propose

@@ -66,7 +66,14 @@ class Subject:
 
 
 def subject(
-    model: str, data: str, columns: tuple[str, str], limit: int, batch: int, seed: int
+    model: str,
+    data: str,
+    columns: tuple[str, str],
+    limit: int,
+    batch: int,
+    seed: int,
+    *,
+    apply_chat_template: bool = False,
 ) -> Subject:
     """Read the examples, then the model's config and tokenizer; refuse what cannot be used.
 
@@ -81,7 +88,10 @@ def subject(
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     from vllm_adaskip.lab.data.examples import load_examples
 
-    items = load_examples(data, limit=limit, seed=seed, batch=batch, columns=columns, model=path)
+    items = load_examples(
+        data, limit=limit, seed=seed, batch=batch, columns=columns, model=path,
+        apply_chat_template=apply_chat_template,
+    )  # fmt: skip
     from transformers import AutoConfig, AutoTokenizer
 
     from vllm_adaskip.lab.data.tokens import end_tokens
@@ -106,8 +116,10 @@ def loaded(one: Subject, device: str) -> Any:
     return model
 
 
-def begins(out: Path, method: str, one: Subject, data: str, told: Mapping[str, Any]) -> bool:
-    """Write down what a fit is told; False if the folder has its profile already.
+def begins(
+    out: Path, method: str, one: Subject, data: str, told: Mapping[str, Any], made: str = FILE
+) -> bool:
+    """Write down what a fit is told; False if the folder has the file that it makes already.
 
     Raises:
         ValueError: the folder has another fit.
@@ -125,7 +137,7 @@ def begins(out: Path, method: str, one: Subject, data: str, told: Mapping[str, A
         "examples": digest(one.samples),
     }
     start_or_resume(out, {**facts, **told})
-    return not (out / FILE).exists()
+    return not (out / made).exists()
 
 
 def save(out: Path, method: str, one: Subject, options: MethodOptions, **others: Any) -> None:

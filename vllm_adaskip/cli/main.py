@@ -14,6 +14,7 @@ from vllm_adaskip.cli.doctor import doctor
 from vllm_adaskip.cli.eval import evaluate
 from vllm_adaskip.cli.fit import fit
 from vllm_adaskip.cli.fit_adainfer import adainfer
+from vllm_adaskip.cli.fit_draft import draft
 from vllm_adaskip.cli.fit_ffn_skip import ffn_skip
 from vllm_adaskip.cli.fit_first import first
 from vllm_adaskip.cli.fit_similarity import similarity
@@ -37,6 +38,7 @@ app.command()(get)
 app.command("eval")(evaluate)
 app.command()(report)
 fit.command()(adainfer)
+fit.command()(draft)
 fit.command()(ffn_skip)
 fit.command()(first)
 fit.command()(similarity)

@@ -16,6 +16,7 @@ from vllm_adaskip.engine import compat, naming
 from vllm_adaskip.engine.compat.drafting import DraftContexts, RunnerDrafts
 from vllm_adaskip.engine.compat.head import DraftHead, Head
 from vllm_adaskip.engine.compiled import CompiledPlans
+from vllm_adaskip.engine.draft_weights import read_weights
 from vllm_adaskip.engine.drafts import SIZES, Drafted, Pace, Terms, Times, goes_on
 from vllm_adaskip.engine.fill import KvFill
 from vllm_adaskip.engine.guard import Floats, measured
@@ -78,7 +79,8 @@ class Drafter:
         self._longest = vllm_config.model_config.max_model_len
         self._contexts = DraftContexts(vllm_config, attention)
         self._fill = KvFill(attention, model.adaskip.cache)
-        self._head = DraftHead(model, head, draft.vocabulary)
+        self._head = DraftHead(model, head)
+        self._head.limit(None if draft.vocabulary is None else torch.arange(draft.vocabulary))
         self.pace = Pace(self._times, compat.of_rank_0) if draft.adapt else None
         self.drafted = Drafted(draft.tokens)
         self.compiled: CompiledPlans | None = None
@@ -88,6 +90,17 @@ class Drafter:
         self._seconds = 0.0
         self._steps = 0
         self._ended = perf_counter()
+
+    def load(self) -> bool:
+        """Load the profile's layers, behind the model's own; return whether there are any."""
+        if self._draft.profile is None:
+            return False
+        plan = self._draft.plan
+        exit = plan.num_layers - plan.attention.bit_count()
+        weights, vocabulary = read_weights(self._draft.profile, exit)
+        self._model = self._model.with_own_layers(exit, weights)
+        self._head.limit(vocabulary)
+        return True
 
     def warm_up(self, options: Mapping[str, Any] | None, *inputs: *Inputs) -> None:
         """Compile the draft's body on the inputs of a warm-up, with inductor's options, if any."""

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from vllm_adaskip.classifiers.hub import located
 from vllm_adaskip.classifiers.plan import PlanError, SkipPlan
+from vllm_adaskip.engine.draft_weights import DraftProfile
 from vllm_adaskip.engine.guard import Floats
 from vllm_adaskip.engine.prompt_plan import named_plan
 from vllm_adaskip.engine.step import Ints
@@ -38,7 +41,9 @@ class DraftOptions(BaseModel):
 
     Attributes:
         exit: first layers that draft; the others are left out.
-        skip: what drafts leave out, in the form of ``adaskip_skip``; one of the two is needed.
+        skip: what drafts leave out, in the form of ``adaskip_skip``.
+        profile: folder or hub id of layers trained to draft (`DraftProfile`); one of the three is
+            needed.
         tokens: that are drafted at most before they are verified.
         vocabulary: first token ids that drafts may have, of which alone the LM head is computed;
             None: all. Tokenizers that merge pairs give frequent tokens small ids.
@@ -50,14 +55,18 @@ class DraftOptions(BaseModel):
 
     exit: int | None = None
     skip: list[int | str] | None = None
+    profile: str | None = None
     tokens: int = Field(default=4, ge=1, le=16)
     vocabulary: int | None = Field(default=None, ge=2)
     adapt: bool = True
 
     @model_validator(mode="after")
     def _one_way(self) -> DraftOptions:
-        if (self.exit is None) == (self.skip is None):
-            raise ValueError("needs 'exit' or 'skip', and not both")
+        given = [each for each in (self.exit, self.skip, self.profile) if each is not None]
+        if len(given) != 1:
+            raise ValueError("needs one of 'exit', 'skip' and 'profile'")
+        if self.profile is not None and self.vocabulary is not None:
+            raise ValueError("'vocabulary' does not go with 'profile', which has its own")
         return self
 
 
@@ -68,7 +77,8 @@ class Draft:
     Attributes:
         plan: what drafts leave out, beside what the request's own plan does.
         tokens: at most, before they are verified.
-        vocabulary: first token ids that drafts may have; None: all.
+        vocabulary: first token ids that drafts may have; None: all, or the profile's.
+        profile: folder of the layers that draft; None: the model's own.
         adapt: whether fewer are drafted where it does not pay.
 
     """
@@ -76,6 +86,7 @@ class Draft:
     plan: SkipPlan
     tokens: int
     vocabulary: int | None = None
+    profile: Path | None = None
     adapt: bool = True
 
     @classmethod
@@ -84,16 +95,19 @@ class Draft:
 
         Raises:
             PlanError: it names layers that this model has not, or leaves out none.
+            ProfileError: a profile that cannot be used.
 
         """
         read = DraftOptions.model_validate(dict(options))
+        profile = None if read.profile is None else located(read.profile)
+        exit = read.exit if profile is None else DraftProfile.load(profile).exit
         try:
-            plan = named_plan(read.exit, read.skip, num_layers)
+            plan = named_plan(exit, read.skip, num_layers)
         except PlanError as error:
             raise PlanError(f"speculate: {error}") from None
         if plan.is_dense:
             raise PlanError("speculate: a draft that leaves out nothing is as slow as the model")
-        return cls(plan, read.tokens, read.vocabulary, read.adapt)
+        return cls(plan, read.tokens, read.vocabulary, profile, read.adapt)
 
 
 class Terms(NamedTuple):

@@ -29,6 +29,7 @@ from vllm_adaskip.engine.compat.adapters import Adapters
 from vllm_adaskip.engine.compat.head import Head
 from vllm_adaskip.engine.compat.kernels import with_kernels
 from vllm_adaskip.engine.compat.kv_cache import KvCache
+from vllm_adaskip.engine.compat.modules import copied
 from vllm_adaskip.engine.compat.projection import keep_apart
 from vllm_adaskip.engine.compiled import Body, CompiledPlans, Inputs, Made
 from vllm_adaskip.engine.decide import shared_state
@@ -219,7 +220,43 @@ class SkippingDecoder(nn.Module):
         profile = self.adaskip.state.planner.facts.profile
         if profile and (lora := Lora.of(located(profile))):
             weights = lora.merged(weights)
-        return super().load_weights(weights)  # type: ignore[misc]
+        loaded = super().load_weights(weights)  # type: ignore[misc]
+        if self.drafter is None or not self.drafter.load():
+            return loaded
+        own = {f"draft_layers.{name}" for name, _ in self.draft_layers.named_parameters()}
+        return loaded and {*loaded, *own}  # vLLM checks that nothing was left out
+
+    def with_own_layers(self, first: int, weights: Mapping[str, Tensor]) -> SkippingDecoder:
+        """Return this model with its first layers and final norm copied, and weights in them.
+
+        The copies attend by the model's own attention modules, to its own cache. Call it when
+        weights are loaded, and not yet packed for kernels.
+
+        Args:
+            first: layers that are copied.
+            weights: by the names of the model's checkpoint.
+
+        Raises:
+            ValueError: the model's layers are laid out otherwise.
+
+        """
+        stack = self.stack_of(self.model)
+        if stack is not self.model or not hasattr(stack, "norm"):
+            raise ValueError("speculate: a profile's layers are for models laid out as Llama")
+        layers = [copied(layer, self.attention_of(layer)) for layer in stack.layers[:first]]
+        own, model = copy(self), copy(stack)
+        model._modules = {
+            **stack._modules,
+            "layers": nn.ModuleList([*layers, *stack.layers[first:]]),
+            "norm": copied(stack.norm),
+        }
+        own._modules = {**self._modules, "model": model}
+        super(SkippingDecoder, own).load_weights(weights.items())  # type: ignore[misc]
+        own._stack = (with_kernels(model),)
+        own._layers = [*own.stack.layers]
+        #: So that vLLM packs their weights too.
+        self.draft_layers = nn.ModuleList([*layers, model.norm])
+        return own
 
     @property
     def stack(self) -> Any:
@@ -279,7 +316,10 @@ class SkippingDecoder(nn.Module):
             return output
         if drafter is not None:
             drafter.ran(self.adaskip.starts, seconds)
-        if guard is not None and step.num_generated == step.num_tokens == len(self.adaskip.starts) - 1:
+        if (
+            guard is not None
+            and step.num_generated == step.num_tokens == len(self.adaskip.starts) - 1
+        ):
             guard.saw(step.runs, seconds)
         return output
 
@@ -305,7 +345,8 @@ class SkippingDecoder(nn.Module):
         adaskip = self.adaskip
         step = adaskip.begin()
         if adaskip.step is None and self._options is not None:
-            assert (plans := adaskip.state.compiled) is not None
+            plans = adaskip.state.compiled
+            assert plans is not None
             plans.compile(adaskip.fill, self._options, input_ids, positions, inputs_embeds)
         if (replay := adaskip.state.replay) is not None:
             adaskip.state.replay = None

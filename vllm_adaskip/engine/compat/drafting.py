@@ -129,7 +129,7 @@ def _expand(
     ends: Tensor,
     replace_from: float,
     replace_to: float,
-    MAX_NUM_TOKENS: int | None = None,
+    most: int | None = None,
 ) -> None:
     """Write each of ``[requests]`` values once a draft of it, which ends before ``ends``."""
     counts = ends.diff(prepend=ends.new_zeros(1))

@@ -164,12 +164,12 @@ def groups_of(
     found: dict[int, list[int]] = {}
     for layer, one in enumerate(layers):
         found.setdefault(id(metadata[one.layer_name]), []).append(layer)
-    return [(own, _builder(vllm_config, [layers[at] for at in own], metadata)) for own in found.values()]
+    return [
+        (own, _builder(vllm_config, [layers[at] for at in own], metadata)) for own in found.values()
+    ]
 
 
-def _builder(
-    vllm_config: VllmConfig, layers: Sequence[Attention], metadata: dict[str, Any]
-) -> Any:
+def _builder(vllm_config: VllmConfig, layers: Sequence[Attention], metadata: dict[str, Any]) -> Any:
     first = layers[0]
     return first.attn_backend.get_builder_cls()(
         first.get_kv_cache_spec(vllm_config),

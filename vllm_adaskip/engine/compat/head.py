@@ -84,36 +84,46 @@ class Head(Lens):
 
 
 class DraftHead:
-    """The LM head for drafts: the likeliest of all tokens, or of the first ones.
+    """The LM head for drafts: the likeliest of all tokens, or of some.
+
+    Attributes:
+        vocabulary: ids of these, ``[tokens]`` int64; None: all.
 
     Since and remove when: see `Head`.
     """
 
-    def __init__(self, model: Any, head: Head, vocabulary: int | None) -> None:
-        """Take a model, its head, and how many token ids drafts may have; None: all.
+    def __init__(self, model: Any, head: Head) -> None:
+        """Take a model and its head."""
+        self._model, self._head = model, head
+        self.vocabulary: Tensor | None = None
+        self._rows: Tensor | None = None
+
+    def limit(self, vocabulary: Tensor | None) -> None:
+        """Let drafts have these tokens alone; None: all.
 
         Raises:
-            ValueError: parts of this model's head cannot be had.
+            ValueError: parts of this model's head cannot be had, or it has no such tokens.
 
         """
-        self._model, self._vocabulary = model, vocabulary
-        self._rows: Tensor | None = None
         try:
-            head.check(None if vocabulary is None else [0, vocabulary - 1])
+            self._head.check(None if vocabulary is None else vocabulary.tolist())
         except ValueError as error:
             raise ValueError(f"speculate: {error}") from None
+        self.vocabulary = vocabulary
 
     def __call__(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``[rows]`` probabilities and ids of the likeliest tokens of ``[rows, width]``."""
         logits = self._logits(hidden).float()
         top, picked = logits.max(dim=-1)
+        if self.vocabulary is not None:
+            picked = self.vocabulary[picked]
         return (logits - top[:, None]).exp_().sum(dim=-1).reciprocal_(), picked
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        if self._vocabulary is None:
+        if self.vocabulary is None:
             logits: Tensor = self._model.compute_logits(hidden)
             return logits
         if self._rows is None:  # weights are loaded by now
-            self._rows = self._model.lm_head.weight[: self._vocabulary].clone()
+            self._rows = self._model.lm_head.weight[self.vocabulary]
         scale: float = self._model.logits_processor.scale
         return nn.functional.linear(hidden, self._rows) * scale

@@ -24,6 +24,7 @@ def load_examples(
     batch: int = 16,
     columns: tuple[str, str] = HUB_COLUMNS,
     model: str | None = None,
+    apply_chat_template: bool = False,
 ) -> list[Item]:
     """Read training examples, in random order.
 
@@ -35,18 +36,25 @@ def load_examples(
         batch: of the training to come, which needs two of them.
         columns: of a data set of the hub, prompt and answer; of a file if they are others.
         model: whose chat template makes prompts of messages.
+        apply_chat_template: of a file, makes a user's message of each prompt.
 
     Raises:
         DataError: a source, a line or a row that cannot be used, or too few of them.
 
     """
+    is_file = not source.startswith((HUB, BUNDLED))
+    if apply_chat_template and not is_file:
+        raise DataError(f"--apply-chat-template is of files, not of {source!r:.80}")
     if source.startswith(HUB):
         items = list(_from_hub(source, limit, seed, columns))
     elif source == BUNDLED or source.startswith(f"{BUNDLED}:"):
         items = list(_bundled(source, limit, seed))
     else:
         named = None if columns == HUB_COLUMNS else columns
-        items = load_items(source, limit=limit, seed=seed, columns=named, model=model)
+        items = load_items(
+            source, limit=limit, seed=seed, columns=named, model=model,
+            apply_chat_template=apply_chat_template,
+        )  # fmt: skip
     if len(items) < (least := max(LEAST, 2 * batch)):
         raise DataError(
             f"{source}: {len(items)} examples; allowed: {least} or more, two batches of {batch}"

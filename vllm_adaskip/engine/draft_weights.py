@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers that draft better than the model's own first ones: a folder that `fit draft` writes.
+
+They are the model's first layers, trained to say what the whole model says, but for K and V, so
+that they read the model's own cache. The model itself stays as it is. ``draft.json`` and
+``draft.safetensors`` are plain data and treated as hostile input.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from vllm_adaskip.classifiers.profile import LARGEST, ProfileError, fingerprint, refuse_special
+
+FILE, TENSORS = "draft.json", "draft.safetensors"
+FORMAT = 1
+#: Ids of the tokens that drafts may have, ``[tokens]`` int64.
+VOCABULARY = "vocabulary"
+#: What K and V are made of, which drafts do not change.
+_SHARED = re.compile(r"\.(k_proj|v_proj|qkv_proj)\.")
+_NAME = re.compile(r"model\.(?:layers\.(\d+)\.[a-z0-9_.]+|norm\.weight)")
+
+
+class DraftProfile(BaseModel):
+    """What ``draft.json`` holds.
+
+    Attributes:
+        exit: first layers that draft.
+        model: name of the model that it is for, to read.
+        fingerprint: of that model's config, see `classifiers.profile.fingerprint`.
+        metrics: figures of how it was made, to read.
+
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    format: int = Field(default=FORMAT, ge=FORMAT, le=FORMAT)
+    exit: int = Field(ge=1)
+    model: str
+    fingerprint: str
+    metrics: dict[str, float | int | str] = {}
+
+    def save(self, folder: Path) -> None:
+        """Write the file."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / FILE).write_text(self.model_dump_json(indent=1) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> DraftProfile:
+        """Read a folder's file.
+
+        Raises:
+            ProfileError: no such file, too large, no JSON, a key or value not allowed.
+
+        """
+        path = folder / FILE
+        refuse_special(path)
+        try:
+            if path.stat().st_size > LARGEST:
+                raise ProfileError(f"{path}: larger than {LARGEST} bytes; this is no profile")
+            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise ProfileError(f"{path}: {error}") from None
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            key = ".".join(map(str, first["loc"])) or "the file"
+            raise ProfileError(f"{path}: {key}: {first['msg']}") from None
+
+    def check_model(self, hf_config: Mapping[str, Any]) -> None:
+        """Refuse a model that the layers were not made for (`ProfileError`)."""
+        if (theirs := fingerprint(hf_config)) != self.fingerprint:
+            raise ProfileError(
+                f"the draft was made for {self.model!r:.200} (fingerprint {self.fingerprint}), "
+                f"but this model's fingerprint is {theirs}; use a draft made for this model"
+            )
+
+
+def read_weights(folder: Path, exit: int) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Return the weights by the names of the model's checkpoint, and the vocabulary, if limited.
+
+    Raises:
+        ProfileError: no such file, or a tensor that does not belong there.
+
+    """
+    path = folder / TENSORS
+    refuse_special(path)
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ProfileError(f"{path}: {error}") from None
+    vocabulary = tensors.pop(VOCABULARY, None)
+    for name, tensor in tensors.items():
+        match = _NAME.fullmatch(name)
+        if not match or int(match[1] or 0) >= exit or _SHARED.search(name):
+            raise ProfileError(
+                f"{path}: {name!r:.200} is not allowed; allowed: weights of the first {exit} "
+                "layers but for K and V, and the final norm"
+            )
+        if not (tensor.is_floating_point() and tensor.isfinite().all()):
+            raise ProfileError(f"{path}: {name!r:.200}: values are not finite")
+    if vocabulary is not None and (vocabulary.ndim != 1 or vocabulary.is_floating_point()):
+        raise ProfileError(f"{path}: {VOCABULARY!r} is no list of token ids")
+    return tensors, vocabulary

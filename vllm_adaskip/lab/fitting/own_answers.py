@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model's own answers to prompts: what a draft must foresee."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from vllm_adaskip.lab.data.items import DataError
+from vllm_adaskip.lab.fitting.samples import Sample
+
+#: The least tokens of an answer that is kept.
+LEAST = 4
+
+
+def answered(model: str, samples: Sequence[Sample], tokens: int, kept: Path) -> list[Sample]:
+    """Return the prompts with the model's greedy answers, made now or found in a file.
+
+    Args:
+        model: folder or hub id.
+        samples: whose answers are passed over.
+        tokens: of an answer, at most.
+        kept: file of answers, so that a stopped fit need not ask again.
+
+    Raises:
+        DataError: hardly any prompt got an answer.
+
+    """
+    prompts = [one.ids[: -one.answer] for one in samples]
+    if kept.exists():
+        flat = load_file(kept)
+        found = [ids.tolist() for ids in flat["ids"].split(flat["lengths"].tolist())]
+    else:
+        found = _generated(model, prompts, tokens)
+        lengths = torch.tensor([len(ids) for ids in found])
+        ids = torch.tensor([token for ids in found for token in ids], dtype=torch.int64)
+        part = kept.with_suffix(".part")
+        save_file({"ids": ids, "lengths": lengths}, part)
+        part.replace(kept)
+    own = [
+        Sample(one.task, [*prompt, *answer], len(answer))
+        for one, prompt, answer in zip(samples, prompts, found, strict=True)
+        if len(answer) >= LEAST
+    ]
+    if len(own) < 2:
+        raise DataError(
+            f"{model}: {len(own)} of {len(prompts)} prompts got an answer of {LEAST} tokens; use "
+            "other prompts, or --answers given"
+        )
+    return own
+
+
+def _generated(model: str, prompts: Sequence[list[int]], tokens: int) -> list[list[int]]:
+    """Return greedy answers, from stock vLLM in a process of its own."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+    from vllm import LLM, SamplingParams
+
+    longest = max(map(len, prompts)) + tokens + 1
+    llm = LLM(model, max_model_len=longest, max_num_seqs=64, skip_tokenizer_init=False)
+    outputs = llm.generate(
+        [{"prompt_token_ids": prompt} for prompt in prompts],
+        SamplingParams(temperature=0, max_tokens=tokens, detokenize=False),
+    )
+    llm.llm_engine.engine_core.shutdown()
+    return [list(output.outputs[0].token_ids) for output in outputs]
