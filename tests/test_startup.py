@@ -143,7 +143,7 @@ def test_the_log_says_where_asynchronous_scheduling_is_switched_off(
         ),
         (
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
-            ["speculative decoding", "--speculative-config"],
+            ["--speculative-config with method 'ngram'", "adaskip.speculate"],
         ),
         (
             {"worker_extension_cls": "somebody.elses.Extension"},
@@ -169,6 +169,46 @@ def test_a_set_up_we_cannot_serve_is_refused_with_the_option_to_change(
         config(tiny_llama, **kwargs, **engine_args())
     for word in words:
         assert word in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        ({"enable_lora": True}, ["drafts with LoRA adapters", "--enable-lora"]),
+        ({"worker_cls": "somebody.elses.Worker"}, ["--worker-cls", "somebody.elses.Worker"]),
+        ({"logits_processors": ["some.module:Theirs"]}, ["--logits-processors"]),
+        (
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+            ["adaskip.speculate sets --speculative-config by itself"],
+        ),
+    ],
+)
+def test_what_does_not_go_with_drafts_is_refused(
+    tiny_llama: str, kwargs: dict[str, Any], words: list[str]
+) -> None:
+    with pytest.raises(ValueError) as refusal:
+        config(tiny_llama, **{**engine_args(speculate={"exit": 2}), **kwargs})
+    for word in words:
+        assert word in str(refusal.value)
+
+
+def test_drafts_need_the_options_that_go_with_them(tiny_llama: str) -> None:
+    options = engine_args(speculate={"exit": 2})
+    del options["speculative_config"]
+    with pytest.raises(
+        ValueError, match=r"start with --plugin adaskip or vllm_adaskip\.engine_args"
+    ):
+        config(tiny_llama, **options)
+
+
+def test_an_engine_that_drafts_names_what_it_needs(tiny_llama: str) -> None:
+    found = config(tiny_llama, **engine_args(speculate={"exit": 2, "tokens": 3}))
+    assert found.speculative_config.method == "custom_class"
+    assert found.speculative_config.num_speculative_tokens == 3
+    assert found.speculative_config.model.startswith("vllm_adaskip.engine.drafter.SelfDraft_")
+    assert found.parallel_config.worker_cls == "vllm_adaskip.engine.worker.DraftingWorker"
+    assert found.scheduler_config.scheduler_cls.endswith("MarkingScheduler")
+    assert planner_of(found).draft.tokens == 3
 
 
 def test_model_runner_v2_may_run_compiled(tiny_llama: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The same random traffic through the feeders of both runners: every token gets the same plan."""
+"""The same random traffic through all feeders: every token gets the same plan.
+
+V1's is told of its batch, or looks at it where drafts are made.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import random
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +26,7 @@ from vllm_adaskip.engine import compat
 from vllm_adaskip.engine.decide import SkipState
 from vllm_adaskip.engine.request import EngineFacts, Planner
 from vllm_adaskip.engine.step import Step
-from vllm_adaskip.engine.v1 import V1Feeder
+from vllm_adaskip.engine.v1 import PulledBatch, V1Feeder
 from vllm_adaskip.engine.v2 import AdaSkipModelState
 
 LAYERS = 4
@@ -81,6 +85,31 @@ class FedByV1:
     @staticmethod
     def generated(one: Sequence) -> int:
         return one.tokens - one.prompt
+
+
+class Pulled(FedByV1):
+    """The same batch, which is looked at before each step; nobody tells of changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pulled = SkipState(Planner(FACTS), ROWS)
+        self._now: dict[str, Sequence] = {}
+        self.batch: list[str] = []
+        self._source = PulledBatch(self.pulled, self)
+
+    def request(self, request_id: str) -> Any:
+        one = self._now[request_id]
+        args = None if one.plan is None else {"adaskip_skip": one.plan}
+        return SimpleNamespace(
+            sampling_params=SamplingParams(extra_args=args),
+            prompt_token_ids=[1] * one.prompt,
+            output_token_ids=[1] * self.generated(one),
+        )
+
+    def step(self, sequences: dict[str, Sequence], scheduled: dict[str, int]) -> list[str]:
+        self._now, self.batch = sequences, super().step(sequences, scheduled)
+        self._source.update()
+        return self.batch
 
 
 class FedByV2:
@@ -146,7 +175,7 @@ def test_both_feeders_give_every_token_the_same_plan(
 ) -> None:
     """Requests come in chunks, decode, are left out of steps, preempted, resumed and finished."""
     rng = random.Random(seed)
-    v1, v2 = FedByV1(), fed_by_v2()
+    v1, v2, pulled = FedByV1(), fed_by_v2(), Pulled()
     running: dict[str, Sequence] = {}
     waiting: dict[str, Sequence] = {}
     for step in range(steps):
@@ -175,7 +204,8 @@ def test_both_feeders_give_every_token_the_same_plan(
             continue
         first = what_runs(v1.state, v1.step(running, scheduled), running, scheduled)
         second = what_runs(v2.state, v2.step(running, scheduled, gone), running, scheduled)
-        assert first == second
+        third = what_runs(pulled.pulled, pulled.step(running, scheduled), running, scheduled)
+        assert first == second == third
         for name, tokens in scheduled.items():
             one = running[name]
             past = max(one.computed + tokens - one.prompt, 0)

@@ -43,9 +43,9 @@ def disturbed(model: str, folder: Path, vocabulary: torch.Tensor | None = None) 
 
 def wanted(draft: Draft, tokens: list[int], drafted: list[int]) -> list[int]:
     """Return what a draft picks behind tokens, and behind each of what was drafted."""
-    batch = batch_of([Sample("", [*tokens, *drafted[:-1]], 1)], torch.device("cpu"))
+    batch = batch_of([Sample("", [*tokens, *drafted[:-1]], len(drafted))], torch.device("cpu"))
     with torch.inference_mode():
-        picked = draft(batch, -(len(tokens) - 1) % 4)[0, len(tokens) - 1 :].argmax(-1)
+        picked = draft(batch, -(len(tokens) - 1) % 4)[0, 1:].argmax(-1)
     return (picked if draft.vocabulary is None else draft.vocabulary[picked]).tolist()
 
 
@@ -98,7 +98,7 @@ def test_a_draft_of_another_model_is_refused(
     other = write_llama(tmp_path / "other", layers=TINY_LAYERS, vocab_size=64)
     disturbed(other, tmp_path / "draft")
     speculate = {"profile": str(tmp_path / "draft")}
-    with pytest.raises(ValueError, match="the draft was made for '.*other'"):
+    with pytest.raises(ValueError, match=r"the draft was made for '.*other'"):
         engine(tiny_llama, **engine_args(speculate=speculate))
 
 

@@ -21,7 +21,8 @@ from reference import Reference
 from tiny import write_llama
 from vllm.exceptions import VLLMValidationError
 
-from vllm_adaskip import engine_args, request
+from vllm_adaskip import bundled_model, engine_args, request
+from vllm_adaskip.lab.data.sources import load_items
 
 #: A draft that is right now and then, so that accepted and rejected ones both occur.
 DRAFT: dict[str, Any] = {"skip": ["mlp:3", "attn:5"], "tokens": 3, "adapt": False}
@@ -144,6 +145,36 @@ def test_stop_tokens_logprobs_penalties_and_the_end_of_the_context(
                         for one in (step, step_of_other)
                     ]
                     assert values[0] == pytest.approx(values[1], abs=1e-4)
+
+
+def test_answers_keep_to_a_grammar_and_end_at_stop_strings(engine: Callable[..., Any]) -> None:
+    """Drafts that the grammar forbids are cut off by vLLM; the bundled model has a tokenizer."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    common = {"skip_tokenizer_init": False, "max_num_batched_tokens": 48}
+    plain, drafting = (
+        engine(bundled_model(), **common, **engine_args(**options))
+        for options in (
+            {},
+            {"speculate": {"skip": ["mlp:5", "attn:7"], "tokens": 3, "adapt": False}},
+        )
+    )
+    prompts = [item.prompt for item in load_items("bundled", limit=2)]
+    regex = StructuredOutputsParams(regex=r"(a|b|c|d)( (a|b|c|d)){1,9}")
+    for more in ({"structured_outputs": regex}, {"stop": ["a", "b"]}, {}):
+        params = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, **more)
+        want, got = (
+            [o.outputs[0] for o in one.generate(prompts, params, use_tqdm=False)]
+            for one in (plain, drafting)
+        )
+        for one, other in zip(want, got, strict=True):
+            assert (one.text, one.finish_reason, one.stop_reason) == (
+                other.text,
+                other.finish_reason,
+                other.stop_reason,
+            )
+    assert sum(drafts(drafting)["accepted"]) > 20
 
 
 def test_wrong_arguments_are_refused_before_they_reach_the_engine(llm: Any) -> None:

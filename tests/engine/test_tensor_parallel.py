@@ -40,7 +40,18 @@ EXITING = {
     "kv_fill": "copy",
 }
 
-JOBS = {"reading": READING, "guarded": GUARDED, "gating": GATING, "exiting": EXITING}
+#: Each rank drafts by its own clock, and asks the first.
+DRAFTING = {"kv_fill": "copy", "speculate": {"skip": ["mlp:3", "attn:5"], "tokens": 3}}
+ALWAYS = {**DRAFTING, "speculate": {**DRAFTING["speculate"], "adapt": False}}
+
+JOBS = {
+    "reading": READING,
+    "guarded": GUARDED,
+    "gating": GATING,
+    "exiting": EXITING,
+    "drafting": DRAFTING,
+    "always": ALWAYS,
+}
 #: Of the checkpoints that are no tiny Llama, or have adapters; all plans are explicit.
 EXPLICIT: list[Entries] = [[], [2, 3], ["attn:4", "mlp:5"], [0], ["attn:1"], ["mlp:0"]]
 PROMPTS = random_prompts(12, len(PLANS))
@@ -97,6 +108,8 @@ def test_two_ranks_give_the_reference_s_tokens_and_equal_reports(
             plan, rule = [], MlpRule(range(1, TINY_SHAPE[0] - 1), 0.9, warm_up=2)
         if plan is None and options is EXITING:
             plan, exit = [], Exit([1, 2, 4, 6], 0.04, 0.01)
+        if plan is None and "speculate" in options:
+            plan = []
         if plan is None and options is GUARDED:  # each judges by its own clock, and asks the first
             plan = given[0][number]
         if plan is None:
@@ -108,6 +121,11 @@ def test_two_ranks_give_the_reference_s_tokens_and_equal_reports(
             assert here["tokens"] == 2 * (TOKENS - 1)
             assert sum(here["left_out"]) == 2 * sum(map(len, rule.left_out))
     guards = [one.pop("guard", None) for one in reports]
+    drafted = [one.pop("drafts", {}) for one in reports]
+    assert (
+        len({str([one.get(key) for key in ("passes", "accepted", "off")]) for one in drafted}) == 1
+    )
+    assert options is not ALWAYS or min(drafted[0]["accepted"]) > 0
     assert len(reports) == 2 and reports[0] == reports[1]
     if options is GUARDED:
         counted = [[one[key] for key in ("followed", "slower", "margin")] for one in guards]

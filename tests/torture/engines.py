@@ -16,15 +16,24 @@ VOCABULARY = 473
 #: The longest prompt. With what is generated it fits the smallest cache, once.
 LONGEST_PROMPT = 200
 MAX_MODEL_LEN = 256
-#: For each way to fill K/V: chunk, cache and batch, so that these differ as well.
+#: For each way to fill K/V, and one that drafts: chunk, cache and batch, so that these differ too.
 ENGINES: dict[str, dict[str, Any]] = {
     "none": {"max_num_batched_tokens": 32, "num_gpu_blocks_override": 16, "max_num_seqs": 8},
     "copy": {"max_num_batched_tokens": 48, "num_gpu_blocks_override": 20, "max_num_seqs": 12},
     "project": {"max_num_batched_tokens": 256, "num_gpu_blocks_override": 24, "max_num_seqs": 16},
+    "drafts": {"max_num_batched_tokens": 48, "num_gpu_blocks_override": 20, "max_num_seqs": 12},
+}
+#: Our options of each.
+OPTIONS: dict[str, dict[str, Any]] = {
+    **{kv_fill: {"kv_fill": kv_fill} for kv_fill in ("none", "copy", "project")},
+    "drafts": {
+        "kv_fill": "copy",
+        "speculate": {"skip": ["mlp:3", "attn:5"], "tokens": 3, "adapt": False},
+    },
 }
 
 
-def engine_options(kv_fill: str) -> dict[str, Any]:
+def engine_options(name: str) -> dict[str, Any]:
     """Keyword arguments of `vllm.LLM`: float32, tiny blocks, and far too few of them."""
     return {
         "dtype": "float32",
@@ -35,8 +44,8 @@ def engine_options(kv_fill: str) -> dict[str, Any]:
         "disable_log_stats": False,
         "skip_tokenizer_init": False,  # stop strings need a tokenizer
         "distributed_executor_backend": "uni",
-        **ENGINES[kv_fill],
-        **engine_args(kv_fill=kv_fill),
+        **ENGINES[name],
+        **engine_args(**OPTIONS[name]),
     }
 
 

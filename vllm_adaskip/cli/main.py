@@ -8,6 +8,7 @@ import typer
 from vllm_adaskip.cli import ablate_adainfer, ablate_ffn_skip, ablate_first
 from vllm_adaskip.cli.ablate import ablate
 from vllm_adaskip.cli.bench import bench, curves, guard, server
+from vllm_adaskip.cli.bench_drafts import drafts
 from vllm_adaskip.cli.bench_regimes import regimes
 from vllm_adaskip.cli.demo import demo
 from vllm_adaskip.cli.doctor import doctor
@@ -49,6 +50,7 @@ ablate.command("ffn-skip")(ablate_ffn_skip.ffn_skip)
 ablate.command("first")(ablate_first.first)
 app.add_typer(ablate, name="ablate")
 bench.command()(curves)
+bench.command()(drafts)
 bench.command()(guard)
 bench.command()(regimes)
 bench.command()(server)

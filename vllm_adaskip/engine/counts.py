@@ -165,6 +165,8 @@ class Report(TypedDict):
 
 def report(state: SkipState) -> Report:
     """Return what an engine has counted."""
+    if state.pulled is not None:
+        state.pulled.update()  # sequences may have left since the last forward
     table, facts = state.table, state.planner.facts
     counts, run = table.counts, table.counts.run.tolist()
     found: Report = {

@@ -71,7 +71,8 @@ class Drafter:
         head: Head,
     ) -> None:
         """Take the model with its attention and head, before its weights are loaded."""
-        self._model, self._vllm_config = model, vllm_config
+        self._whole = self._model = model
+        self._vllm_config = vllm_config
         self._state = model.adaskip.state
         draft = self._state.planner.draft
         assert draft is not None
@@ -96,14 +97,20 @@ class Drafter:
         if self._draft.profile is None:
             return False
         plan = self._draft.plan
-        exit = plan.num_layers - plan.attention.bit_count()
-        weights, vocabulary = read_weights(self._draft.profile, exit)
-        self._model = self._model.with_own_layers(exit, weights)
+        first = plan.num_layers - plan.attention.bit_count()
+        weights, vocabulary = read_weights(self._draft.profile, first)
+        self._model = self._whole.with_own_layers(first, weights)
         self._head.limit(vocabulary)
         return True
 
     def warm_up(self, options: Mapping[str, Any] | None, *inputs: *Inputs) -> None:
-        """Compile the draft's body on the inputs of a warm-up, with inductor's options, if any."""
+        """Compile the draft's body, with inductor's options, and time it.
+
+        Args:
+            options: None: where vLLM compiles nothing.
+            inputs: of a warm-up.
+
+        """
         ids, positions, _ = inputs
         if options is not None and self.compiled is None:
             body = partial(self._model.body_of, fills=False)
@@ -256,7 +263,7 @@ class Drafter:
             inputs = ids[:size], positions[:size]
             step = Step.of_decodes(np.tile(self._mask, (size, 1)))
             return [
-                partial(self._model.dense, *inputs),
+                partial(self._whole.dense, *inputs),
                 lambda: self._head(self._hidden(step, *inputs)),
             ]
 

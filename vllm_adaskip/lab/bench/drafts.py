@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import count, cycle, islice
+from operator import eq
 from typing import Any
 
 from vllm_adaskip.lab.bench.engines import engine
@@ -27,8 +28,7 @@ class Answered:
         variant: what drafts.
         per_token: seconds of a token of the whole batch, over the rounds.
         against_stock: compiled stock vLLM's seconds over these, round by round.
-        accepted: drafts that were accepted, a step and row; None: nothing drafts.
-        drafted: those that were verified, the same.
+        per_step: tokens that a step gives a request, over all rounds.
         equal: answers that are stock vLLM's, token by token, and of how many.
 
     """
@@ -37,8 +37,7 @@ class Answered:
     variant: str
     per_token: Spread
     against_stock: Spread
-    accepted: float | None
-    drafted: float | None
+    per_step: float
     equal: tuple[int, int]
 
 
@@ -81,21 +80,18 @@ def compare(
     turns = {name: Turns(llm, prompts, batch, tokens) for name, llm in engines.items()}
     variants: dict[str, Run] = {name: one.run for name, one in turns.items()}
     taken = take_turns(variants, rounds, done)
-    stock = turns[STOCK].answers[batch:]  # the first round warms up
-    found = []
-    for name, one in turns.items():
-        pairs = list(zip(one.answers[batch:], stock, strict=True))
-        found.append(
-            Answered(
-                batch,
-                name,
-                Spread.of([seconds / (batch * (tokens - 1)) for seconds in taken[name]]),
-                ratio(taken, STOCK, name),
-                *(one.drafts() or (None, None)),
-                (sum(mine == theirs for mine, theirs in pairs), len(pairs)),
-            )
+    stock = turns[STOCK].answers
+    return [
+        Answered(
+            batch,
+            name,
+            Spread.of([seconds / (batch * (tokens - 1)) for seconds in taken[name]]),
+            ratio(taken, STOCK, name),
+            (tokens - 1) * (rounds + 1) / one.steps,
+            (sum(map(eq, one.answers, stock)), len(stock)),
         )
-    return found
+        for name, one in turns.items()
+    ]
 
 
 class Turns:
@@ -103,6 +99,7 @@ class Turns:
 
     Attributes:
         answers: token ids of each.
+        steps: that they took behind their first tokens.
 
     """
 
@@ -110,8 +107,7 @@ class Turns:
         self._llm, self._batch, self._tokens = llm, batch, tokens
         self._prompts = cycle(prompts)
         self.answers: list[list[int]] = []
-        self._before: list[int] | None = None
-        self._steps = 0
+        self.steps = 0
 
     def run(self) -> float:
         """Answer the next prompts; return the seconds behind their first tokens."""
@@ -127,11 +123,10 @@ class Turns:
             answers[name] = []
         while not all(answers.values()):
             self._step(answers)
-        if self._before is None:
-            self._before = self._counted()
-        start, self._steps = time.perf_counter(), 0
+        start = time.perf_counter()
         while core.has_unfinished_requests():
             self._step(answers)
+            self.steps += 1
         seconds = time.perf_counter() - start
         self.answers += answers.values()
         return seconds
@@ -139,11 +134,3 @@ class Turns:
     def _step(self, answers: dict[str, list[int]]) -> None:
         for output in self._llm.llm_engine.step():
             answers[output.request_id] = list(output.outputs[0].token_ids)
-
-    def _counted(self) -> list[int]:
-        """Return steps of rows, drafts verified and accepted, by vLLM's own metrics."""
-        return []
-
-    def drafts(self) -> tuple[float, float] | None:
-        """Return drafts that were accepted, and verified, for each step of a row."""
-        return None

@@ -26,7 +26,7 @@ from torch.nn import functional
 
 from vllm_adaskip.classifiers.profile import fingerprint
 from vllm_adaskip.engine.draft_weights import TENSORS, VOCABULARY, DraftProfile
-from vllm_adaskip.lab.fitting.samples import Batch, Sample, batch_of
+from vllm_adaskip.lab.fitting.samples import Batch, Sample, batch_of, before_answers
 
 #: Drafts in a block, in training.
 BLOCK = 4
@@ -60,6 +60,7 @@ class Draft(nn.Module):
     """The copy, beside the model.
 
     Attributes:
+        exit: layers that are copied.
         vocabulary: ``[tokens]`` ids of the tokens that it may draft; None: all.
 
     """
@@ -72,7 +73,7 @@ class Draft(nn.Module):
         self.model = nn.Module()
         self.model.layers = nn.ModuleList(deepcopy(layer) for layer in model.model.layers[:exit])
         self.model.norm = deepcopy(model.model.norm)
-        self.vocabulary = vocabulary
+        self.exit, self.vocabulary = exit, vocabulary
         head = model.lm_head.weight.detach()
         self._head = (head if vocabulary is None else head[vocabulary].clone(),)
         self._copy = (_with_layers(model, self.model.layers, self.model.norm),)
@@ -80,7 +81,9 @@ class Draft(nn.Module):
             weight.requires_grad = not any(part in name for part in _FROZEN)
 
     def forward(self, batch: Batch, offset: int, block: int = BLOCK) -> Tensor:
-        """Return logits ``[rows, tokens, vocabulary]`` of the token behind each.
+        """Return logits ``[rows, answer + 1, vocabulary]`` of the tokens behind the last ones.
+
+        The copy runs for the tokens that answers follow, the model's layers for all.
 
         Args:
             batch: padded on the left.
@@ -93,9 +96,11 @@ class Draft(nn.Module):
                 input_ids=batch.ids, attention_mask=batch.real.long(),
                 position_ids=batch.positions, use_cache=True,
             ).past_key_values  # fmt: skip
+        first = before_answers(batch)
         hidden = self._copy[0](
-            input_ids=batch.ids, attention_mask=blocks(batch.real, offset, block),
-            position_ids=batch.positions, past_key_values=cache, use_cache=True,
+            input_ids=batch.ids[:, first:],
+            attention_mask=blocks(batch.real, first, offset, block),
+            position_ids=batch.positions[:, first:], past_key_values=cache, use_cache=True,
         ).last_hidden_state  # fmt: skip
         return functional.linear(hidden, self._head[0])
 
@@ -123,7 +128,7 @@ def saved(
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / TENSORS)
     DraftProfile(
-        exit=len(draft.model.layers),
+        exit=draft.exit,
         model=model,
         fingerprint=fingerprint(config),
         metrics=dict(metrics),
@@ -144,22 +149,22 @@ def _with_layers(model: Any, layers: Any, norm: Any = None) -> Any:
     return own
 
 
-def blocks(real: Tensor, offset: int, block: int) -> Tensor:
-    """Return what each token sees, ``[rows, 1, tokens, 2 * tokens]`` bool.
+def blocks(real: Tensor, first: int, offset: int, block: int) -> Tensor:
+    """Return what each token from ``first`` on sees, ``[rows, 1, last, tokens + last]`` bool.
 
-    The first half are K and V of the model, of which it sees those before its block; the second
-    half are the copy's own, of which it sees those of its block up to itself.
+    First come K and V of the model, of which it sees those before its block; then the copy's own,
+    of which it sees those of its block up to itself.
     """
-    width = real.shape[1]
-    at = torch.arange(width)
-    start = at - (at + offset) % block
+    at = torch.arange(real.shape[1])
+    last = at[first:]
+    start = (last - (last + offset) % block).clamp(min=first)
     before = at[None] < start[:, None]
-    own = (at[None] >= start[:, None]) & (at[None] <= at[:, None])
+    own = (last[None] >= start[:, None]) & (last[None] <= last[:, None])
     sees = torch.cat([before, own], dim=1)[None, None].to(real.device)
-    sees = sees & torch.cat([real, real], dim=1)[:, None, None]
+    sees = sees & torch.cat([real, real[:, first:]], dim=1)[:, None, None]
     # Padding sees itself, as a row of scores must not be empty.
-    itself = torch.cat([torch.zeros(width, width), torch.eye(width)], dim=1).bool().to(real.device)
-    return sees | (itself & ~real[:, None, :, None])
+    itself = torch.cat([torch.zeros(len(last), len(at)), torch.eye(len(last))], dim=1).bool()
+    return sees | (itself.to(real.device) & ~real[:, None, first:, None])
 
 
 def frequent(samples: Sequence[Sample], size: int, all_tokens: int) -> Tensor | None:
@@ -174,16 +179,21 @@ def frequent(samples: Sequence[Sample], size: int, all_tokens: int) -> Tensor | 
 
 
 def labels_of(batch: Batch, vocabulary: Tensor | None) -> Tensor:
-    """Return the place in the vocabulary of the token behind each, -100 where it is no answer's.
+    """Return the place in the vocabulary of the token behind each of the last ones.
 
-    Tokens outside of the vocabulary have -100 too.
+    It is -100 where that is no answer's, or outside of the vocabulary.
     """
-    labels = functional.pad(batch.labels, (0, 1), value=-100)
+    labels = wanted(batch)
     if vocabulary is None:
         return labels
     place = torch.searchsorted(vocabulary, labels.clamp(min=0))
     place = place.clamp(max=len(vocabulary) - 1)
     return torch.where(vocabulary[place] == labels, place, -100)
+
+
+def wanted(batch: Batch) -> Tensor:
+    """Return the token behind each of the last ones, of which `Draft` returns logits; or -100."""
+    return functional.pad(batch.labels, (0, 1), value=-100)[:, before_answers(batch) :]
 
 
 def accepted(draft: Draft, samples: Sequence[Sample], device: torch.device) -> list[float]:
@@ -192,15 +202,15 @@ def accepted(draft: Draft, samples: Sequence[Sample], device: torch.device) -> l
     with torch.inference_mode():
         for start in range(0, len(samples), 16):
             batch = batch_of(samples[start : start + 16], device)
-            wanted = functional.pad(batch.labels, (0, 1), value=-100)
+            labels, first = wanted(batch), before_answers(batch)
             for offset in range(BLOCK):
                 picked = draft(batch, offset).argmax(-1)
                 if draft.vocabulary is not None:
                     picked = draft.vocabulary[picked]
-                place = (torch.arange(wanted.shape[1]) + offset) % BLOCK
+                place = (torch.arange(labels.shape[1]) + first + offset) % BLOCK
                 for one in range(BLOCK):
-                    mask = (wanted != -100) & (place == one)
-                    right[one] += (picked == wanted)[mask].sum()
+                    mask = (labels != -100) & (place == one)
+                    right[one] += (picked == labels)[mask].sum()
                     seen[one] += mask.sum()
     return [float(share) for share in right / seen]
 
@@ -230,7 +240,7 @@ def train(
             labels = labels_of(batch, draft.vocabulary)
             loss = functional.cross_entropy(logits[labels != -100].float(), labels[labels != -100])
             optimizer.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
             optimizer.step()
             losses.append(loss.item())

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``adaskip bench drafts``: what drafts are worth on the clock, on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from vllm_adaskip.cli import run
+from vllm_adaskip.cli.bench import Rounds, saying
+
+
+def drafts(
+    model: Annotated[
+        str, typer.Argument(help="Path or hub id; the bundled model if left out.")
+    ] = "",
+    speculate: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A draft, as adaskip.speculate has it, such as '{\"exit\": 4}'; repeatable. "
+            "If left out: a third of the layers."
+        ),
+    ] = None,
+    data: Annotated[
+        str, typer.Option(help="Your questions, as `adaskip eval` reads them; else built-in ones.")
+    ] = "",
+    columns: run.Columns = "",
+    apply_chat_template: run.ApplyChatTemplate = False,
+    limit: Annotated[int, typer.Option(min=1, help="Questions of each task, or built-in.")] = 32,
+    batch: Annotated[
+        list[int] | None,
+        typer.Option(min=1, max=128, help="Requests at once; repeatable. 1, 4, 16."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=8, help="Tokens of each answer.")] = 64,
+    rounds: Rounds = 5,
+    dtype: Annotated[str, typer.Option(help="vLLM's.")] = "auto",
+    seed: run.Seed = 0,
+    out: Annotated[Path, typer.Option(help="Folder for drafts.json.")] = Path("build/bench"),
+) -> None:
+    """Answer questions with and without drafts, turn by turn, beside vLLM's n-gram drafts.
+
+    All compiled but the second, in one process, on one thread, with MODEL's own weights.
+    """
+    console = Console()
+    with run.plain_errors(stopped="stopped; nothing is kept"):
+        from vllm_adaskip.lab.bench.engines import alone
+
+        alone()
+        os.environ.setdefault("TQDM_DISABLE", "1")
+        from vllm_adaskip.lab.models import model_path
+
+        path = model_path(model)
+        options = _options(speculate, path)
+        prompts, longest = _prompts(path, data, columns, apply_chat_template, limit, seed, tokens)
+        from vllm_adaskip.lab.bench.drafts import compare, started
+
+        batches = sorted({*(batch or (1, 4, 16))})
+        engines: dict[str, Any] = {
+            "max_model_len": longest + tokens,
+            "max_num_seqs": max(batches),
+            "dtype": dtype,
+        }
+        out.mkdir(parents=True, exist_ok=True)
+        found = []
+        with saying(console) as say:
+            begun = say("starting engines", 1)
+            most = max(one.get("tokens", 4) for one in options.values())
+            with started(path, options, most, **engines) as llms:
+                begun()
+                for size in batches:
+                    done = say(f"batch {size}", len(llms) * (rounds + 1))
+                    found += compare(llms, prompts, size, tokens, rounds, done)
+                    text = json.dumps([asdict(one) for one in found], indent=1)
+                    (out / "drafts.json").write_text(text + "\n")
+    columns_ = "variant", "a token", "against stock vLLM", "tokens a step", "stock's answers"
+    table = Table("batch", *columns_, box=SIMPLE_HEAD)
+    for one in found:
+        table.add_row(
+            str(one.batch),
+            one.variant,
+            f"{one.per_token.middle * 1e3:.2f} ms",
+            str(one.against_stock),
+            f"{one.per_step:.2f}",
+            "{} of {}".format(*one.equal),
+        )
+    console.print(table)
+    console.print(
+        "A ratio above 1 is faster than stock vLLM. In 16-bit types verification rounds otherwise "
+        "than single steps do, so answers may part where two tokens are nearly as likely; with "
+        "--dtype float32 they are the same."
+    )
+    console.print("Written:", str(out / "drafts.json"))
+
+
+def _options(texts: list[str] | None, path: str) -> dict[str, dict[str, Any]]:
+    """Return the drafts, by what they are called."""
+    from vllm_adaskip.config import AdaSkipConfig
+
+    if not texts:
+        from transformers import AutoConfig
+
+        layers = AutoConfig.from_pretrained(path).get_text_config().num_hidden_layers
+        texts = [json.dumps({"exit": max(1, layers // 3)})]
+    found = {}
+    for text in texts:
+        one = run.parsed(text, "--speculate", dict)
+        AdaSkipConfig.parse({"speculate": one})
+        found[f"drafts {text}"] = one
+    return found
+
+
+def _prompts(
+    path: str,
+    data: str,
+    columns: str,
+    apply_chat_template: bool,
+    limit: int,
+    seed: int,
+    tokens: int,
+) -> tuple[list[list[int]], int]:
+    """Return the tokens of the questions, and how long a sequence may become."""
+    from vllm_adaskip.lab.scan.answers import everyday, tokenised
+
+    if data:
+        asked = data, limit, seed, "exact_match", None, path, columns, apply_chat_template
+        items = run.asked(*asked)[0]
+    elif columns or apply_chat_template:
+        raise ValueError("--columns and --apply-chat-template go with --data")
+    else:
+        items = everyday(path)[:limit]
+    return tokenised(items, path, tokens)
