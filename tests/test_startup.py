@@ -343,6 +343,17 @@ def test_the_page_s_server_shortens_prompts(tmp_path: Path) -> None:
     assert prompt is not None and (prompt.exit, prompt.tail, prompt.shortest) == (27, 16, 100)
 
 
+def test_the_page_s_server_drafts(tmp_path: Path) -> None:
+    """The command of docs/lossless.md, for another model of as many layers."""
+    words = shlex.split(block("vllm serve", "docs/lossless.md").replace("\\\n", ""))
+    model = family(tmp_path, "llama", num_hidden_layers=30)
+    found = from_command_line("--model", model, *words[words.index("--plugin") :])
+    draft = planner_of(found).draft
+    assert draft is not None and str(draft.plan).endswith("29") and draft.tokens == 4
+    with pytest.raises(SystemExit):
+        from_command_line("--model", model, *words[words.index("--plugin") :], "-sc.method", "ngram")
+
+
 def test_experts_in_some_layers_alone_and_adapters_beside_experts_are_refused(
     tmp_path: Path,
 ) -> None:

@@ -204,7 +204,8 @@ def accepted(draft: Draft, samples: Sequence[Sample], device: torch.device) -> l
             batch = batch_of(samples[start : start + 16], device)
             labels, first = wanted(batch), before_answers(batch)
             for offset in range(BLOCK):
-                picked = draft(batch, offset).argmax(-1)
+                with torch.autocast(device.type, torch.bfloat16):
+                    picked = draft(batch, offset).argmax(-1)
                 if draft.vocabulary is not None:
                     picked = draft.vocabulary[picked]
                 place = (torch.arange(labels.shape[1]) + first + offset) % BLOCK
