@@ -11,14 +11,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
 from vllm_adaskip.classifiers.profile import LARGEST, ProfileError, fingerprint, refuse_special
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FILE, TENSORS = "draft.json", "draft.safetensors"
 FORMAT = 1
@@ -90,6 +91,8 @@ def read_weights(folder: Path, exit: int) -> tuple[dict[str, Tensor], Tensor | N
         ProfileError: no such file, or a tensor that does not belong there.
 
     """
+    from safetensors.torch import load_file
+
     path = folder / TENSORS
     refuse_special(path)
     try:

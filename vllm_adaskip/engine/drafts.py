@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -19,9 +19,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from vllm_adaskip.classifiers.hub import located
 from vllm_adaskip.classifiers.plan import PlanError, SkipPlan
 from vllm_adaskip.engine.draft_weights import DraftProfile
-from vllm_adaskip.engine.guard import Floats
 from vllm_adaskip.engine.prompt_plan import named_plan
-from vllm_adaskip.engine.step import Ints
+
+if TYPE_CHECKING:  # which import torch
+    from vllm_adaskip.engine.guard import Floats
+    from vllm_adaskip.engine.step import Ints
 
 #: Tokens of the forwards that are timed; between them times are interpolated.
 SIZES = (1, 2, 4, 8, 16, 32, 64)

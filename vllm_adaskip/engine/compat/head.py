@@ -96,7 +96,7 @@ class DraftHead:
         """Take a model and its head."""
         self._model, self._head = model, head
         self.vocabulary: Tensor | None = None
-        self._rows: Tensor | None = None
+        self._rows: nn.Module | None = None
 
     def limit(self, vocabulary: Tensor | None) -> None:
         """Let drafts have these tokens alone; None: all.
@@ -123,7 +123,11 @@ class DraftHead:
         if self.vocabulary is None:
             logits: Tensor = self._model.compute_logits(hidden)
             return logits
-        if self._rows is None:  # weights are loaded by now
-            self._rows = self._model.lm_head.weight[self.vocabulary]
+        method = self._model.lm_head.quant_method
+        if self._rows is None:  # weights are loaded by now; on a CPU vLLM packs them for its kernel
+            self._rows = nn.Module()
+            rows = self._model.lm_head.weight[self.vocabulary]
+            self._rows.register_parameter("weight", nn.Parameter(rows, requires_grad=False))
+            method.process_weights_after_loading(self._rows)
         scale: float = self._model.logits_processor.scale
-        return nn.functional.linear(hidden, self._rows) * scale
+        return method.apply(self._rows, hidden) * scale  # type: ignore[no-any-return]
