@@ -9,10 +9,9 @@ from typing import Any
 
 from vllm_adaskip.config import LEVEL, AdaSkipConfig, ConfigError, asks, check_allow_list
 from vllm_adaskip.engine.compat import is_probe
+from vllm_adaskip.engine.naming import DRAFTER
 from vllm_adaskip.model_executors.registry import FAMILIES, family_of
 
-#: What `startup.prepare` replaces by a class that knows the model.
-DRAFTER = "vllm_adaskip.engine.drafter.SelfDraft"
 Overrides = Mapping[str, Any] | Callable[[Any], Any]
 
 

@@ -23,7 +23,6 @@ from vllm_adaskip.config import LEVEL, AdaSkipConfig, ConfigError, asks
 from vllm_adaskip.engine import naming
 from vllm_adaskip.engine.compat import name_feeder
 from vllm_adaskip.engine.request import Planner
-from vllm_adaskip.launch import DRAFTER
 from vllm_adaskip.model_executors.registry import FAMILIES, family_of
 
 if TYPE_CHECKING:
@@ -222,7 +221,7 @@ def _undraftable(vllm_config: VllmConfig, config: AdaSkipConfig) -> Iterator[str
                 "or draft with the model's own layers: adaskip.speculate (docs/lossless.md)"
             )
         return
-    if theirs is None or theirs.model != DRAFTER:
+    if theirs is None or theirs.model != naming.DRAFTER:
         yield (
             "adaskip.speculate sets --speculative-config by itself; start with --plugin adaskip "
             "or vllm_adaskip.engine_args(), and name no speculative method beside it"

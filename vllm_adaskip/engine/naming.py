@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 Named = TypeVar("Named")
 
 _OURS = "vllm_adaskip.engine."
+#: What an engine that drafts is asked for with; `startup.prepare` puts a named class in its place.
+DRAFTER = f"{_OURS}drafter.SelfDraft"
 
 
 def class_path(module: str, base: str, facts: EngineFacts) -> str:
