@@ -351,7 +351,9 @@ def test_the_page_s_server_drafts(tmp_path: Path) -> None:
     draft = planner_of(found).draft
     assert draft is not None and str(draft.plan).endswith("29") and draft.tokens == 4
     with pytest.raises(SystemExit):
-        from_command_line("--model", model, *words[words.index("--plugin") :], "-sc.method", "ngram")
+        from_command_line(
+            "--model", model, *words[words.index("--plugin") :], "-sc.method", "ngram"
+        )
 
 
 def test_experts_in_some_layers_alone_and_adapters_beside_experts_are_refused(

@@ -99,7 +99,8 @@ class SkipRuntime:
             return None
         if self.state.pulled is not None:
             self.state.pulled.update()
-        starts, seq_lens = self.starts, _ = lengths
+        self.starts, seq_lens = lengths
+        starts = self.starts
         step = self._planned
         if step is None or self._is_stale(starts):
             step = self._planned = self._plan(starts, seq_lens)
@@ -316,10 +317,8 @@ class SkippingDecoder(nn.Module):
             return output
         if drafter is not None:
             drafter.ran(self.adaskip.starts, seconds)
-        if (
-            guard is not None
-            and step.num_generated == step.num_tokens == len(self.adaskip.starts) - 1
-        ):
+        rows = len(self.adaskip.starts) - 1
+        if guard is not None and step.num_generated == step.num_tokens == rows:  # no drafts
             guard.saw(step.runs, seconds)
         return output
 
