@@ -49,8 +49,7 @@ def wanted(draft: Draft, tokens: list[int], drafted: list[int]) -> list[int]:
     return (picked if draft.vocabulary is None else draft.vocabulary[picked]).tolist()
 
 
-@pytest.mark.parametrize("size", [None, 200])
-@pytest.mark.parametrize("eager", [True, False])
+@pytest.mark.parametrize(("size", "eager"), [(None, True), (200, False)])
 def test_an_engine_drafts_what_was_trained(
     engine: Callable[..., Any],
     tmp_path_factory: pytest.TempPathFactory,
