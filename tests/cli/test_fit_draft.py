@@ -22,7 +22,7 @@ def run(command: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_draft_is_trained_on_own_answers_and_kept(tmp_path: Path) -> None:
-    command = f"--out {tmp_path} --limit 8 --minutes 0.05 --batch 8 --vocabulary 99 --answers given"
+    command = f"--out {tmp_path} --limit 8 --minutes 0.05 --batch 8 --vocabulary 99 --tokens 12"
     done = run(command)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "share of the model's tokens that 2 layers have right" in " ".join(done.stdout.split())

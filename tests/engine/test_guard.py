@@ -15,8 +15,9 @@ from hypothesis.extra.numpy import arrays
 from vllm_adaskip.classifiers import DecoderShape
 from vllm_adaskip.engine import guard as guarding
 from vllm_adaskip.engine.blocks import block_mark, unfindable
-from vllm_adaskip.engine.guard import AGAIN, DOUBT, STALE, Bools, Costs, Guard, measured, sort_of
+from vllm_adaskip.engine.guard import AGAIN, DOUBT, STALE, Costs, Guard, measured, sort_of
 from vllm_adaskip.engine.request import EngineFacts, Planner
+from vllm_adaskip.engine.step import Bools
 
 LAYERS = 4
 #: Dense 40 ms at one row and 80 at 64; the loop 1 + 4 * (4 + 8) = 49 and 97.

@@ -11,11 +11,13 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from vllm_adaskip.classifiers.plan import shown
+
+File = TypeVar("File", bound=BaseModel)
 
 FILE = "adaskip.json"
 FORMAT = 1
@@ -50,6 +52,38 @@ def fingerprint(hf_config: Mapping[str, Any]) -> str:
     """Give a short digest of a model's config: two decoders of one shape share it."""
     facts = {key: hf_config.get(key) for key in _IDENTITY}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def read_file(kind: type[File], path: Path) -> File:
+    """Read a file of plain JSON.
+
+    Raises:
+        ProfileError: no such file, no regular file, too large, no JSON, a key or value not allowed.
+
+    """
+    refuse_special(path)
+    try:
+        if path.stat().st_size > LARGEST:
+            raise ProfileError(f"{path}: larger than {LARGEST} bytes; this is no profile")
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ProfileError(f"{path}: {error}") from None
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"])) or "the file"
+        reason = first["msg"].removeprefix("Value error, ")
+        raise ProfileError(f"{path}: {key}: {reason}") from None
+
+
+def check_made_for(what: str, model: str, own: str, theirs: str) -> None:
+    """Refuse what was made for a model of another fingerprint (`ProfileError`)."""
+    if theirs != own:
+        raise ProfileError(
+            f"the {what} was made for {model!r:.200} (fingerprint {own}), "
+            f"but this model's fingerprint is {theirs}; use a {what} made for this model"
+        )
 
 
 class Profile(BaseModel):
@@ -99,21 +133,7 @@ class Profile(BaseModel):
                 not allowed.
 
         """
-        path = folder / FILE
-        refuse_special(path)
-        try:
-            if path.stat().st_size > LARGEST:
-                raise ProfileError(f"{path}: larger than {LARGEST} bytes; this is no profile")
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ProfileError(f"{path}: {error}") from None
-        try:
-            return cls.model_validate_json(text)
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            key = ".".join(map(str, first["loc"])) or "the file"
-            reason = first["msg"].removeprefix("Value error, ")
-            raise ProfileError(f"{path}: {key}: {reason}") from None
+        return read_file(cls, folder / FILE)
 
     def check_model(self, hf_config: Mapping[str, Any]) -> None:
         """Refuse a model that the profile was not made for (`ProfileError`)."""
@@ -121,8 +141,4 @@ class Profile(BaseModel):
 
     def check_fingerprint(self, theirs: str) -> None:
         """Do the same by the model's `fingerprint`."""
-        if theirs != self.fingerprint:
-            raise ProfileError(
-                f"the profile was made for {self.model!r:.200} (fingerprint {self.fingerprint}), "
-                f"but this model's fingerprint is {theirs}; use a profile made for this model"
-            )
+        check_made_for("profile", self.model, self.fingerprint, theirs)

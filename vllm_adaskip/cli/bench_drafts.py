@@ -29,9 +29,7 @@ def drafts(
             "If left out: a third of the layers."
         ),
     ] = None,
-    data: Annotated[
-        str, typer.Option(help="Your questions, as `adaskip eval` reads them; else built-in ones.")
-    ] = "",
+    data: run.Questions = "",
     columns: run.Columns = "",
     apply_chat_template: run.ApplyChatTemplate = False,
     limit: Annotated[int, typer.Option(min=1, help="Questions of each task, or built-in.")] = 32,
@@ -59,8 +57,11 @@ def drafts(
 
         path = model_path(model)
         options = _options(speculate, path)
-        prompts, longest = _prompts(path, data, columns, apply_chat_template, limit, seed, tokens)
+        items, _ = run.questions(path, data, limit, seed, columns, apply_chat_template)
         from vllm_adaskip.lab.bench.drafts import compare, started
+        from vllm_adaskip.lab.scan.answers import tokenised
+
+        prompts, longest = tokenised(items, path, tokens)
 
         batches = sorted({*(batch or (1, 4, 16))})
         engines: dict[str, Any] = {
@@ -115,25 +116,3 @@ def _options(texts: list[str] | None, path: str) -> dict[str, dict[str, Any]]:
         AdaSkipConfig.parse({"speculate": one})
         found[f"drafts {text}"] = one
     return found
-
-
-def _prompts(
-    path: str,
-    data: str,
-    columns: str,
-    apply_chat_template: bool,
-    limit: int,
-    seed: int,
-    tokens: int,
-) -> tuple[list[list[int]], int]:
-    """Return the tokens of the questions, and how long a sequence may become."""
-    from vllm_adaskip.lab.scan.answers import everyday, tokenised
-
-    if data:
-        asked = data, limit, seed, "exact_match", None, path, columns, apply_chat_template
-        items = run.asked(*asked)[0]
-    elif columns or apply_chat_template:
-        raise ValueError("--columns and --apply-chat-template go with --data")
-    else:
-        items = everyday(path)[:limit]
-    return tokenised(items, path, tokens)

@@ -18,7 +18,9 @@ from vllm_adaskip.cli.run import ApplyChatTemplate, Model, plain_errors
 
 
 def draft(
-    out: Annotated[Path, typer.Option(help="Folder for the draft; a stopped fit goes on.")],
+    out: Annotated[
+        Path, typer.Option(help="Folder for the draft; its own answers are kept there.")
+    ],
     model: Model = "",
     data: fit.Data = "bundled",
     prompt_column: fit.PromptColumn = "prompt",

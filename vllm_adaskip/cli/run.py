@@ -73,6 +73,9 @@ Data = Annotated[
         "Parquet."
     ),
 ]
+Questions = Annotated[
+    str, typer.Option(help="Your questions, as `adaskip eval` reads them; else built-in ones.")
+]
 Columns = Annotated[
     str,
     typer.Option(help="Of a file: those of prompts and references, question,answer; no others."),
@@ -183,6 +186,20 @@ def asked(
     if apply_chat_template:
         source["chat_template"] = True
     return items, source
+
+
+def questions(
+    path: str, data: str, limit: int, seed: int, columns: str, apply_chat_template: bool
+) -> tuple[list[Item], dict[str, Any]]:
+    """Return the user's items, or where none are named the built-in ones; else as `asked`."""
+    if data:
+        return asked(data, limit, seed, "exact_match", None, path, columns, apply_chat_template)
+    if columns or apply_chat_template:
+        raise ValueError("--columns and --apply-chat-template go with --data")
+    from vllm_adaskip.lab.scan.answers import everyday
+
+    items = everyday(path)[:limit]
+    return items, {"source": "built-in prompts", "limit": limit, "items": len(items)}
 
 
 def named_columns(text: str) -> tuple[str, str] | None:

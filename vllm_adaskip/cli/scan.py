@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 from rich.progress import Progress
@@ -27,9 +27,7 @@ def scan(
     model: Annotated[
         str, typer.Argument(help="Path or hub id; the bundled model if left out.")
     ] = "",
-    data: Annotated[
-        str, typer.Option(help="Your questions, as `adaskip eval` reads them; else built-in ones.")
-    ] = "",
+    data: run.Questions = "",
     columns: run.Columns = "",
     apply_chat_template: run.ApplyChatTemplate = False,
     limit: Annotated[int, typer.Option(min=8, help="Questions of each task, or built-in.")] = 32,
@@ -66,26 +64,13 @@ def scan(
                 most = shape.num_layers - 1
                 raise ValueError(f"--prompt-exit {layers}: the whole model; allowed: 1 to {most}")
         check_memory(path)
-        items, source = _items(path, data, limit, seed, columns, apply_chat_template)
+        items, source = run.questions(path, data, limit, seed, columns, apply_chat_template)
         manifest = run.described(path, source, seed)
         found = _measured(
             Results(out), manifest, shape, items,
             unit=unit, bound=agreement, exits=prompt_exit or (), tokens=max_tokens, rounds=rounds,
         )  # fmt: skip
         _write(Results(out), found, model or "bundled", agreement)
-
-
-def _items(
-    path: str, data: str, limit: int, seed: int, columns: str, apply_chat_template: bool
-) -> tuple[list[Item], dict[str, Any]]:
-    if data:
-        return run.asked(data, limit, seed, "exact_match", None, path, columns, apply_chat_template)
-    if columns or apply_chat_template:
-        raise ValueError("--columns and --apply-chat-template go with --data")
-    from vllm_adaskip.lab.scan.answers import everyday
-
-    items = everyday(path)[:limit]
-    return items, {"source": "built-in prompts", "limit": limit, "items": len(items)}
 
 
 def _measured(

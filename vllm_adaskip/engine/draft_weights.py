@@ -13,10 +13,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 
-from vllm_adaskip.classifiers.profile import LARGEST, ProfileError, fingerprint, refuse_special
+from vllm_adaskip.classifiers.profile import (
+    ProfileError,
+    check_made_for,
+    fingerprint,
+    read_file,
+    refuse_special,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,29 +65,14 @@ class DraftProfile(BaseModel):
         """Read a folder's file.
 
         Raises:
-            ProfileError: no such file, too large, no JSON, a key or value not allowed.
+            ProfileError: see `read_file`.
 
         """
-        path = folder / FILE
-        refuse_special(path)
-        try:
-            if path.stat().st_size > LARGEST:
-                raise ProfileError(f"{path}: larger than {LARGEST} bytes; this is no profile")
-            return cls.model_validate_json(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise ProfileError(f"{path}: {error}") from None
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            key = ".".join(map(str, first["loc"])) or "the file"
-            raise ProfileError(f"{path}: {key}: {first['msg']}") from None
+        return read_file(cls, folder / FILE)
 
     def check_model(self, hf_config: Mapping[str, Any]) -> None:
         """Refuse a model that the layers were not made for (`ProfileError`)."""
-        if (theirs := fingerprint(hf_config)) != self.fingerprint:
-            raise ProfileError(
-                f"the draft was made for {self.model!r:.200} (fingerprint {self.fingerprint}), "
-                f"but this model's fingerprint is {theirs}; use a draft made for this model"
-            )
+        check_made_for("draft", self.model, self.fingerprint, fingerprint(hf_config))
 
 
 def read_weights(folder: Path, exit: int) -> tuple[dict[str, Tensor], Tensor | None]:

@@ -85,7 +85,6 @@ class Drafter:
         self.pace = Pace(self._times, compat.of_rank_0) if draft.adapt else None
         self.drafted = Drafted(draft.tokens)
         self.compiled: CompiledPlans | None = None
-        self._inputs: tuple[Tensor, Tensor] | None = None
         self._step: tuple[bytes, Step] | None = None
         self._ran: tuple[Ints, float] | None = None
         self._seconds = 0.0
@@ -116,10 +115,8 @@ class Drafter:
             body = partial(self._model.body_of, fills=False)
             self.compiled = CompiledPlans([self._draft.plan], body)
             self.compiled.compile(self._fill, options, *inputs)
-        if self.pace is not None and self.pace.times is None and ids is not None:
-            self._inputs = ids, positions
-            self.pace.measure()
-            self._inputs = None
+        if self.pace is not None:
+            self.pace.measure(ids, positions)
 
     def report(self) -> dict[str, Any]:
         """Return what was drafted, and what it gained."""
@@ -252,11 +249,11 @@ class Drafter:
             return body(ids, positions, None).hidden
         return self._model.run(step, ids, positions, None, fills=False)
 
-    def _times(self) -> Times:
+    def _times(self, ids: Tensor | None = None, positions: Tensor | None = None) -> Times:
         """Time a whole forward, and a pass, by how many tokens; on all ranks together."""
-        most = self._vllm_config.scheduler_config.max_num_seqs
-        zeros = torch.zeros(most, dtype=torch.int32), torch.zeros(most, dtype=torch.int64)
-        ids, positions = self._inputs or zeros
+        if ids is None or positions is None:  # no warm-up: vLLM compiles nothing
+            most = self._vllm_config.scheduler_config.max_num_seqs
+            ids, positions = torch.zeros(most, dtype=torch.int32), torch.zeros(most).long()
         sizes = [size for size in SIZES if size <= len(positions)]
 
         def timed(size: int) -> list[Callable[[], Any]]:

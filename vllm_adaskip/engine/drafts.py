@@ -8,6 +8,7 @@ nothing in here can change an answer; it can only make it faster or slower.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +20,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from vllm_adaskip.classifiers.hub import located
 from vllm_adaskip.classifiers.plan import PlanError, SkipPlan
 from vllm_adaskip.engine.draft_weights import DraftProfile
+from vllm_adaskip.engine.guard import Floats, at_rows
 from vllm_adaskip.engine.prompt_plan import named_plan
 
-if TYPE_CHECKING:  # which import torch
-    from vllm_adaskip.engine.guard import Floats
+if TYPE_CHECKING:  # which imports torch
     from vllm_adaskip.engine.step import Ints
 
 #: Tokens of the forwards that are timed; between them times are interpolated.
@@ -202,11 +203,7 @@ class Times:
         self._factors[kind] = old + RATE * (float(np.clip(seen, old / 2, old * 2)) - old)
 
     def _at(self, seconds: Floats, tokens: int) -> float:
-        last = len(self._sizes) - 1
-        if tokens <= self._sizes[-1] or not last:
-            return float(np.interp(tokens, self._sizes, seconds))
-        slope = (seconds[-1] - seconds[-2]) / (self._sizes[-1] - self._sizes[-2])
-        return float(seconds[-1] + slope * (tokens - self._sizes[-1]))
+        return float(at_rows(self._sizes, seconds, tokens))
 
 
 @dataclass
@@ -252,24 +249,24 @@ class Pace:
 
     """
 
-    def __init__(self, times: Callable[[], Times], of_rank_0: Callable[[Floats], Floats]) -> None:
+    def __init__(self, times: Callable[..., Times], of_rank_0: Callable[[Floats], Floats]) -> None:
         """Take what measures times, and what returns rank 0's values on all ranks."""
         self._measured, self._of_rank_0 = times, of_rank_0
         self.times: Times | None = None
         self.calibration = Calibration()
-        self.gains: dict[int, Gain] = {}
+        self.gains: defaultdict[int, Gain] = defaultdict(Gain)
 
-    def measure(self) -> None:
-        """Measure times, once."""
+    def measure(self, *inputs: Any) -> None:
+        """Measure times, once; on the inputs of a warm-up, or without any."""
         if self.times is None:
-            self.times = self._measured()
+            self.times = self._measured(*inputs)
 
     def terms(self, rows: int, drafting: int) -> Terms | None:
         """Return what drafting costs now with so many of the batch's rows; None: it does not pay.
 
         All ranks get the same.
         """
-        gain = self.gains.setdefault(_about(rows), Gain())
+        gain = self.gains[_about(rows)]
         terms = self._terms(rows, drafting) if gain.is_due else None
         found = self._of_rank_0(np.array([0.0, 0, 0, 0] if terms is None else [1.0, *terms]))
         if not found[0]:
@@ -303,7 +300,7 @@ class Pace:
         times = self.times
         plain = times.rest + times.forward(rows)
         more = times.forward(rows + verified) - times.forward(rows)
-        self.gains.setdefault(_about(rows), Gain()).saw(accepted / rows, (seconds + more) / plain)
+        self.gains[_about(rows)].saw(accepted / rows, (seconds + more) / plain)
 
     def report(self) -> dict[str, Any]:
         """Return the gain by rows, ``{"up to 4": 0.31}``, and the seconds it rests on."""
@@ -334,7 +331,8 @@ class Drafted:
     Attributes:
         passes: over a draft's layers.
         drafted: tokens.
-        by_position: ``[tokens]`` verified, and accepted, of each place in a draft.
+        verified: ``[tokens]`` drafts that were verified, by their place.
+        accepted: those among them that were.
         off: steps before which drafting was not worth while.
 
     """

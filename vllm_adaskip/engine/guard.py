@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from time import perf_counter
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_adaskip.engine.step import Bools, Ints
+if TYPE_CHECKING:  # which imports torch
+    from vllm_adaskip.engine.step import Bools, Ints
 
 Floats = NDArray[np.float64]
 #: How a step runs: stock vLLM's own forward, a known plan's compiled body, or the loop.
@@ -70,7 +71,7 @@ class Costs:
         if not skips.any():
             return "dense", float(self._at("dense", rows))
         if (known := self._known.get(skips[0].tobytes())) is not None and (skips == skips[0]).all():
-            return "known", float(self._interpolated(known, rows))
+            return "known", float(at_rows(self._sizes, known, rows))
         runs = rows - skips.sum(axis=0)
         attention, mlp = runs[0::2], runs[1::2]
         seconds = self._at("ends", rows) + self._at("regroup", rows) * _regroups(skips, runs)
@@ -79,15 +80,16 @@ class Costs:
         return "loop", float(seconds)
 
     def _at(self, part: str, rows: Ints | int) -> Floats:
-        return self._interpolated(self._of[part], rows)
+        return at_rows(self._sizes, self._of[part], rows)
 
-    def _interpolated(self, seconds: Floats, rows: Ints | int) -> Floats:
-        sizes = self._sizes
-        found: Floats = np.interp(rows, [0, *sizes], [0.0, *seconds])
-        if len(sizes) > 1:
-            slope = (seconds[-1] - seconds[-2]) / (sizes[-1] - sizes[-2])
-            found = found + np.maximum(np.asarray(rows) - sizes[-1], 0) * slope
-        return found
+
+def at_rows(sizes: Ints, seconds: Floats, rows: Ints | int) -> Floats:
+    """Return what so many rows take, by ``[sizes]`` seconds; beyond the last size extended."""
+    found: Floats = np.interp(rows, [0, *sizes], [0.0, *seconds])
+    if len(sizes) > 1:
+        slope = (seconds[-1] - seconds[-2]) / (sizes[-1] - sizes[-2])
+        found = found + np.maximum(np.asarray(rows) - sizes[-1], 0) * slope
+    return found
 
 
 def _regroups(skips: Bools, runs: Ints) -> int:

@@ -174,9 +174,9 @@ class SequenceTable:
 class BatchOrder:
     """Which request is in which row of the table."""
 
-    def __init__(self, table: SequenceTable, capacity: int) -> None:
+    def __init__(self, table: SequenceTable) -> None:
         self._table = table
-        self._requests: list[str | None] = [None] * capacity
+        self._requests: list[str | None] = [None] * len(table.prompt_lens)
         self._rows: dict[str, int] = {}
 
     def enter(self, request: str) -> int:

@@ -91,7 +91,7 @@ class PulledBatch:
 
     def __init__(self, state: SkipState, source: Batch) -> None:
         self._state, self._source = state, source
-        self._order = BatchOrder(state.table, len(state.table.prompt_lens))
+        self._order = BatchOrder(state.table)
         self._seen: list[str] = []
 
     def update(self) -> None:

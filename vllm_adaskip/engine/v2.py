@@ -50,7 +50,7 @@ class AdaSkipModelState(DefaultModelState):
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, *args, **kwargs)
         self._state = shared_state(vllm_config)
-        self._order = BatchOrder(self._state.table, vllm_config.scheduler_config.max_num_seqs)
+        self._order = BatchOrder(self._state.table)
         self._graphs: dict[SkipPlan, PlanGraphs] = {}
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:

@@ -8,7 +8,7 @@ from vllm_adaskip.engine.counts import AdaSkipWorkerExtension
 
 
 class DraftingWorker(CPUWorker, AdaSkipWorkerExtension):
-    """Tells the drafter of its runner, and has drafts judged as requests ask for.
+    """Hands its runner to the drafter, and has drafts judged as requests ask for.
 
     Named in one engine's ``worker_cls`` option.
     """

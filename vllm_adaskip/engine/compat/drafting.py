@@ -2,8 +2,8 @@
 """vLLM's speculative decoding, with drafts that come from the model itself.
 
 vLLM loads the class that ``speculative_config`` names with method ``custom_class``, which it calls
-experimental: `SelfDraft`. It tells that class neither which request is in which row nor of how many
-slots a row has, so a worker of ours (`engine/worker.py`) hands it the runner.
+experimental: a subclass of `RunnerDrafts`. It tells that class neither which request is in which
+row nor of how many slots a row has, so a worker of ours (`engine/worker.py`) hands it the runner.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class RunnerDrafts:
 
     @property
     def batch(self) -> list[str]:
-        """Ids of the requests in the batch, row by row; the same list for the whole session."""
+        """Ids of the requests in the batch, row by row; the runner changes this list."""
         ids: list[str] = self._runner.input_batch.req_ids
         return ids
 
@@ -79,7 +79,7 @@ class Drafts(Protocol):
 
 
 def attach(runner: Any) -> None:
-    """Tell a runner's drafter of the runner, as soon as there is one.
+    """Hand a runner to its drafter, as soon as there is one.
 
     Steps without drafts are sampled as without speculation: vLLM's way to judge drafts takes 0.25
     ms more at batch 1, whether there are any or not. Since 0.29 (`GPUModelRunner.drafter`,

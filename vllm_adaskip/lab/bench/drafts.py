@@ -13,8 +13,9 @@ from typing import Any
 
 from vllm_adaskip.lab.bench.engines import engine
 from vllm_adaskip.lab.bench.rounds import Run, Spread, ratio, take_turns
+from vllm_adaskip.lab.bench.variants import EAGER, STOCK
 
-STOCK, EAGER, NGRAM = "stock vLLM", "stock vLLM, eager", "stock vLLM, n-gram drafts"
+NGRAM = f"{STOCK}, n-gram drafts"
 
 _numbers = count()
 
