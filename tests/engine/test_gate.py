@@ -208,7 +208,7 @@ def play(batch: list[Row], scope: Any, gate: Told, kv_fill: str) -> Any:
     tokens = torch.arange(step.num_tokens)
     stream = torch.stack((tokens, torch.zeros_like(tokens)), dim=1).double()
     window = Window(Stream(stream, None), tokens)
-    decoder._run_sub_layers(step, window)
+    decoder._run_sub_layers(step, window, fills=True)
     assert decoder.whole(window.stream)[:, 0].tolist() == tokens.tolist()
     runtime.fill.finish()
     table.counts.add(step)

@@ -43,6 +43,7 @@ class Client:
         ]
         self.vllm_config = self.engine_core = self.model_config = self.parallel_config = self
         self.served_model_name, self.logits_processors = "m", named
+        self.speculative_config = None
         self._api_process_rank = rank
         logger = PrometheusStatLogger.__new__(PrometheusStatLogger)
         self.stat_loggers = [object(), logger]

@@ -257,16 +257,17 @@ def shared_state(vllm_config: VllmConfig) -> SkipState:
 
     """
     state = compat.shared(vllm_config)
+    if isinstance(state, SkipState):
+        return state
     is_v2, drafts = vllm_config.use_v2_model_runner, vllm_config.speculative_config is not None
-    if state is None and (is_v2 or drafts):
-        capacity = vllm_config.scheduler_config.max_num_seqs
-        state = SkipState(planner_of(vllm_config), capacity, is_told_lengths=is_v2)
-        compat.share(vllm_config, state)
-    if not isinstance(state, SkipState):
+    if not (is_v2 or drafts):
         raise RuntimeError(
             "vllm-adaskip: no feeder runs in this engine, so it would ignore every plan; "
             "start it with --plugin adaskip, or with vllm_adaskip.engine_args()"
         )
+    capacity = vllm_config.scheduler_config.max_num_seqs
+    state = SkipState(planner_of(vllm_config), capacity, is_told_lengths=is_v2)
+    compat.share(vllm_config, state)
     return state
 
 
