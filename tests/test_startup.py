@@ -22,7 +22,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_adaskip import DecoderShape, engine_args, startup
-from vllm_adaskip.classifiers.lora import FOLDER
+from vllm_adaskip.classifiers.profile import ADAPTER
 from vllm_adaskip.config import AdaSkipConfig, ConfigError
 from vllm_adaskip.engine.naming import planner_of
 from vllm_adaskip.engine.request import Planner
@@ -419,7 +419,7 @@ def test_a_profile_s_lora_does_not_go_into_quantised_weights(
     quantised = variant(tiny_llama, tmp_path, quantization_config=facts)
     profile = write_first(tmp_path / "profile", quantised)
     config(quantised, **engine_args(profile=profile))
-    (tmp_path / "profile" / FOLDER).mkdir()
+    (tmp_path / "profile" / ADAPTER).mkdir()
     with pytest.raises(ValueError, match=r"LoRA.* cannot be merged into .* quantisation 'awq'"):
         config(quantised, **engine_args(profile=profile))
 
@@ -429,7 +429,7 @@ def test_a_profile_s_lora_does_not_go_below_adapters_of_requests(
 ) -> None:
     profile = write_first(tmp_path / "profile", tiny_llama)
     config(tiny_llama, enable_lora=True, **engine_args(profile=profile))
-    (tmp_path / "profile" / FOLDER).mkdir()
+    (tmp_path / "profile" / ADAPTER).mkdir()
     with pytest.raises(ValueError, match=r"LoRA.* merged into the weights.*--enable-lora"):
         config(tiny_llama, enable_lora=True, **engine_args(profile=profile))
 

@@ -18,7 +18,7 @@ from vllm.platforms import current_platform
 
 from vllm_adaskip.classifiers import Classifier
 from vllm_adaskip.classifiers.hub import located
-from vllm_adaskip.classifiers.lora import FOLDER
+from vllm_adaskip.classifiers.profile import ADAPTER
 from vllm_adaskip.config import LEVEL, AdaSkipConfig, ConfigError, asks
 from vllm_adaskip.engine import naming
 from vllm_adaskip.engine.compat import name_feeder
@@ -248,7 +248,7 @@ def _undraftable(vllm_config: VllmConfig, config: AdaSkipConfig) -> Iterator[str
 
 def _unmergeable(vllm_config: VllmConfig, config: AdaSkipConfig) -> Iterator[str]:
     """Say where a profile's LoRA cannot be merged, or would be below an adapter made without it."""
-    if not config.profile or not (located(config.profile) / FOLDER).exists():
+    if not config.profile or not (located(config.profile) / ADAPTER).exists():
         return
     has = f"profile {config.profile!r:.200} has a LoRA adapter"
     if quantisation := vllm_config.model_config.quantization:

@@ -12,17 +12,18 @@ import pytest
 import torch
 from fit_models import own_answers, tiny, useless
 
-from vllm_adaskip.classifiers.first.fit import training
 from vllm_adaskip.classifiers.first.fit.codebook import plans_of
 from vllm_adaskip.classifiers.first.fit.fitted import CHECKPOINTS, fit_first
 from vllm_adaskip.classifiers.first.fit.gated import gated_logits
-from vllm_adaskip.classifiers.first.fit.lora import adapt, no_skipping, train_lora
+from vllm_adaskip.classifiers.first.fit.lora import no_skipping, train_lora
 from vllm_adaskip.classifiers.first.fit.routing import prompt_scores
 from vllm_adaskip.classifiers.first.fit.settings import FirstSettings
 from vllm_adaskip.classifiers.first.method import FirstOptions
 from vllm_adaskip.classifiers.first.routers import FILE, Routers
 from vllm_adaskip.classifiers.lora import Lora
+from vllm_adaskip.lab.fitting import training
 from vllm_adaskip.lab.fitting.samples import batch_of
+from vllm_adaskip.lab.fitting.training import adapt
 
 LAYERS = 5
 TOLD = {"steps": 40, "batch": 8, "lr": 0.05, "codebook": 2}

@@ -138,6 +138,17 @@ def test_static_meets_exactly_the_budget_its_plan_keeps() -> None:
         static.check(kept - 1e-9)
 
 
+def test_of_a_ladder_a_budget_takes_the_plan_that_keeps_most() -> None:
+    static = Static(SHAPE, StaticOptions(skip=[1, 2], ladder=[[1], [1, 2, "mlp:3"]]))
+    assert [plan.entries() for plan in static.codebook] == [[1], [1, 2], [1, 2, "mlp:3"]]
+    taken = {budget: static.decide(budget, None).entries() for budget in (1.0, 0.75, 0.6, 0.5)}
+    assert taken == {1.0: [1], 0.75: [1], 0.6: [1, 2], 0.5: [1, 2]}
+    least = static.codebook[-1].share(SHAPE)
+    static.check(least)
+    with pytest.raises(PlanError, match="as its smallest plan"):
+        static.check(least - 1e-9)
+
+
 def test_early_exit_runs_the_first_layers() -> None:
     exit = EarlyExit(SHAPE, EarlyExitOptions(layers=3))
     assert exit.decide(1.0, None).entries() == [3] and exit.gate_scope is None

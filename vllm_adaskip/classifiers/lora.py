@@ -17,9 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vllm_adaskip.classifiers.profile import LARGEST, ProfileError
+from vllm_adaskip.classifiers.profile import ADAPTER, LARGEST, ProfileError
 
-FOLDER = "lora"
 _PREFIX, _DOWN, _UP = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 
 
@@ -56,7 +55,7 @@ class Lora:
             ProfileError: an adapter that cannot be merged.
 
         """
-        folder = profile / FOLDER
+        folder = profile / ADAPTER
         if not folder.exists():
             return None
         path = folder / "adapter_config.json"

@@ -20,6 +20,8 @@ from vllm_adaskip.classifiers.plan import shown
 File = TypeVar("File", bound=BaseModel)
 
 FILE = "adaskip.json"
+#: In a profile's folder, if it has any: LoRA in peft's format, see `lora`.
+ADAPTER = "lora"
 FORMAT = 1
 #: A profile is a page of settings; what is larger is something else.
 LARGEST = 1 << 20

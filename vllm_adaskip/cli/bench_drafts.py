@@ -29,6 +29,9 @@ def drafts(
             "If left out: a third of the layers."
         ),
     ] = None,
+    profile: Annotated[
+        str, typer.Option(help="A profile that engines with drafts serve, as of `fit heal`.")
+    ] = "",
     data: run.Questions = "",
     columns: run.Columns = "",
     apply_chat_template: run.ApplyChatTemplate = False,
@@ -45,7 +48,8 @@ def drafts(
 ) -> None:
     """Answer questions with and without drafts, turn by turn, beside vLLM's n-gram drafts.
 
-    All compiled but the second, in one process, on one thread, with MODEL's own weights.
+    All compiled but the second, in one process, on one thread, with MODEL's own weights; under
+    --profile the engines with drafts answer as its adapter makes them.
     """
     console = Console()
     with run.plain_errors(stopped="stopped; nothing is kept"):
@@ -74,7 +78,7 @@ def drafts(
         with saying(console) as say:
             begun = say("starting engines", 1)
             most = max(one.get("tokens", 4) for one in options.values())
-            with started(path, options, most, **engines) as llms:
+            with started(path, options, most, profile, **engines) as llms:
                 begun()
                 for size in batches:
                     done = say(f"batch {size}", len(llms) * (rounds + 1))

@@ -43,6 +43,10 @@ AnswerColumn = Annotated[str, typer.Option(help="Of a data set of the hub, or of
 Limit = Annotated[int, typer.Option(min=1, help="Examples of each task.")]
 Batch = Annotated[int, typer.Option(min=1, help="Examples in one step.")]
 Seed = Annotated[int, typer.Option(help="Of all that is drawn.")]
+Answers = Annotated[
+    str, typer.Option(help="own: the model answers the prompts first; given: the references.")
+]
+AnswerTokens = Annotated[int, typer.Option(min=8, help="Of an own answer, at most.")]
 Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1.")]
 
 
@@ -109,6 +113,29 @@ def subject(
     return Subject(model or "bundled", path, commit_of(config), config.to_dict(), samples)
 
 
+def check_answers(named: str) -> None:
+    """Refuse answers of no kind that there is (`ValueError`)."""
+    if named not in ("own", "given"):
+        raise ValueError(f"--answers {named!r:.80}; allowed: own, given")
+
+
+def answered(one: Subject, answers: str, tokens: int, out: Path) -> list[Sample]:
+    """Return the examples, with the model's own answers if these are wanted, kept in the folder.
+
+    Raises:
+        ValueError: hardly any prompt got an answer.
+
+    """
+    from vllm_adaskip.lab.fitting.own_answers import answered
+
+    samples = one.samples
+    if answers == "own":
+        samples = answered(one.path, samples, tokens, out / "answers.safetensors")
+    if len(samples) < 2:
+        raise ValueError(f"--limit: {len(samples)} answers; allowed: 2 or more")
+    return samples
+
+
 def loaded(one: Subject, device: str) -> Any:
     """Load the model: as stored on a GPU, float32 on a CPU."""
     model = run.loaded(one.path, device)
@@ -168,10 +195,23 @@ def checked(kind: type[Settings], **told: Any) -> Settings:
 
 @contextmanager
 def progress(steps: int) -> Iterator[Callable[[str, int], None]]:
-    """Show a bar; give what is told what is being done, and how many more steps are."""
+    """Show a bar; return what is told what is being done, and how many more steps are.
+
+    Where nobody sees a bar, as in a log, it prints a line for every twentieth of the steps.
+    """
     with Progress(*COLUMNS, console=console) as shown:
         bar = shown.add_task("", total=steps)
-        yield lambda what, done: shown.update(bar, description=what, advance=done)
+        (task,) = shown.tasks
+
+        def report(what: str, done: int) -> None:
+            before = int(20 * task.completed / steps)
+            shown.update(bar, description=what, advance=done)
+            if not console.is_terminal and int(20 * task.completed / steps) > before:
+                left = task.time_remaining
+                told = "" if left is None else f", {left / 60:.0f} minutes left"
+                console.print(f"{what}: {int(task.completed)} of {steps}{told}", highlight=False)
+
+        yield report
 
 
 def measured(

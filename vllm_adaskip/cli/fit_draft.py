@@ -33,10 +33,8 @@ def draft(
     vocabulary: Annotated[
         int, typer.Option(min=0, help="Tokens that drafts may have, the most frequent; 0: all.")
     ] = 8192,
-    answers: Annotated[
-        str, typer.Option(help="own: the model answers the prompts first; given: the references.")
-    ] = "own",
-    tokens: Annotated[int, typer.Option(min=8, help="Of an own answer, at most.")] = 128,
+    answers: fit.Answers = "own",
+    tokens: fit.AnswerTokens = 128,
     minutes: Annotated[float, typer.Option(min=0.01, help="Of training.")] = 30.0,
     batch: fit.Batch = 16,
     rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 5e-4,
@@ -48,8 +46,7 @@ def draft(
     Ctrl-C ends training early and keeps what was trained.
     """
     with plain_errors():
-        if answers not in ("own", "given"):
-            raise ValueError(f"--answers {answers!r:.80}; allowed: own, given")
+        fit.check_answers(answers)
         one = fit.subject(
             model, data, (prompt_column, answer_column), limit, batch, seed,
             apply_chat_template=apply_chat_template,
@@ -79,30 +76,25 @@ def _fit(
     out: Path, one: fit.Subject, settings: Any, answers: str, tokens: int, device: str
 ) -> None:
     from vllm_adaskip.lab.fitting.draft import Draft, accepted, frequent, saved, train
-    from vllm_adaskip.lab.fitting.own_answers import answered
+    from vllm_adaskip.lab.fitting.samples import held_back
 
-    samples = one.samples
-    if answers == "own":
-        samples = answered(one.path, samples, tokens, out / "answers.safetensors")
+    judging, training = held_back(fit.answered(one, answers, tokens, out))
     size = one.config["vocab_size"]
-    held = max(1, min(64, len(samples) // 10))
-    if len(samples) <= held:
-        raise ValueError(f"--limit: {len(samples)} answers; allowed: 2 or more")
     with fit.progress(100) as report:
         report("loading the model", 0)
         whole = fit.loaded(one, device)
-        made = Draft(whole, settings.exit, frequent(samples[held:], settings.vocabulary, size))
+        made = Draft(whole, settings.exit, frequent(training, settings.vocabulary, size))
         report("measuring", 0)
-        before = accepted(made, samples[:held], whole.device)
-        losses = train(made, samples[held:], settings, whole.device, _saying(report))
+        before = accepted(made, judging, whole.device)
+        losses = train(made, training, settings, whole.device, _saying(report))
         report("measuring", 0)
-        after = accepted(made, samples[:held], whole.device)
+        after = accepted(made, judging, whole.device)
     metrics = {f"accepted at place {at + 1}": round(share, 3) for at, share in enumerate(after)}
     saved(made, out, one.name, one.config, {**metrics, "updates": len(losses)})
     table = Table(
         "place in a draft", "before", "after", box=SIMPLE_HEAD,
         title=f"share of the model's tokens that {settings.exit} layers have right, "
-        f"of {held} answers held back",
+        f"of {len(judging)} answers held back",
     )  # fmt: skip
     for at, shares in enumerate(zip(before, after, strict=True)):
         table.add_row(str(at + 1), *(f"{share:.1%}" for share in shares))

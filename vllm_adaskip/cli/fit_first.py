@@ -81,7 +81,7 @@ def first(
         }
         if fit.begins(out, "first", one, data, told):
             from vllm_adaskip.classifiers.first.fit.fitted import CHECKPOINTS, fit_first
-            from vllm_adaskip.classifiers.first.fit.training import draw_curves
+            from vllm_adaskip.lab.fitting.training import draw_curves
 
             with fit.progress(steps + lora_steps) as report:
                 report("loading the model", 0)

@@ -18,6 +18,7 @@ from vllm_adaskip.cli.fit_adainfer import adainfer
 from vllm_adaskip.cli.fit_draft import draft
 from vllm_adaskip.cli.fit_ffn_skip import ffn_skip
 from vllm_adaskip.cli.fit_first import first
+from vllm_adaskip.cli.fit_heal import heal
 from vllm_adaskip.cli.fit_similarity import similarity
 from vllm_adaskip.cli.fit_static import static
 from vllm_adaskip.cli.get import get
@@ -42,6 +43,7 @@ fit.command()(adainfer)
 fit.command()(draft)
 fit.command()(ffn_skip)
 fit.command()(first)
+fit.command()(heal)
 fit.command()(similarity)
 fit.command()(static)
 app.add_typer(fit, name="fit")

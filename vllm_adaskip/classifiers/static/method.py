@@ -5,18 +5,30 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pydantic import Field
+
 from vllm_adaskip.classifiers.base import Classifier, MethodOptions, PromptStatistics
 from vllm_adaskip.classifiers.plan import DecoderShape, PlanError, SkipPlan
 
 
 class StaticOptions(MethodOptions):
-    """``skip``: the plan, in the form of `SkipPlan.parse`."""
+    """Plans, in the form of `SkipPlan.parse`.
+
+    Attributes:
+        skip: what everybody leaves out.
+        ladder: other plans, one of which is taken where a budget asks for less or allows more.
+
+    """
 
     skip: list[int | str]
+    ladder: list[list[int | str]] = Field(default=[], max_length=64)
 
 
 class Static(Classifier):
-    """The same plan for every sequence (fixed skip sets, arXiv 2410.20022 section 3)."""
+    """The same plan for every sequence (fixed skip sets, arXiv 2410.20022 section 3).
+
+    With a ladder, the plan that keeps most of those within the budget.
+    """
 
     Options = StaticOptions
 
@@ -24,17 +36,21 @@ class Static(Classifier):
         self, shape: DecoderShape, options: MethodOptions, profile: Path | None = None
     ) -> None:
         assert isinstance(options, StaticOptions)
-        self._plan = SkipPlan.parse(options.skip, shape.num_layers)
-        self._share = self._plan.share(shape)
+        plans = [SkipPlan.parse(each, shape.num_layers) for each in (options.skip, *options.ladder)]
+        self.codebook = sorted(plans, key=lambda each: -each.share(shape))
+        self._shares = [each.share(shape) for each in self.codebook]
 
     def check(self, budget: float) -> None:
-        """Refuse a budget below what the plan keeps."""
-        if self._share > budget:
+        """Refuse a budget below what all plans keep."""
+        least, share = self.codebook[-1], self._shares[-1]
+        if share > budget:
             raise PlanError(
-                f"a budget of {budget:g} cannot be met: method 'static' has the one plan "
-                f"'{self._plan}', which keeps {self._share:.3f} of the decoder's compute"
+                f"a budget of {budget:g} cannot be met: method 'static' has "
+                f"{'the one plan' if len(self._shares) == 1 else 'as its smallest plan'} "
+                f"'{least}', which keeps {share:.3f} of the decoder's compute"
             )
 
     def decide(self, budget: float, prompt: PromptStatistics | None) -> SkipPlan:
-        """Give the fixed plan."""
-        return self._plan
+        """Return the plan that keeps most of those within the budget."""
+        fits = (share <= budget for share in self._shares)
+        return next(plan for plan, fit in zip(self.codebook, fits, strict=True) if fit)

@@ -44,7 +44,11 @@ class Answered:
 
 @contextmanager
 def started(
-    model: str, options: Mapping[str, Mapping[str, Any]], tokens: int, **vllm: Any
+    model: str,
+    options: Mapping[str, Mapping[str, Any]],
+    tokens: int,
+    profile: str = "",
+    **vllm: Any,
 ) -> Iterator[dict[str, Any]]:
     """Start compiled engines with a model's weights: stock vLLM's, and one for each draft.
 
@@ -52,14 +56,16 @@ def started(
         model: folder or hub id.
         options: name -> our option ``speculate``.
         tokens: that n-gram drafts have at most.
+        profile: that engines with our drafts serve; empty: none.
         vllm: options of all engines.
 
     """
     ngram = {"method": "ngram", "num_speculative_tokens": tokens, "prompt_lookup_max": 4}
+    served = {"profile": profile} if profile else {}
     variants: dict[str, dict[str, Any]] = {
         STOCK: {},
         EAGER: {"enforce_eager": True},
-        **{name: {"plugin": {"speculate": dict(one)}} for name, one in options.items()},
+        **{name: {"plugin": {"speculate": dict(one), **served}} for name, one in options.items()},
         NGRAM: {"speculative_config": ngram},  # last, as no engine starts after what it imports
     }
     with ExitStack() as stack:

@@ -29,34 +29,31 @@ class Heard:
     answer: list[int]
 
 
-class Reader:
-    """Has an engine answer, and reads its answers."""
+def read(engine: Engine, part: list[Answer], heard: Sequence[Heard]) -> list[Answer]:
+    """Return answers with `Answer.agreement` and `Answer.surprise`, read by this engine's model.
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    Answers that were not generated have neither, and those of harness tasks, which the
+    harness asks for.
+    """
+    if not heard:
+        return part
+    found = iter(at_full_depth(engine.llm, heard, engine.arguments(DENSE)))
+    return [one if one.metric in _GIVEN else one.model_copy(update=next(found)) for one in part]
 
-    def answers(
-        self, setting: Setting, items: Sequence[Item], max_tokens: int
-    ) -> Iterator[list[Answer]]:
-        """Return what the engine does, with `Answer.agreement` and `Answer.surprise`.
 
-        Answers that were not generated have neither, and those of harness tasks, which the
-        harness asks for.
-        """
-        llm = self._engine.llm
-        self._engine.llm = listening = _Listening(llm)
-        try:
-            for part in self._engine.answers(setting, items, max_tokens):
-                yield self._read(llm, part, listening.heard)
-                listening.heard.clear()
-        finally:
-            self._engine.llm = llm
-
-    def _read(self, llm: Any, part: list[Answer], heard: Sequence[Heard]) -> list[Answer]:
-        if not heard:
-            return part
-        read = iter(at_full_depth(llm, heard, self._engine.arguments(DENSE)))
-        return [one if one.metric in _GIVEN else one.model_copy(update=next(read)) for one in part]
+def heard(
+    engine: Engine, setting: Setting, items: Sequence[Item], max_tokens: int
+) -> Iterator[tuple[list[Answer], list[Heard]]]:
+    """Return what an engine answers, in parts, with what is to be read of them."""
+    llm = engine.llm
+    engine.llm = listening = _Listening(llm)
+    try:
+        for part in engine.answers(setting, items, max_tokens):
+            engine.llm = llm
+            yield part, listening.heard
+            engine.llm, listening.heard = listening, []
+    finally:
+        engine.llm = llm
 
 
 class _Listening:

@@ -17,8 +17,9 @@ from vllm_adaskip.lab.data.items import Item
 from vllm_adaskip.lab.evaluation.engine import Engine
 from vllm_adaskip.lab.evaluation.harness_engine import HarnessEngine
 from vllm_adaskip.lab.evaluation.quality import is_narrow
-from vllm_adaskip.lab.evaluation.reading import Reader
+from vllm_adaskip.lab.evaluation.reading import heard, read
 from vllm_adaskip.lab.evaluation.results import Answer, Results, Setting, Timing
+from vllm_adaskip.lab.evaluation.settings import is_adapted
 
 Report = Callable[[str, int], None]
 
@@ -122,10 +123,13 @@ def evaluate(
         report(f"starting vLLM, method {method}", 0)
         more = {**_known(members, work), **_shortens(members, results)}
         runs_on = start(model, method, {**members[0].options, **more}, **engine)
-        reader = Reader(runs_on)
+        unread = []
         for setting in members:
-            for part in reader.answers(setting, work.answers[setting.name], max_tokens):
-                results.append(part)
+            for part, own in heard(runs_on, setting, work.answers[setting.name], max_tokens):
+                if is_adapted(setting):
+                    unread.append((part, own))
+                else:
+                    results.append(read(runs_on, part, own))
                 report(f"answers under {setting.name}", len(part))
         for round_, setting in _in_turn(members, work):
             results.append([_time(runs_on, settings[0], setting, round_, prompts, timed)])
@@ -135,6 +139,12 @@ def evaluate(
                 results.append([_time(runs_on, settings[0], setting, round_, prompts, timed)])
                 report(f"timing {setting.name} again: its times vary", 0)
         runs_on.close()
+        if unread:
+            report("starting vLLM without the adapter, to read what it wrote", 0)
+            judge = start(model, "none", {}, **engine)
+            for part, own in unread:
+                results.append(read(judge, part, own))
+            judge.close()
 
 
 def _known(members: Sequence[Setting], work: Work) -> dict[str, Any]:

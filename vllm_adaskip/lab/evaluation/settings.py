@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm_adaskip.classifiers import METHODS, SkipPlan, method_of
 from vllm_adaskip.classifiers.hub import located
-from vllm_adaskip.classifiers.profile import Profile
+from vllm_adaskip.classifiers.profile import ADAPTER, Profile
 from vllm_adaskip.engine.prompt_plan import as_tail, exit_plan
 from vllm_adaskip.lab import fixed_plans
 from vllm_adaskip.lab.evaluation.results import Setting
@@ -105,7 +105,9 @@ def decided(method: str, options: dict[str, Any], budgets: Iterable[float]) -> I
 def profiled(
     name: str, budgets: Iterable[float], targets: Iterable[float], model: str
 ) -> Iterator[Setting]:
-    """Give a profile by itself, at each budget below its own, and at each target.
+    """Return a profile by itself, at each budget below its own, and at each target.
+
+    One with an adapter comes with nothing left out, too: what the adapter by itself costs.
 
     Args:
         name: its folder or hub id; what it says of prompts is for all, however short.
@@ -134,14 +136,24 @@ def profiled(
         prompt={key: value for key, value in profile.prompt.items() if key != "from"},
     )
     yield own
+    if is_adapted(own):
+        whole: dict[str, Any] = {"name": f"{name}, nothing left out", "skip": [], "prompt": {}}
+        yield own.model_copy(update=whole)
     for budget in budgets:
-        if budget < profile.budget and profile.method != "static":  # which has one plan
+        has_others = profile.method != "static" or "ladder" in profile.options
+        if budget < profile.budget and has_others:
             yield own.model_copy(update={"name": f"{name} {budget:g}", "budget": budget})
     for target in targets:
         if "target_skip" not in METHODS[profile.method].Options.model_fields:
             raise ValueError(f"--target-skip: method {profile.method!r} of {name} has no target")
         options = {"profile": name, "target_skip": target}
         yield own.model_copy(update={"name": f"{name} -{target:.0%}", "options": options})
+
+
+def is_adapted(setting: Setting) -> bool:
+    """Return whether a setting's profile has LoRA, by which its engine is not the model's own."""
+    profile = setting.options.get("profile")
+    return profile is not None and (located(profile) / ADAPTER).exists()
 
 
 def distinct(settings: Iterable[Setting]) -> list[Setting]:

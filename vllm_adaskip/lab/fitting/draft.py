@@ -12,7 +12,7 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
@@ -27,6 +27,7 @@ from torch.nn import functional
 from vllm_adaskip.classifiers.profile import fingerprint
 from vllm_adaskip.engine.draft_weights import TENSORS, VOCABULARY, DraftProfile
 from vllm_adaskip.lab.fitting.samples import Batch, Sample, batch_of, before_answers
+from vllm_adaskip.lab.fitting.training import of_near_length
 
 #: Drafts in a block, in training.
 BLOCK = 4
@@ -229,7 +230,8 @@ def train(
     """
     weights = [one for one in draft.parameters() if one.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=settings.rate, betas=(0.9, 0.95), weight_decay=0.01)
-    stream, rng = _stream(samples, settings), random.Random(settings.seed)
+    stream = of_near_length(samples, settings.batch, settings.seed)
+    rng = random.Random(settings.seed)
     start, losses = time.monotonic(), list[float]()
     with suppress(KeyboardInterrupt):
         while (over := (time.monotonic() - start) / (60 * settings.minutes)) < 1:
@@ -247,15 +249,3 @@ def train(
             losses.append(loss.item())
             say(over, losses[-1])
     return losses
-
-
-def _stream(samples: Sequence[Sample], settings: Settings) -> Iterator[list[Sample]]:
-    """Return batches of about the same length, in an order that the seed fixes, for ever."""
-    rng, size = random.Random(settings.seed), settings.batch
-    while True:
-        drawn = rng.sample(samples, len(samples))
-        for start in range(0, len(drawn), 8 * size):
-            near = sorted(drawn[start : start + 8 * size], key=lambda one: len(one.ids))
-            own = [near[at : at + size] for at in range(0, len(near), size)]
-            rng.shuffle(own)
-            yield from own

@@ -112,6 +112,12 @@ def batches_of(
         yield places, batch_of([samples[place] for place in places], device)
 
 
+def held_back(samples: Sequence[Sample]) -> tuple[Sequence[Sample], Sequence[Sample]]:
+    """Split answers into those that judge, at most 64, and those that train."""
+    held = max(1, min(64, len(samples) // 10))
+    return samples[:held], samples[held:]
+
+
 def before_answers(batch: Batch) -> int:
     """Count the columns before the one that the first answer's first token follows."""
     return int(batch.answer.any(0).int().argmax()) - 1

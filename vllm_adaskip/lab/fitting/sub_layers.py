@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vllm_adaskip.classifiers.plan import DecoderShape, SkipPlan
+from vllm_adaskip.engine.prompt_plan import PromptPlan
 from vllm_adaskip.lab.fitting.samples import Batch
 
 #: What transformers calls the module whose output is the update.
@@ -85,18 +86,40 @@ def visited(model: Any, visit: Visit) -> Iterator[None]:
             hook.remove()
 
 
-def leaving_out(batch: Batch, plans: Sequence[SkipPlan]) -> Visit:
-    """Return the visit that has the answers' tokens follow a plan a row; prompts run everything.
+def leaving_out(
+    batch: Batch, plans: Sequence[SkipPlan], prompts: Sequence[PromptPlan | None] = ()
+) -> Visit:
+    """Return the visit that has each row's answer follow a plan, and its prompt another.
 
     The model may be run on the last columns of the batch alone.
+
+    Args:
+        batch: of as many rows as there are plans.
+        plans: what answers' tokens leave out.
+        prompts: what prompts' tokens leave out; None: nothing; empty: none of them does.
+
     """
-    skips = torch.stack([torch.from_numpy(plan.mask()) for plan in plans]).to(batch.ids.device)
+    skips = _masks(plans, batch)
+    read = _masks([one.plan if one else SkipPlan(plans[0].num_layers) for one in prompts], batch)
+    lengths = batch.prompt.sum(1).tolist()
+    full = [one.full_from(size) if one else 0 for one, size in zip(prompts, lengths, strict=False)]
+    passed = batch.prompt & (
+        batch.positions < torch.tensor(full or 0, device=read.device)[..., None]
+    )
 
     def visit(sub_layer: int, before: Tensor, update: Tensor) -> Tensor:
-        left_out = skips[:, sub_layer, None] & batch.answer[:, -before.shape[1] :]
-        return update.masked_fill(left_out[..., None], 0.0)
+        left_out = skips[:, sub_layer, None] & batch.answer
+        if prompts:
+            left_out = left_out | read[:, sub_layer, None] & passed
+        return update.masked_fill(left_out[:, -before.shape[1] :, None], 0.0)
 
     return visit
+
+
+def _masks(plans: Sequence[SkipPlan], batch: Batch) -> Tensor:
+    """Return ``[rows, 2 * num_layers]``: which sub-layers each row leaves out."""
+    masks = [torch.from_numpy(plan.mask()) for plan in plans]
+    return torch.stack(masks).to(batch.ids.device) if masks else batch.ids.new_zeros(0)
 
 
 class _Layer:

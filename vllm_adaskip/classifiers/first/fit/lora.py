@@ -11,24 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vllm_adaskip.classifiers.first.fit.gated import Gate, gated_loss
-from vllm_adaskip.classifiers.first.fit.training import Curve, Training
 from vllm_adaskip.lab.fitting.samples import Batch, Sample
-
-
-def adapt(model: Any, rank: int, seed: int) -> Any:
-    """Put LoRA beside every linear layer of the decoder, in place; give peft's model of it.
-
-    The form is the plain one that a server can merge. At first it changes nothing.
-    """
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(seed)
-    form = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
-    return get_peft_model(model, form)
+from vllm_adaskip.lab.fitting.training import Curve, Training, in_any_order
 
 
 def no_skipping(batch: Batch) -> Gate:
@@ -51,7 +38,7 @@ def train_lora(
     """Train what `adapt` added to a model, each batch under its gates."""
     weights = {name: one for name, one in model.named_parameters() if one.requires_grad}
     training = Training(
-        weights, samples, steps=steps, batch=batch, rate=rate, seed=seed, checkpoint=checkpoint
+        weights, in_any_order(samples, batch, seed), steps=steps, rate=rate, checkpoint=checkpoint
     )
 
     def loss(one: Batch) -> Mapping[str, Tensor]:

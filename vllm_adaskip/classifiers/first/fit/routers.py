@@ -25,9 +25,9 @@ from torch import Tensor
 from vllm_adaskip.classifiers.first.fit.gated import gated_loss
 from vllm_adaskip.classifiers.first.fit.routing import Routing
 from vllm_adaskip.classifiers.first.fit.settings import FirstSettings
-from vllm_adaskip.classifiers.first.fit.training import Curve, Training
 from vllm_adaskip.classifiers.first.routers import Routers
 from vllm_adaskip.lab.fitting.samples import Batch, Sample
+from vllm_adaskip.lab.fitting.training import Curve, Training, in_any_order
 
 
 def train_routers(
@@ -58,9 +58,8 @@ def train_routers(
         }
 
     training = Training(
-        dict(routers.named_parameters()), samples,
-        steps=settings.steps, batch=settings.batch, rate=settings.lr, seed=settings.seed,
-        checkpoint=checkpoint,
+        dict(routers.named_parameters()), in_any_order(samples, settings.batch, settings.seed),
+        steps=settings.steps, rate=settings.lr, checkpoint=checkpoint,
     )  # fmt: skip
     curve = training.run(loss, model.device, made)
     return routers.requires_grad_(False), curve

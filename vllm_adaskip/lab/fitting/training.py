@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training of a few parameters, which goes on from checkpoints as if never stopped; its picture."""
+"""Training of a few parameters, which goes on from checkpoints as if never stopped; its picture.
+
+Of LoRA weights too (arXiv 2106.09685), which stand beside a model's own.
+"""
 
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -19,8 +23,8 @@ from vllm_adaskip.lab.fitting.samples import Batch, Sample, batch_of
 FILE = "curve.png"
 #: Share of what a step adds to the running mean, which is drawn over the steps.
 _SHARE = 0.1
-#: Steps between checkpoints.
-EVERY = 25
+#: Steps between checkpoints, and seconds, whichever come first.
+EVERY, SECONDS = 25, 30.0
 #: Gives the terms of the loss by name.
 Loss = Callable[[Batch], Mapping[str, Tensor]]
 #: Each term of the loss, step by step.
@@ -30,16 +34,14 @@ Curve = dict[str, list[float]]
 class Training:
     """Adam, at a rate that falls to nothing over the second half of the steps.
 
-    The order of the samples depends on the seed alone, so a checkpoint need hold no more than
-    parameters, moments and the losses so far.
+    The batches are the same each time, so a checkpoint need hold no more than parameters, moments
+    and the losses so far.
 
     Args:
         parameters: what is trained, by name.
-        samples: drawn without repetition, then all over again in another order.
+        batches: of samples, without end; `in_any_order` or `of_near_length`.
         steps: updates in all.
-        batch: samples of an update.
         rate: highest learning rate.
-        seed: of the order.
         checkpoint: file of safetensors; if it is there, training goes on from it.
 
     """
@@ -47,17 +49,15 @@ class Training:
     def __init__(
         self,
         parameters: Mapping[str, nn.Parameter],
-        samples: Sequence[Sample],
+        batches: Iterator[Sequence[Sample]],
         *,
         steps: int,
-        batch: int,
         rate: float,
-        seed: int,
         checkpoint: Path,
     ) -> None:
         self._parameters = dict(parameters)
-        self._samples, self._steps, self._batch = samples, steps, batch
-        self._rate, self._seed, self._checkpoint = rate, seed, checkpoint
+        self._batches, self._steps = batches, steps
+        self._rate, self._checkpoint = rate, checkpoint
         self._optimizer = torch.optim.Adam(self._parameters.values(), lr=rate)
         self._made = 0
         self._curve: Curve = {}
@@ -67,9 +67,10 @@ class Training:
     def run(self, loss: Loss, device: torch.device, made: Callable[[int], None]) -> Curve:
         """Make the steps that are left; ``made`` is told how many were, as they are."""
         made(self._made)
-        stream = islice(self._stream(), self._made * self._batch, None)
-        for step in range(self._made, self._steps):
-            batch = batch_of(list(islice(stream, self._batch)), device)
+        saved = time.monotonic()
+        batches = islice(self._batches, self._made, self._steps)
+        for step, samples in enumerate(batches, self._made):
+            batch = batch_of(samples, device)
             for group in self._optimizer.param_groups:
                 group["lr"] = self._rate * min(1.0, 2 * (1 - step / self._steps))
             terms = loss(batch)
@@ -79,15 +80,12 @@ class Training:
             for name, term in terms.items():
                 self._curve.setdefault(name, []).append(term.item())
             self._made += 1
-            if self._made % EVERY == 0 or self._made == self._steps:
+            is_due = self._made % EVERY == 0 or time.monotonic() - saved > SECONDS
+            if is_due or self._made == self._steps:
                 self._save()
+                saved = time.monotonic()
             made(1)
         return self._curve
-
-    def _stream(self) -> Iterator[Sample]:
-        rng = random.Random(self._seed)
-        while True:
-            yield from rng.sample(self._samples, len(self._samples))
 
     def _save(self) -> None:
         tensors = {f"parameter.{name}": one.detach() for name, one in self._parameters.items()}
@@ -116,15 +114,52 @@ class Training:
         self._optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def draw_curves(curves: Mapping[str, Curve], folder: Path) -> None:
-    """Draw the phases side by side."""
+def in_any_order(samples: Sequence[Sample], size: int, seed: int) -> Iterator[Sequence[Sample]]:
+    """Return batches, for ever: all samples, then all over again in another order."""
+    rng = random.Random(seed)
+
+    def stream() -> Iterator[Sample]:
+        while True:
+            yield from rng.sample(samples, len(samples))
+
+    one = stream()
+    while True:
+        yield [*islice(one, size)]
+
+
+def of_near_length(samples: Sequence[Sample], size: int, seed: int) -> Iterator[Sequence[Sample]]:
+    """Return batches of about the same length, for ever, which need little padding."""
+    rng = random.Random(seed)
+    while True:
+        drawn = rng.sample(samples, len(samples))
+        for start in range(0, len(drawn), 8 * size):
+            near = sorted(drawn[start : start + 8 * size], key=lambda one: len(one.ids))
+            own = [near[at : at + size] for at in range(0, len(near), size)]
+            rng.shuffle(own)
+            yield from own
+
+
+def adapt(model: Any, rank: int, seed: int) -> Any:
+    """Put LoRA beside every linear layer of the decoder, in place; return peft's model of it.
+
+    The form is the plain one that a server can merge. At first it changes nothing.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    form = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+    return get_peft_model(model, form)
+
+
+def draw_curves(curves: Mapping[str, Curve], folder: Path, scale: str = "part of the loss") -> None:
+    """Draw the phases side by side; ``scale`` says what is drawn."""
     figure = Figure(figsize=(5.6 * len(curves), 3.6), layout="constrained")
     for axes, (phase, terms) in zip(figure.subplots(1, len(curves), squeeze=False)[0],
                                     curves.items(), strict=True):  # fmt: skip
         for name, values in terms.items():
             (line,) = axes.plot(_smooth(values), label=name)
             axes.plot(values, color=line.get_color(), alpha=0.25, linewidth=0.7)
-        axes.set(title=phase, xlabel="step", ylabel="part of the loss", ylim=(0, None))
+        axes.set(title=phase, xlabel="step", ylabel=scale, ylim=(0, None))
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
     figure.savefig(folder / FILE, dpi=110)

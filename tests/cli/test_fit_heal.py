@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``adaskip fit heal`` as users start it, and what a server makes of its profile."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from readme import ENVIRONMENT
+
+from vllm_adaskip.classifiers.lora import Lora
+from vllm_adaskip.classifiers.profile import Profile
+
+TOLD = "--limit 8 --tokens 8 --steps 3 --batch 4 --rank 2"
+
+
+def adaskip(command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", "-c", f"adaskip {command}"], env=ENVIRONMENT, capture_output=True, text=True
+    )
+
+
+def test_a_ladder_is_healed_and_measured_beside_the_model_as_it_is(tmp_path: Path) -> None:
+    out = tmp_path / "healed"
+    command = f"fit heal --out {out} --skip '[5, 6]' --skip '[5]' --prompt-exit 9 {TOLD}"
+    done = adaskip(command)
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = " ".join(done.stdout.split())
+    assert "skip 5-6; of prompts skip 9-11, but for 16 tokens" in said
+    assert "nothing left out 0.0000" in said
+    assert "healing: 3 of 3" in done.stderr
+    made = Profile.load(out)
+    assert (made.method, made.options) == ("static", {"skip": [5, 6], "ladder": [[5]]})
+    assert made.prompt == {"exit": 9, "tail": 16} and made.budget == pytest.approx(10 / 12)
+    assert Lora.of(out) is not None and (out / "curve.png").exists()
+    assert not (out / "heal.checkpoint").exists()
+    before = (out / "adaskip.json").stat().st_mtime_ns
+    assert adaskip(command).returncode == 0
+    assert (out / "adaskip.json").stat().st_mtime_ns == before
+    other = adaskip(command.replace("--rank 2", "--rank 3"))
+    assert other.returncode == 2 and "holds another fit: its rank is 2, not 3" in other.stderr
+    again = adaskip(f"fit heal --out {tmp_path / 'again'} --profile {out}")
+    assert again.returncode == 2 and "has an adapter; allowed" in " ".join(again.stderr.split())
+    evaluated = adaskip(
+        f"eval --out {tmp_path / 'run'} --profile {out} --limit 2 --rounds 0 --enforce-eager"
+    )
+    assert evaluated.returncode == 0, evaluated.stderr[-2000:]
+    assert "healed, nothing left out" in " ".join(evaluated.stdout.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("", "what shall be healed? allowed: one of --skip, --profile and --early-exit"),
+        ("--skip '[5]' --early-exit 3", "allowed: one of --skip"),
+        ("--skip '{}'", "--skip '{}'; allowed: a JSON list"),
+        ("--skip '[]'", "nothing is left out"),
+        ("--skip '[12]'", "12"),
+        ("--prompt-exit 12", "nothing is left out"),
+        ("--early-exit 0", "allowed: 1 to 12"),
+        ("--skip '[5]' --answers mine", "--answers 'mine'; allowed: own, given"),
+        ("--skip '[5]' --rank 0", "--rank 0: Input should be greater than or equal to 1"),
+        ("--skip '[5]' --lr=-1", "--lr -1.0"),
+        ("--profile /nowhere", "/nowhere"),
+    ],
+)
+def test_wrong_arguments_are_named(tmp_path: Path, command: str, words: str) -> None:
+    done = adaskip(f"fit heal --out {tmp_path / 'out'} {command}")
+    assert done.returncode == 2
+    assert words in " ".join(done.stderr.replace("│", " ").split())
+    assert not (tmp_path / "out").exists()

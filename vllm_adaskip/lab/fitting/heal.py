@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Teaches a model to say under plans what it says whole: distillation from itself (LoRA).
+
+Teacher and student are one model with one copy of its weights; the student has LoRA beside them
+(arXiv 2106.09685). In turn the answers' tokens follow the plans that are healed, so that one
+adapter serves all of them; in a share of the rows nothing is left out, as a server merges the
+adapter for everybody. Plans that leave out all layers from one on are LayerSkip's early exits
+(arXiv 2404.16710), each met as often as the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+from torch.nn import functional
+
+from vllm_adaskip.classifiers.plan import SkipPlan
+from vllm_adaskip.classifiers.profile import ADAPTER
+from vllm_adaskip.engine.prompt_plan import PromptPlan
+from vllm_adaskip.lab.fitting.samples import (
+    Batch,
+    Sample,
+    batches_of,
+    held_back,
+)
+from vllm_adaskip.lab.fitting.sub_layers import leaving_out, visited
+from vllm_adaskip.lab.fitting.training import Curve, Training, adapt, of_near_length
+
+#: In the profile's folder until the fit is done.
+CHECKPOINT = "heal.checkpoint"
+#: Tokens of which logits are there at once.
+_ROWS = 256
+
+
+class HealSettings(BaseModel):
+    """How a model is healed.
+
+    Attributes:
+        steps: updates, at rate ``lr``, of ``batch`` answers each.
+        rank: of the LoRA weights.
+        whole: share of the rows in which nothing is left out.
+        seed: of all that is drawn.
+
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    steps: int = Field(default=600, ge=1)
+    batch: int = Field(default=16, ge=1)
+    lr: float = Field(default=1e-3, gt=0)
+    rank: int = Field(default=32, ge=1)
+    whole: float = Field(default=0.25, ge=0, lt=1)
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Rung:
+    """What a request leaves out: the tokens of its answer, and those of its prompt."""
+
+    plan: SkipPlan
+    prompt: PromptPlan | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether that is nothing."""
+        return self.plan.is_dense and self.prompt is None
+
+    def __str__(self) -> str:
+        """Return it in words."""
+        if self.is_whole:
+            return "nothing left out"
+        named = [] if self.plan.is_dense else [str(self.plan)]
+        if self.prompt is not None:
+            named.append(f"of prompts {self.prompt.plan}, but for {self.prompt.tail} tokens")
+        return "; ".join(named)
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """How near a model under a plan is to the whole one, over tokens of the whole one's answers.
+
+    Attributes:
+        divergence: Kullback-Leibler, of the whole model's next token, in nats a token.
+        agreement: share of tokens of which both hold the same likeliest.
+
+    """
+
+    divergence: float
+    agreement: float
+
+
+@dataclass(frozen=True)
+class Healed:
+    """What came of it.
+
+    Attributes:
+        rungs: that were healed, and the one that leaves nothing out, which is the last.
+        before: likeness of each, without the adapter.
+        after: with it.
+        curve: of each step: divergence, and the share of tokens that changed.
+
+    """
+
+    rungs: Sequence[Rung]
+    before: Sequence[Likeness]
+    after: Sequence[Likeness]
+    curve: Curve
+
+    @property
+    def worse(self) -> list[Rung]:
+        """Return the rungs that the adapter brought no nearer to the whole model."""
+        pairs = zip(self.rungs[:-1], self.before, self.after, strict=False)
+        return [rung for rung, old, new in pairs if new.divergence >= old.divergence]
+
+
+def heal(
+    model: Any,
+    samples: Sequence[Sample],
+    rungs: Sequence[Rung],
+    settings: HealSettings,
+    folder: Path,
+    report: Callable[[str, int], None],
+) -> Healed:
+    """Train an adapter for these rungs, and write it into the folder.
+
+    Args:
+        model: of transformers; it is frozen, and gets LoRA beside its weights.
+        samples: prompts with the model's own answers, or others.
+        rungs: to heal.
+        settings: of the training.
+        folder: of the profile; training goes on from a checkpoint that is there.
+        report: is told what is being done, and how many more steps of training are.
+
+    """
+    judging, training = held_back(samples)
+    model.requires_grad_(False)
+    if model.device.type == "cpu":  # there the backward of the fused one takes twice the time
+        model.set_attn_implementation("eager")
+    adapted = adapt(model, settings.rank, settings.seed)
+    every = [*rungs, Rung(SkipPlan(rungs[0].plan.num_layers))]
+
+    def likeness(under: Callable[[], AbstractContextManager[Any]]) -> list[Likeness]:
+        report("measuring", 0)
+        return [_likeness(model, adapted, judging, one, settings.batch, under) for one in every]
+
+    before = likeness(adapted.disable_adapter)
+    made = _Turns(rungs, every[-1], settings.whole)
+    weights = {name: one for name, one in model.named_parameters() if one.requires_grad}
+    curve = Training(
+        weights, of_near_length(training, settings.batch, settings.seed),
+        steps=settings.steps, rate=settings.lr, checkpoint=folder / CHECKPOINT,
+    ).run(lambda one: _loss(model, adapted, one, made.of(one)), model.device,
+          lambda steps: report("healing", steps))  # fmt: skip
+    after = likeness(nullcontext)
+    adapted.save_pretrained(folder / ADAPTER)
+    return Healed(every, before, after, curve)
+
+
+class _Turns:
+    """Which rung each row of a batch follows: a share nothing, the others each rung in turn.
+
+    That depends on the batch alone, so that a training which goes on draws no others.
+    """
+
+    def __init__(self, rungs: Sequence[Rung], whole: Rung, share: float) -> None:
+        self._rungs, self._whole, self._share = rungs, whole, share
+
+    def of(self, batch: Batch) -> list[Rung]:
+        rows = len(batch.ids)
+        spared = round(self._share * rows)
+        first = int(batch.ids.sum()) % rows  # as good as drawn
+        order = [(row + first) % rows for row in range(rows)]
+        ladder = self._rungs
+        return [
+            self._whole if at < spared else ladder[(at - spared + first) % len(ladder)]
+            for at in order
+        ]
+
+
+def _loss(model: Any, adapted: Any, batch: Batch, rungs: Sequence[Rung]) -> Mapping[str, Tensor]:
+    """Return the divergence, and the share of tokens that changed, which has no gradient."""
+    whole, own = _both(model, adapted, batch, rungs)
+    found = _compared(model.get_output_embeddings(), whole, own)
+    tokens = len(own)
+    through = (own.float() * found.gradient / tokens).sum()
+    value = found.divergence / tokens
+    return {
+        "divergence": through + (value - through.detach()),  # this value, with that gradient
+        "tokens that changed": torch.tensor(1 - found.same / tokens),
+    }
+
+
+def _likeness(
+    model: Any,
+    adapted: Any,
+    samples: Sequence[Sample],
+    rung: Rung,
+    batch: int,
+    under: Callable[[], AbstractContextManager[Any]],
+) -> Likeness:
+    divergence, same, tokens = 0.0, 0, 0
+    for places, one in batches_of(samples, batch, model.device):
+        with torch.no_grad():
+            whole, own = _both(model, adapted, one, [rung] * len(places), under)
+        found = _compared(model.get_output_embeddings(), whole, own)
+        divergence, same = divergence + found.divergence, same + found.same
+        tokens += len(own)
+    return Likeness(divergence / tokens, same / tokens)
+
+
+def _both(
+    model: Any,
+    adapted: Any,
+    batch: Batch,
+    rungs: Sequence[Rung],
+    under: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> tuple[Tensor, Tensor]:
+    """Return what the head gets, ``[answers' tokens, hidden]``: whole, and of rows on rungs."""
+    from peft.helpers import disable_input_dtype_casting
+
+    plans, prompts = [one.plan for one in rungs], [one.prompt for one in rungs]
+    with torch.autocast(model.device.type, torch.bfloat16), disable_input_dtype_casting(model):
+        with torch.no_grad(), adapted.disable_adapter():
+            whole = _before_head(model, batch)
+        with under(), visited(model, leaving_out(batch, plans, prompts)):
+            own = _before_head(model, batch)
+    return whole, own
+
+
+def _before_head(model: Any, batch: Batch) -> Tensor:
+    """Return the hidden states that answers' tokens follow."""
+    hidden: Tensor = model.get_decoder()(
+        input_ids=batch.ids, attention_mask=batch.real.long(),
+        position_ids=batch.positions, use_cache=False,
+    ).last_hidden_state  # fmt: skip
+    return hidden[functional.pad(batch.answer[:, 1:], (0, 1))]
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """Sums over tokens: divergence, how many have the same likeliest, and the gradient."""
+
+    divergence: float
+    same: int
+    gradient: Tensor
+
+
+def _compared(head: Any, whole: Tensor, own: Tensor) -> _Compared:
+    """Compare what the head makes of both, in parts: all logits at once would fill the memory."""
+    divergence, same, gradient = 0.0, 0, torch.empty_like(own)
+    for start in range(0, len(own), _ROWS):
+        rows = slice(start, start + _ROWS)
+        part = own[rows].detach().requires_grad_()
+        with torch.no_grad():
+            wanted = functional.log_softmax(head(whole[rows]).float(), -1)
+        found = functional.log_softmax(head(part).float(), -1)
+        loss = functional.kl_div(found, wanted, reduction="sum", log_target=True)
+        (gradient[rows],) = torch.autograd.grad(loss, part)
+        divergence += loss.item()
+        same += int((found.argmax(-1) == wanted.argmax(-1)).sum())
+    return _Compared(divergence, same, gradient)
