@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from evaluation.letters import Letters
+from profiles import write_lora
 from reference import Reference
 from torture.judge import Judge
 from transformers import AutoTokenizer
 
 from vllm_adaskip import bundled_model
 from vllm_adaskip.classifiers import DecoderShape
+from vllm_adaskip.classifiers.profile import Profile
 from vllm_adaskip.lab.data.items import Item
 from vllm_adaskip.lab.data.sources import load_items
 from vllm_adaskip.lab.evaluation.engine import (
@@ -27,9 +29,9 @@ from vllm_adaskip.lab.evaluation.engine import (
 )
 from vllm_adaskip.lab.evaluation.manifest import new_manifest, start_or_resume
 from vllm_adaskip.lab.evaluation.quality import is_narrow
-from vllm_adaskip.lab.evaluation.results import Answer, Results, Setting, Timing
+from vllm_adaskip.lab.evaluation.results import Answer, Manifest, Results, Setting, Timing
 from vllm_adaskip.lab.evaluation.runner import Timed, Work, check, evaluate
-from vllm_adaskip.lab.evaluation.settings import DENSE, decided, explicit
+from vllm_adaskip.lab.evaluation.settings import DENSE, adapters_alone, decided, explicit, profiled
 
 SETTINGS: list[Setting] = [
     DENSE,
@@ -70,9 +72,14 @@ def chosen(asked: list[Item]) -> list[Item]:
     return found
 
 
-def run(results: Results, items: list[Item]) -> int:
+def run(
+    results: Results,
+    items: list[Item],
+    settings: list[Setting] = SETTINGS,
+    rounds: int = ROUNDS,
+) -> int:
     """Do what is left; give how much that was."""
-    work = Work.left(results, SETTINGS, items, ROUNDS, TIMED)
+    work = Work.left(results, settings, items, rounds, TIMED)
     steps = work.steps
     reported: list[int] = []
 
@@ -83,7 +90,7 @@ def run(results: Results, items: list[Item]) -> int:
     evaluate(
         results,
         bundled_model(),
-        SETTINGS,
+        settings,
         items,
         work,
         max_tokens=MAX_TOKENS,
@@ -96,15 +103,16 @@ def run(results: Results, items: list[Item]) -> int:
     return steps
 
 
+def manifest_of(settings: list[Setting]) -> Manifest:
+    return new_manifest(
+        command="", model=bundled_model(), data={}, engine={}, settings=settings, seed=0
+    )
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory, items: list[Item]) -> Results:
     results = Results(tmp_path_factory.mktemp("run"))
-    start_or_resume(
-        results,
-        new_manifest(
-            command="", model=bundled_model(), data={}, engine={}, settings=SETTINGS, seed=0
-        ),
-    )
+    start_or_resume(results, manifest_of(SETTINGS))
     run(results, items)
     return results
 
@@ -182,6 +190,26 @@ def test_the_whole_model_says_of_planned_answers_what_the_reference_says(
             assert one.agreement == 1 and one.surprise == 0
         disagreed += one.agreement < 1
     assert disagreed  # the plans do tell
+
+
+def test_answers_of_an_adapter_are_read_by_the_model_as_it_is(
+    tmp_path: Path, items: list[Item]
+) -> None:
+    """The adapted model would agree with all that it writes itself with nothing left out."""
+    own = Profile(method="none", model="bundled", fingerprint=manifest_of([]).fingerprint)
+    own.save(folder := tmp_path / "adapted")
+    write_lora(folder, bundled_model())
+    settings = [DENSE, *adapters_alone(profiled(str(folder), [], [], own.fingerprint))]
+    assert [one.skip for one in settings[1:]] == [None, []]
+    results = Results(tmp_path / "run")
+    start_or_resume(results, manifest_of(settings))
+    asked = [one for one in items if one.metric == "exact_match"]
+    run(results, asked, settings, rounds=0)
+    answers = results.read(Answer)
+    assert len(answers) == 3 * len(asked)
+    for one in settings:
+        read = [answer.agreement or 0 for answer in answers if answer.setting == one.name]
+        assert (min(read) == 1) == (one is DENSE)
 
 
 def test_another_batch_is_timed_anew(results: Results, items: list[Item]) -> None:

@@ -13,7 +13,7 @@ from rich.table import Table
 from vllm_adaskip.cli import run
 from vllm_adaskip.engine.prompt_plan import TAIL
 from vllm_adaskip.lab.evaluation.results import Results
-from vllm_adaskip.lab.evaluation.settings import distinct, explicit, shortened
+from vllm_adaskip.lab.evaluation.settings import adapters_alone, distinct, explicit, shortened
 
 if TYPE_CHECKING:
     from vllm_adaskip.lab.evaluation.summary import Summary
@@ -65,7 +65,7 @@ def evaluate(
             *(explicit(run.parsed(one, "--skip", list), manifest.num_layers) for one in skip or ()),
             *shortened(prompt_exit or (), prompt_tail, manifest.num_layers),
             *run.candidates(manifest.num_layers, plans, method, options, budget, draws, seed),
-            *run.profiles(profile, budget, target_skip, manifest),
+            *adapters_alone(run.profiles(profile, budget, target_skip, manifest)),
         ])  # fmt: skip
         results = Results(out)
         run.answer_and_time(

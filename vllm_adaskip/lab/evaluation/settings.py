@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import groupby
 from math import ceil
 from typing import Any
 
@@ -107,8 +108,6 @@ def profiled(
 ) -> Iterator[Setting]:
     """Return a profile by itself, at each budget below its own, and at each target.
 
-    One with an adapter comes with nothing left out, too: what the adapter by itself costs.
-
     Args:
         name: its folder or hub id; what it says of prompts is for all, however short.
         budgets: shares of compute that no sequence may exceed, in (0, 1].
@@ -136,9 +135,6 @@ def profiled(
         prompt={key: value for key, value in profile.prompt.items() if key != "from"},
     )
     yield own
-    if is_adapted(own):
-        whole: dict[str, Any] = {"name": f"{name}, nothing left out", "skip": [], "prompt": {}}
-        yield own.model_copy(update=whole)
     for budget in budgets:
         has_others = profile.method != "static" or "ladder" in profile.options
         if budget < profile.budget and has_others:
@@ -148,6 +144,17 @@ def profiled(
             raise ValueError(f"--target-skip: method {profile.method!r} of {name} has no target")
         options = {"profile": name, "target_skip": target}
         yield own.model_copy(update={"name": f"{name} -{target:.0%}", "options": options})
+
+
+def adapters_alone(settings: Iterable[Setting]) -> Iterator[Setting]:
+    """Return each profile with an adapter once more with nothing left out, beside its others."""
+    for _, same in groupby(settings, key=lambda one: str(one.options)):
+        own = [*same]
+        yield from own
+        if own[0].options.keys() == {"profile"} and is_adapted(own[0]):
+            told: dict[str, Any] = {"skip": [], "prompt": {}}
+            name = f"{own[0].name}, nothing left out"
+            yield own[0].model_copy(update={"name": name, **told})
 
 
 def is_adapted(setting: Setting) -> bool:
