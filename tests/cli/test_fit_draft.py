@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
 from readme import ENVIRONMENT
+from typer.testing import CliRunner
 
 from vllm_adaskip import bundled_model
+from vllm_adaskip.cli.main import app
 from vllm_adaskip.engine.draft_weights import DraftProfile, read_weights
 
 
@@ -51,6 +54,7 @@ def test_a_draft_is_trained_on_own_answers_and_kept(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_arguments_are_named(tmp_path: Path, command: str, words: str) -> None:
-    done = run(f"--out {tmp_path / 'out'} {command}")
-    assert done.returncode == 2
+    told = ["fit", "draft", "--out", str(tmp_path / "out"), *shlex.split(command)]
+    done = CliRunner().invoke(app, told)
+    assert done.exit_code == 2
     assert words in " ".join(done.stderr.replace("│", " ").split())

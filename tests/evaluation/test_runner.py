@@ -12,6 +12,7 @@ import torch
 from evaluation.letters import Letters
 from profiles import write_lora
 from reference import Reference
+from safetensors.torch import load_file, save_file
 from torture.judge import Judge
 from transformers import AutoTokenizer
 
@@ -199,6 +200,8 @@ def test_answers_of_an_adapter_are_read_by_the_model_as_it_is(
     own = Profile(method="none", model="bundled", fingerprint=manifest_of([]).fingerprint)
     own.save(folder := tmp_path / "adapted")
     write_lora(folder, bundled_model())
+    path = folder / "lora" / "adapter_model.safetensors"
+    save_file({name: 4 * one for name, one in load_file(path).items()}, path)
     settings = [DENSE, *adapters_alone(profiled(str(folder), [], [], own.fingerprint))]
     assert [one.skip for one in settings[1:]] == [None, []]
     results = Results(tmp_path / "run")
@@ -210,6 +213,10 @@ def test_answers_of_an_adapter_are_read_by_the_model_as_it_is(
     for one in settings:
         read = [answer.agreement or 0 for answer in answers if answer.setting == one.name]
         assert (min(read) == 1) == (one is DENSE)
+    # Killed before they were read: nothing is asked again.
+    results.replace(Answer, [one for one in answers if one.setting == DENSE.name])
+    assert run(results, asked, settings, rounds=0) == 0
+    assert results.read(Answer) == answers
 
 
 def test_another_batch_is_timed_anew(results: Results, items: list[Item]) -> None:

@@ -89,8 +89,8 @@ def table(summary: Summary) -> Table:
         rows.add_column("surprise")
         rows.caption = (
             "agreement: tokens that the whole model would have chosen; surprise: nats a token by "
-            "which it prefers its own. Dense's are the noise; a profile with LoRA is read by its "
-            "own adapted model"
+            "which it prefers its own. Dense's are the noise; a profile with LoRA is read by the "
+            "model without it"
         )
     for one in summary.settings:
         quality = one.score or one.perplexity

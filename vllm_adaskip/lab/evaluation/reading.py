@@ -14,7 +14,7 @@ from typing import Any
 from vllm_adaskip.lab.data.items import Item
 from vllm_adaskip.lab.data.metrics import CHOICE, PERPLEXITY
 from vllm_adaskip.lab.evaluation.engine import FORCED, Engine
-from vllm_adaskip.lab.evaluation.results import Answer, Setting
+from vllm_adaskip.lab.evaluation.results import Answer, Setting, Unread
 from vllm_adaskip.lab.evaluation.settings import DENSE
 
 #: Metrics whose answers are given, not generated.
@@ -29,31 +29,40 @@ class Heard:
     answer: list[int]
 
 
-def read(engine: Engine, part: list[Answer], heard: Sequence[Heard]) -> list[Answer]:
-    """Return answers with `Answer.agreement` and `Answer.surprise`, read by this engine's model.
-
-    Answers that were not generated have neither, and those of harness tasks, which the
-    harness asks for.
-    """
-    if not heard:
-        return part
-    found = iter(at_full_depth(engine.llm, heard, engine.arguments(DENSE)))
-    return [one if one.metric in _GIVEN else one.model_copy(update=next(found)) for one in part]
-
-
 def heard(
     engine: Engine, setting: Setting, items: Sequence[Item], max_tokens: int
-) -> Iterator[tuple[list[Answer], list[Heard]]]:
-    """Return what an engine answers, in parts, with what is to be read of them."""
+) -> Iterator[list[Answer | Unread]]:
+    """Return what an engine answers, in parts.
+
+    Unread is what it generated, but for answers of harness tasks, which the harness asks for.
+    """
     llm = engine.llm
     engine.llm = listening = _Listening(llm)
     try:
         for part in engine.answers(setting, items, max_tokens):
             engine.llm = llm
-            yield part, listening.heard
-            engine.llm, listening.heard = listening, []
+            own, listening.heard = iter(listening.heard), []
+            yield [_unread(one, own) for one in part]
+            engine.llm = listening
     finally:
         engine.llm = llm
+
+
+def _unread(answer: Answer, heard: Iterator[Heard]) -> Answer | Unread:
+    if answer.metric in _GIVEN or (own := next(heard, None)) is None:
+        return answer
+    return Unread(answer=answer, prompt=own.prompt, generated=own.answer)
+
+
+def read(engine: Engine, part: Sequence[Answer | Unread]) -> list[Answer]:
+    """Return answers, those unread with `Answer.agreement` and `Answer.surprise`."""
+    left = [one for one in part if isinstance(one, Unread)]
+    heard = [Heard(one.prompt, one.generated) for one in left]
+    found = iter(at_full_depth(engine.llm, heard, engine.arguments(DENSE)))
+    return [
+        one.answer.model_copy(update=next(found)) if isinstance(one, Unread) else one
+        for one in part
+    ]
 
 
 class _Listening:

@@ -92,6 +92,19 @@ class Answer(Record):
     surprise: float | None = None
 
 
+class Unread(Record):
+    """An answer of an adapter, that the model without it has not read yet (``unread.jsonl``).
+
+    Attributes:
+        prompt: token ids; so is ``generated``, what came after them.
+
+    """
+
+    answer: Answer
+    prompt: list[int]
+    generated: list[int]
+
+
 class Question(Record):
     """One item as it was asked, to be read beside its answers (``questions.jsonl``)."""
 
@@ -231,6 +244,7 @@ class Manifest(Record):
 #: Record type -> the file that holds it.
 FILES: dict[type[Record], str] = {
     Answer: "answers.jsonl",
+    Unread: "unread.jsonl",
     Question: "questions.jsonl",
     Timing: "timings.jsonl",
     SweepCell: "sweep.jsonl",

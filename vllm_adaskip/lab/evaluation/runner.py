@@ -14,11 +14,11 @@ from vllm_adaskip.config import AdaSkipConfig, ConfigError
 from vllm_adaskip.engine.compiled import MOST
 from vllm_adaskip.lab.data.harness import HarnessItem
 from vllm_adaskip.lab.data.items import Item
-from vllm_adaskip.lab.evaluation.engine import Engine
+from vllm_adaskip.lab.evaluation.engine import CHUNK, Engine
 from vllm_adaskip.lab.evaluation.harness_engine import HarnessEngine
 from vllm_adaskip.lab.evaluation.quality import is_narrow
 from vllm_adaskip.lab.evaluation.reading import heard, read
-from vllm_adaskip.lab.evaluation.results import Answer, Results, Setting, Timing
+from vllm_adaskip.lab.evaluation.results import Answer, Results, Setting, Timing, Unread
 from vllm_adaskip.lab.evaluation.settings import is_adapted
 
 Report = Callable[[str, int], None]
@@ -68,7 +68,7 @@ class Work:
         timed: Timed,
     ) -> Work:
         """Compare with what the results hold already."""
-        answered = {(one.setting, one.item) for one in results.read(Answer)}
+        answered = _answered(results)
         times = _ratios(results, timed.batch)
         names = [one.name for one in settings]
         return cls(
@@ -123,13 +123,9 @@ def evaluate(
         report(f"starting vLLM, method {method}", 0)
         more = {**_known(members, work), **_shortens(members, results)}
         runs_on = start(model, method, {**members[0].options, **more}, **engine)
-        unread = []
         for setting in members:
-            for part, own in heard(runs_on, setting, work.answers[setting.name], max_tokens):
-                if is_adapted(setting):
-                    unread.append((part, own))
-                else:
-                    results.append(read(runs_on, part, own))
+            for part in heard(runs_on, setting, work.answers[setting.name], max_tokens):
+                results.append(part if is_adapted(setting) else read(runs_on, part))
                 report(f"answers under {setting.name}", len(part))
         for round_, setting in _in_turn(members, work):
             results.append([_time(runs_on, settings[0], setting, round_, prompts, timed)])
@@ -139,12 +135,25 @@ def evaluate(
                 results.append([_time(runs_on, settings[0], setting, round_, prompts, timed)])
                 report(f"timing {setting.name} again: its times vary", 0)
         runs_on.close()
-        if unread:
-            report("starting vLLM without the adapter, to read what it wrote", 0)
-            judge = start(model, "none", {}, **engine)
-            for part, own in unread:
-                results.append(read(judge, part, own))
-            judge.close()
+    if left := _unread(results):
+        report("starting vLLM without an adapter, to read what it wrote", 0)
+        judge = start(model, "none", {}, **engine)
+        for first in range(0, len(left), CHUNK):
+            results.append(read(judge, left[first : first + CHUNK]))
+        judge.close()
+
+
+def _answered(results: Results) -> set[tuple[str, str]]:
+    """Return setting and item of each answer that is there, read or not."""
+    unread = (one.answer for one in results.read(Unread))
+    return {(one.setting, one.item) for one in (*results.read(Answer), *unread)}
+
+
+def _unread(results: Results) -> list[Unread]:
+    """Return the answers of adapters that nobody has read yet."""
+    done = {(one.setting, one.item) for one in results.read(Answer)}
+    made = results.read(Unread)
+    return [one for one in made if (one.answer.setting, one.answer.item) not in done]
 
 
 def _known(members: Sequence[Setting], work: Work) -> dict[str, Any]:
