@@ -62,6 +62,14 @@ def test_what_was_lost_is_learned_and_the_whole_model_stays_near(
     assert set(done.curve) == {"divergence", "tokens that changed"}
 
 
+@pytest.mark.parametrize("family", ["mistral", "opt", "qwen2", "qwen3"])
+def test_models_of_other_families_learn_too(tmp_path: Path, family: str) -> None:
+    model = tiny(family, LAYERS)
+    settings = SMALL.model_copy(update={"steps": 30})
+    done = heal(model, known_answers(model), [MIDDLE], settings, tmp_path, told_nothing)
+    assert done.after[0].divergence < 0.9 * done.before[0].divergence
+
+
 @pytest.mark.parametrize("rung", [MIDDLE, READING], ids=["answers", "prompts"])
 def test_the_adapter_is_what_a_server_merges(tmp_path: Path, rung: Rung) -> None:
     done = healed(tmp_path, rung)
