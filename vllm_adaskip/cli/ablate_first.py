@@ -125,7 +125,7 @@ def _tuned(
             model, training, no_skipping, steps=steps, batch=16, rate=1e-3, seed=0,
             checkpoint=out / "lora.checkpoint", made=lambda done: report("LoRA alone", done),
         )  # fmt: skip
-    adapted.save_pretrained(out / ADAPTER)
+    adapted.save_pretrained(out / ADAPTER, save_embedding_layers=False)
     (out / "lora.checkpoint").unlink()
     Profile(method="none", model=subject.name, fingerprint=fingerprint(subject.config)).save(out)
     return out

@@ -159,7 +159,7 @@ def heal(
     ).run(lambda one: _loss(model, adapted, one, made.of(one)), model.device,
           lambda steps: report("healing", steps))  # fmt: skip
     after = likeness(nullcontext)
-    adapted.save_pretrained(folder / ADAPTER)
+    adapted.save_pretrained(folder / ADAPTER, save_embedding_layers=False)
     return Healed(every, before, after, curve)
 
 

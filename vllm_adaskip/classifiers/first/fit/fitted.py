@@ -95,7 +95,7 @@ def fit_first(
             steps=settings.lora_steps, batch=batch, rate=settings.lora_lr, seed=settings.seed,
             checkpoint=folder / CHECKPOINTS[1], made=lambda steps: report("training LoRA", steps),
         )  # fmt: skip
-        adapted.save_pretrained(folder / ADAPTER)
+        adapted.save_pretrained(folder / ADAPTER, save_embedding_layers=False)
     options = with_codebook(settings, scores(prompts), answer_tokens(prompts))
     own = scores(held_back)
     options = with_thresholds(options, own, weights, target)
