@@ -16,7 +16,7 @@ from vllm_adaskip.classifiers.lora import Lora
 from vllm_adaskip.classifiers.plan import SkipPlan
 from vllm_adaskip.engine.prompt_plan import PromptPlan, exit_plan
 from vllm_adaskip.lab.fitting import training
-from vllm_adaskip.lab.fitting.heal import CHECKPOINT, Healed, HealSettings, Rung, _Turns, heal
+from vllm_adaskip.lab.fitting.heal import CHECKPOINT, Healed, HealSettings, Rung, _in_turn, heal
 from vllm_adaskip.lab.fitting.samples import Sample, answer_logits, batch_of
 from vllm_adaskip.lab.fitting.sub_layers import leaving_out, visited
 
@@ -42,7 +42,7 @@ def healed(
 
 
 def known_answers(model: Any) -> list[Sample]:
-    """Give a few answers again and again: a random model has nothing to learn from one for others.
+    """Return a few answers again and again, as a random model learns nothing from one for others.
 
     So those held back are among those that train.
     """
@@ -111,11 +111,14 @@ def test_a_prompt_plan_spares_the_last_tokens_and_the_answer() -> None:
 
 
 def test_rows_follow_each_rung_as_often_and_a_share_nothing() -> None:
-    turns = _Turns([MIDDLE, LESS], READING, 0.25)
     batches = (
         batch_of(part, torch.device("cpu")) for part in _parts(own_answers(tiny("llama"), 48))
     )
-    drawn = [*itertools.chain.from_iterable(turns.of(batch) for batch in batches)]
+    drawn = [
+        *itertools.chain.from_iterable(
+            _in_turn(batch, [MIDDLE, LESS], READING, 0.25) for batch in batches
+        )
+    ]
     assert [drawn.count(each) for each in (MIDDLE, LESS, READING)] == [18, 18, 12]
 
 

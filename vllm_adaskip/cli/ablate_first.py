@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vllm_adaskip.classifiers.plan import SkipPlan
-from vllm_adaskip.classifiers.profile import ADAPTER, FILE, Profile, fingerprint
+from vllm_adaskip.classifiers.profile import FILE, Profile, fingerprint
 from vllm_adaskip.cli import fit, run
 from vllm_adaskip.cli.ablate import Out, compare, fitted
 
@@ -114,7 +114,7 @@ def _tuned(
 ) -> Path:
     """Train LoRA with nothing skipped, as a profile without a method."""
     from vllm_adaskip.classifiers.first.fit.lora import no_skipping, train_lora
-    from vllm_adaskip.lab.fitting.training import adapt
+    from vllm_adaskip.lab.fitting.training import adapt, save_adapter
 
     if (out / FILE).exists():
         return out
@@ -125,7 +125,7 @@ def _tuned(
             model, training, no_skipping, steps=steps, batch=16, rate=1e-3, seed=0,
             checkpoint=out / "lora.checkpoint", made=lambda done: report("LoRA alone", done),
         )  # fmt: skip
-    adapted.save_pretrained(out / ADAPTER, save_embedding_layers=False)
+    save_adapter(adapted, out)
     (out / "lora.checkpoint").unlink()
     Profile(method="none", model=subject.name, fingerprint=fingerprint(subject.config)).save(out)
     return out

@@ -52,5 +52,5 @@ class Static(Classifier):
 
     def decide(self, budget: float, prompt: PromptStatistics | None) -> SkipPlan:
         """Return the plan that keeps most of those within the budget."""
-        fits = (share <= budget for share in self._shares)
-        return next(plan for plan, fit in zip(self.codebook, fits, strict=True) if fit)
+        plans = zip(self.codebook, self._shares, strict=True)
+        return next(plan for plan, share in plans if share <= budget)

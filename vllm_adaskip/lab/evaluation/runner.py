@@ -123,9 +123,10 @@ def evaluate(
         report(f"starting vLLM, method {method}", 0)
         more = {**_known(members, work), **_shortens(members, results)}
         runs_on = start(model, method, {**members[0].options, **more}, **engine)
+        adapted = is_adapted(members[0])
         for setting in members:
             for part in heard(runs_on, setting, work.answers[setting.name], max_tokens):
-                results.append(part if is_adapted(setting) else read(runs_on, part))
+                results.append(part if adapted else read(runs_on, part))
                 report(f"answers under {setting.name}", len(part))
         for round_, setting in _in_turn(members, work):
             results.append([_time(runs_on, settings[0], setting, round_, prompts, timed)])

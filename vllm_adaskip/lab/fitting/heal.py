@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from vllm_adaskip.classifiers.plan import SkipPlan
-from vllm_adaskip.classifiers.profile import ADAPTER
 from vllm_adaskip.engine.prompt_plan import PromptPlan
 from vllm_adaskip.lab.fitting.samples import (
     Batch,
@@ -31,7 +30,7 @@ from vllm_adaskip.lab.fitting.samples import (
     held_back,
 )
 from vllm_adaskip.lab.fitting.sub_layers import leaving_out, visited
-from vllm_adaskip.lab.fitting.training import Curve, Training, adapt, of_near_length
+from vllm_adaskip.lab.fitting.training import Curve, Training, adapt, of_near_length, save_adapter
 
 #: In the profile's folder until the fit is done.
 CHECKPOINT = "heal.checkpoint"
@@ -150,38 +149,31 @@ def heal(
         report("measuring", 0)
         return [_likeness(model, adapted, judging, one, settings.batch, under) for one in every]
 
+    def loss(batch: Batch) -> Mapping[str, Tensor]:
+        return _loss(model, adapted, batch, _in_turn(batch, rungs, every[-1], settings.whole))
+
     before = likeness(adapted.disable_adapter)
-    made = _Turns(rungs, every[-1], settings.whole)
     weights = {name: one for name, one in model.named_parameters() if one.requires_grad}
-    curve = Training(
-        weights, of_near_length(training, settings.batch, settings.seed),
-        steps=settings.steps, rate=settings.lr, checkpoint=folder / CHECKPOINT,
-    ).run(lambda one: _loss(model, adapted, one, made.of(one)), model.device,
-          lambda steps: report("healing", steps))  # fmt: skip
+    batches = of_near_length(training, settings.batch, settings.seed)
+    fitting = Training(
+        weights, batches, steps=settings.steps, rate=settings.lr, checkpoint=folder / CHECKPOINT
+    )
+    curve = fitting.run(loss, model.device, lambda steps: report("healing", steps))
     after = likeness(nullcontext)
-    adapted.save_pretrained(folder / ADAPTER, save_embedding_layers=False)
+    save_adapter(adapted, folder)
     return Healed(every, before, after, curve)
 
 
-class _Turns:
-    """Which rung each row of a batch follows: a share nothing, the others each rung in turn.
+def _in_turn(batch: Batch, ladder: Sequence[Rung], whole: Rung, share: float) -> list[Rung]:
+    """Return the rung that each row follows: a share nothing, the others each rung in turn.
 
     That depends on the batch alone, so that a training which goes on draws no others.
     """
-
-    def __init__(self, rungs: Sequence[Rung], whole: Rung, share: float) -> None:
-        self._rungs, self._whole, self._share = rungs, whole, share
-
-    def of(self, batch: Batch) -> list[Rung]:
-        rows = len(batch.ids)
-        spared = round(self._share * rows)
-        first = int(batch.ids.sum()) % rows  # as good as drawn
-        order = [(row + first) % rows for row in range(rows)]
-        ladder = self._rungs
-        return [
-            self._whole if at < spared else ladder[(at - spared + first) % len(ladder)]
-            for at in order
-        ]
+    rows = len(batch.ids)
+    spared = round(share * rows)
+    first = int(batch.ids.sum()) % rows  # as good as drawn
+    places = ((row + first) % rows for row in range(rows))
+    return [whole if at < spared else ladder[(at - spared + first) % len(ladder)] for at in places]
 
 
 def _loss(model: Any, adapted: Any, batch: Batch, rungs: Sequence[Rung]) -> Mapping[str, Tensor]:
@@ -245,7 +237,10 @@ def _before_head(model: Any, batch: Batch) -> Tensor:
 
 @dataclass(frozen=True)
 class _Compared:
-    """Sums over tokens: divergence, how many have the same likeliest, and the gradient."""
+    """Sums over tokens: divergence, how many have the same likeliest.
+
+    The gradient is zero where nothing is trained.
+    """
 
     divergence: float
     same: int
@@ -254,15 +249,16 @@ class _Compared:
 
 def _compared(head: Any, whole: Tensor, own: Tensor) -> _Compared:
     """Compare what the head makes of both, in parts: all logits at once would fill the memory."""
-    divergence, same, gradient = 0.0, 0, torch.empty_like(own)
+    divergence, same, gradient = 0.0, 0, torch.zeros_like(own)
     for start in range(0, len(own), _ROWS):
         rows = slice(start, start + _ROWS)
-        part = own[rows].detach().requires_grad_()
+        part = own[rows].detach().requires_grad_(own.requires_grad)
         with torch.no_grad():
             wanted = functional.log_softmax(head(whole[rows]).float(), -1)
         found = functional.log_softmax(head(part).float(), -1)
         loss = functional.kl_div(found, wanted, reduction="sum", log_target=True)
-        (gradient[rows],) = torch.autograd.grad(loss, part)
+        if own.requires_grad:
+            (gradient[rows],) = torch.autograd.grad(loss, part)
         divergence += loss.item()
         same += int((found.argmax(-1) == wanted.argmax(-1)).sum())
     return _Compared(divergence, same, gradient)

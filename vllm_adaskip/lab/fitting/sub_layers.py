@@ -99,18 +99,16 @@ def leaving_out(
         prompts: what prompts' tokens leave out; None: nothing; empty: none of them does.
 
     """
+    whole = SkipPlan(plans[0].num_layers)
+    each = [*prompts] or [None] * len(plans)
     skips = _masks(plans, batch)
-    read = _masks([one.plan if one else SkipPlan(plans[0].num_layers) for one in prompts], batch)
+    read = _masks([one.plan if one else whole for one in each], batch)
     lengths = batch.prompt.sum(1).tolist()
-    full = [one.full_from(size) if one else 0 for one, size in zip(prompts, lengths, strict=False)]
-    passed = batch.prompt & (
-        batch.positions < torch.tensor(full or 0, device=read.device)[..., None]
-    )
+    full = [one.full_from(size) if one else 0 for one, size in zip(each, lengths, strict=True)]
+    passed = batch.prompt & (batch.positions < torch.tensor(full, device=read.device)[:, None])
 
     def visit(sub_layer: int, before: Tensor, update: Tensor) -> Tensor:
-        left_out = skips[:, sub_layer, None] & batch.answer
-        if prompts:
-            left_out = left_out | read[:, sub_layer, None] & passed
+        left_out = skips[:, sub_layer, None] & batch.answer | read[:, sub_layer, None] & passed
         return update.masked_fill(left_out[:, -before.shape[1] :, None], 0.0)
 
     return visit
@@ -118,8 +116,7 @@ def leaving_out(
 
 def _masks(plans: Sequence[SkipPlan], batch: Batch) -> Tensor:
     """Return ``[rows, 2 * num_layers]``: which sub-layers each row leaves out."""
-    masks = [torch.from_numpy(plan.mask()) for plan in plans]
-    return torch.stack(masks).to(batch.ids.device) if masks else batch.ids.new_zeros(0)
+    return torch.stack([torch.from_numpy(plan.mask()) for plan in plans]).to(batch.ids.device)
 
 
 class _Layer:

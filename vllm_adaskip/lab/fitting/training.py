@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from vllm_adaskip.classifiers.profile import ADAPTER
 from vllm_adaskip.lab.fitting.samples import Batch, Sample, batch_of
 
 FILE = "curve.png"
@@ -149,6 +150,11 @@ def adapt(model: Any, rank: int, seed: int) -> Any:
     torch.manual_seed(seed)
     form = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
     return get_peft_model(model, form)
+
+
+def save_adapter(adapted: Any, profile: Path) -> None:
+    """Write what `adapt` added into a profile's folder, without asking the hub for its model."""
+    adapted.save_pretrained(profile / ADAPTER, save_embedding_layers=False)
 
 
 def draw_curves(curves: Mapping[str, Curve], folder: Path, scale: str = "part of the loss") -> None:

@@ -23,10 +23,9 @@ from vllm_adaskip.classifiers.first.fit.settings import FirstSettings
 from vllm_adaskip.classifiers.first.fit.thresholds import at_target, share_skipped, with_thresholds
 from vllm_adaskip.classifiers.first.method import FirstOptions
 from vllm_adaskip.classifiers.plan import SkipPlan
-from vllm_adaskip.classifiers.profile import ADAPTER
 from vllm_adaskip.lab.fitting.quality import TaskQuality, answers_right, by_task
 from vllm_adaskip.lab.fitting.samples import Sample
-from vllm_adaskip.lab.fitting.training import Curve, adapt
+from vllm_adaskip.lab.fitting.training import Curve, adapt, save_adapter
 
 #: In the profile's folder until the fit is done, one for each phase.
 CHECKPOINTS = ("routers.checkpoint", "lora.checkpoint")
@@ -95,7 +94,7 @@ def fit_first(
             steps=settings.lora_steps, batch=batch, rate=settings.lora_lr, seed=settings.seed,
             checkpoint=folder / CHECKPOINTS[1], made=lambda steps: report("training LoRA", steps),
         )  # fmt: skip
-        adapted.save_pretrained(folder / ADAPTER, save_embedding_layers=False)
+        save_adapter(adapted, folder)
     options = with_codebook(settings, scores(prompts), answer_tokens(prompts))
     own = scores(held_back)
     options = with_thresholds(options, own, weights, target)
