@@ -50,7 +50,7 @@ def write_lora(folder: Path, model: str, **config: Any) -> str:
     torch.manual_seed(2)
     adapted = get_peft_model(
         AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
-        LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", **config),
+        LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **config}),
     )
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:

@@ -132,15 +132,19 @@ class Fp8Cache(DynamicCache):
 class Reference:
     """A float32 transformers model and its plan-following greedy loop.
 
-    With a form of fp8 its keys and values are cut off to that.
+    With a form of fp8 its keys and values are cut off to that. Tokens that leave something out run
+    the layers of checkpoint ``taught``, if there is one.
     """
 
-    def __init__(self, path: str, kv_form: torch.dtype | None = None) -> None:
+    def __init__(
+        self, path: str, kv_form: torch.dtype | None = None, taught: str | None = None
+    ) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, attn_implementation="eager"
         ).eval()
         self.num_layers: int = self.model.config.num_hidden_layers
         self.decoder = DECODERS[self.model.config.model_type](self.model)
+        self._taught = self.decoder if taught is None else Reference(taught).decoder
         make = DynamicCache if kv_form is None else partial(Fp8Cache, kv_form)
         self._cache = partial(make, config=self.model.config)
 
@@ -190,11 +194,12 @@ class Reference:
         *,
         kv_fill: str = "none",
         then: tuple[int, Sequence[int | str]] | None = None,
+        prompt_plan: tuple[Sequence[int | str], int] | None = None,
     ) -> torch.Tensor:
         """Return log-probabilities ``[tokens, vocabulary]`` where these are the answer's tokens."""
         plan = SkipPlan.parse(skip, self.num_layers)
         cache = self._cache()
-        logits = [self.read(prompt, cache, [], len(prompt))]
+        logits = [self.read(prompt, cache, *(prompt_plan or ([], len(prompt))))]
         for count, token in enumerate(tokens[:-1], start=1):
             if then and count == then[0]:
                 plan = SkipPlan.parse(then[1], self.num_layers)
@@ -209,9 +214,10 @@ class Reference:
         if not skip or tail >= len(prompt):
             logits: torch.Tensor = self.model(torch.tensor([prompt]), past_key_values=cache).logits
             return logits[0, -1]
-        cut, decoder = len(prompt) - tail, self.decoder
+        cut = len(prompt) - tail
         for start, stop, left_out in ((0, cut, skip), (cut, len(prompt), [])):
             plan = SkipPlan.parse(left_out, self.num_layers)
+            decoder = self.decoder if plan.is_dense else self._taught
             hidden, where = decoder.embed(prompt[start:stop], range(start, stop))
             for index in range(self.num_layers):
                 if plan.attention >> index & 1:
@@ -311,7 +317,7 @@ class Reference:
     ) -> Generator[int, bool, torch.Tensor]:
         """Run a token; asks at each layer whose MLP its plan runs whether to leave it out."""
         rule.start(plan)
-        decoder = self.decoder
+        decoder = self.decoder if plan.is_dense else self._taught
         hidden, where = decoder.embed([token], [position])
         depth = self.num_layers - (plan.attention & plan.mlp).bit_count()
         seen: list[tuple[float, float]] = []

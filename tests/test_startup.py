@@ -420,7 +420,7 @@ def test_a_profile_s_lora_does_not_go_into_quantised_weights(
     profile = write_first(tmp_path / "profile", quantised)
     config(quantised, **engine_args(profile=profile))
     (tmp_path / "profile" / ADAPTER).mkdir()
-    with pytest.raises(ValueError, match=r"LoRA.* cannot be merged into .* quantisation 'awq'"):
+    with pytest.raises(ValueError, match=r"LoRA.* cannot be added to .* quantisation 'awq'"):
         config(quantised, **engine_args(profile=profile))
 
 

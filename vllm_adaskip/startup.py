@@ -247,19 +247,19 @@ def _undraftable(vllm_config: VllmConfig, config: AdaSkipConfig) -> Iterator[str
 
 
 def _unmergeable(vllm_config: VllmConfig, config: AdaSkipConfig) -> Iterator[str]:
-    """Say where a profile's LoRA cannot be merged, or would be below an adapter made without it."""
+    """Say where a profile's LoRA cannot be added, or would be below an adapter made without it."""
     if not config.profile or not (located(config.profile) / ADAPTER).exists():
         return
     has = f"profile {config.profile!r:.200} has a LoRA adapter"
     if quantisation := vllm_config.model_config.quantization:
         yield (
-            f"{has}, which cannot be merged into weights of quantisation {quantisation!r}; use the "
+            f"{has}, which cannot be added to weights of quantisation {quantisation!r}; use the "
             "unquantised checkpoint, or a profile without"
         )
     if vllm_config.lora_config is not None:
         yield (
-            f"{has}, which is merged into the weights, and adapters of requests were made for "
-            "weights without; remove --enable-lora, or use a profile without"
+            f"{has}, and adapters of requests were made for weights without; remove --enable-lora, "
+            "or use a profile without"
         )
 
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The LoRA adapter of a profile, merged into the weights as they are loaded.
+"""The LoRA adapter of a profile, added to the weights as they are loaded.
 
-Merged, it costs nothing per token; served as an adapter it would cost two more products in
-every layer. It is the profile's model that is served then, also to requests that are dense.
+In the weights it costs nothing per token; served as an adapter it would cost two more products in
+every layer. A merged adapter is served to dense requests too; one for tokens under plans is a
+second set of weights, see `engine/taught.py`.
 """
 
 from __future__ import annotations
@@ -74,16 +75,37 @@ class Lora:
         return cls(scale, _pairs(tensors, folder))
 
     def merged(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """Give a checkpoint's weights, by name, with the adapter added (summed in float32).
+        """Return a checkpoint's weights, by name, with the adapter added (summed in float32).
 
         Raises:
             ProfileError: a shape that does not fit, or a weight the checkpoint does not have.
 
         """
+        for name, weight, changed in self._both(weights):
+            yield name, weight if changed is None else changed
+
+    def beside(
+        self, weights: Iterable[tuple[str, Tensor]], taught: dict[str, Tensor]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Return a checkpoint's weights as they are; those with the adapter added are put aside.
+
+        Raises:
+            ProfileError: see `merged`.
+
+        """
+        for name, weight, changed in self._both(weights):
+            if changed is not None:
+                taught[name] = changed
+            yield name, weight
+
+    def _both(
+        self, weights: Iterable[tuple[str, Tensor]]
+    ) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+        """Return name and weight, and that with the adapter added; None: it has none."""
         left = dict(self._pairs)
         for name, weight in weights:
             if (pair := left.pop(name, None)) is None:
-                yield name, weight
+                yield name, weight, None
                 continue
             down, up = (each.to(weight.device).float() for each in pair)
             if (up.shape[0], down.shape[1]) != weight.shape:
@@ -91,7 +113,7 @@ class Lora:
                     f"the profile's LoRA does not fit {name}: it is for "
                     f"{(up.shape[0], down.shape[1])}, the weight is {tuple(weight.shape)}"
                 )
-            yield name, (weight.float() + self._scale * (up @ down)).to(weight.dtype)
+            yield name, weight, (weight.float() + self._scale * (up @ down)).to(weight.dtype)
         if left:
             raise ProfileError(f"the profile's LoRA changes {min(left)}, which the model lacks")
 

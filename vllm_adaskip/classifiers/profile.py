@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -22,6 +22,8 @@ File = TypeVar("File", bound=BaseModel)
 FILE = "adaskip.json"
 #: In a profile's folder, if it has any: LoRA in peft's format, see `lora`.
 ADAPTER = "lora"
+#: Whose tokens a profile's adapter is for: those that leave something out, or all.
+Adapted = Literal["planned", "merged"]
 FORMAT = 1
 #: A profile is a page of settings; what is larger is something else.
 LARGEST = 1 << 20
@@ -96,6 +98,7 @@ class Profile(BaseModel):
         budget: largest share of decoder compute a decided plan may keep.
         guard: whether a server follows its plans only where they pay, see `AdaSkipConfig`.
         prompt: what prompts leave out, as the server's option ``prompt``; empty: nothing.
+        adapter: whose tokens the LoRA adapter is for, if there is one.
         fingerprint: of the model's config, see `fingerprint`; ``model`` is its name, to read.
         metrics: figures of how it was made, to read.
 
@@ -109,6 +112,7 @@ class Profile(BaseModel):
     budget: float = Field(default=1.0, gt=0, le=1)
     guard: bool = False
     prompt: dict[str, Any] = {}
+    adapter: Adapted = "merged"
     model: str
     fingerprint: str
     metrics: dict[str, float | int | str] = {}

@@ -64,7 +64,7 @@ class CompiledPlans:
     def __init__(self, plans: Iterable[SkipPlan], body: Callable[[Bools], Body]) -> None:
         """Take the plans, of which `MOST` are compiled, and what returns the body of a mask."""
         self.ran, self.seconds, self.mebibytes = 0, 0.0, 0.0
-        self._uncompiled = {plan: body(plan.mask()) for plan in islice(plans, MOST)}
+        self._uncompiled, self._body = [*islice(plans, MOST)], body
         self._bodies: dict[bytes, Body] = {}
 
     def __len__(self) -> int:
@@ -77,10 +77,11 @@ class CompiledPlans:
         that cannot be compiled runs layer by layer, which the log says.
         """
         start, before = perf_counter(), _resident()
-        for plan, body in self._uncompiled.items():
+        for plan in self._uncompiled:
             fill.begin(Step.of_one_plan(plan.mask(), len(inputs[1])), may_change=False)
             try:
-                self._bodies[plan.mask().tobytes()] = _compiled(body, options, inputs)
+                body = _compiled(self._body(plan.mask()), options, inputs)
+                self._bodies[plan.mask().tobytes()] = body
             except Exception as error:  # whatever a compiler may say
                 reason = str(error).strip().partition("\n")[0]
                 logger.warning(
@@ -88,7 +89,7 @@ class CompiledPlans:
                 )
             finally:
                 fill.abandon()
-        self._uncompiled = {}
+        self._uncompiled = []
         self.seconds += perf_counter() - start
         self.mebibytes += _resident() - before
 

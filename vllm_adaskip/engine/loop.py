@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from functools import partial
+from logging import getLogger
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from vllm_adaskip.classifiers import Lens, Stream
 from vllm_adaskip.classifiers.hub import located
 from vllm_adaskip.classifiers.lora import Lora
+from vllm_adaskip.classifiers.profile import Profile
 from vllm_adaskip.engine import compat
 from vllm_adaskip.engine.compat.adapters import Adapters
 from vllm_adaskip.engine.compat.head import Head
@@ -40,11 +42,16 @@ from vllm_adaskip.engine.guard import PARTS, SIZES, Costs, Guard, measured
 from vllm_adaskip.engine.probes import Probes, runs
 from vllm_adaskip.engine.prompts import PromptReader
 from vllm_adaskip.engine.step import NOBODY, Bools, Ints, Step
+from vllm_adaskip.engine.taught import Layers, Taught
 from vllm_adaskip.engine.window import Window
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.model_executor.layers.attention import Attention
+
+    from vllm_adaskip.engine.window import Shown
+
+logger = getLogger("vllm.adaskip")
 
 
 class SkipRuntime:
@@ -193,9 +200,9 @@ class SkippingDecoder(nn.Module):
         shortens = self.adaskip.state.planner.facts.prompt is not None
         if (shortens or self.adaskip.fill.projects) and not self._is_adapted:
             keep_apart(stack)
-        #: What steps run in which something is skipped or observed; not registered once more.
-        self._stack = (stack if self._is_adapted else with_kernels(stack),)
-        self._layers = [*self.stack.layers]  # whose lookup takes longer than this list's
+        self.use(stack if self._is_adapted else with_kernels(stack))
+        #: For tokens under plans, where the profile has such layers.
+        self.taught: Taught | None = None
         compilation, state = vllm_config.compilation_config, self.adaskip.state
         #: Inductor's, where a CPU compiles.
         self._options: Mapping[str, Any] | None = None
@@ -217,15 +224,35 @@ class SkippingDecoder(nn.Module):
         return AdaSkipModelState
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Any:
-        """Load a checkpoint, with the profile's LoRA adapter merged into it if it has one."""
+        """Load a checkpoint, and what the profile adds to it: an adapter, a draft's layers."""
         profile = self.adaskip.state.planner.facts.profile
-        if profile and (lora := Lora.of(located(profile))):
-            weights = lora.merged(weights)
-        loaded = super().load_weights(weights)  # type: ignore[misc]
-        if self.drafter is None or not self.drafter.load():
-            return loaded
-        own = {f"draft_layers.{name}" for name, _ in self.draft_layers.named_parameters()}
+        lora = Lora.of(located(profile)) if profile else None
+        taught: dict[str, Tensor] = {}
+        if profile and lora is not None:
+            is_merged = Profile.load(located(profile)).adapter == "merged"
+            weights = lora.merged(weights) if is_merged else lora.beside(weights, taught)
+        loaded = self.load_plain(weights)
+        if taught:
+            self.taught = Taught(self, taught)
+            self.taught_linears = self.taught.linears  # so that vLLM packs their weights too
+            logger.info(
+                "vllm-adaskip: tokens under plans have layers of their own, which take %.0f MiB",
+                self.taught.mebibytes,
+            )
+        if self.drafter is not None:
+            self.drafter.load()
+        ours = ("taught_linears.", "draft_layers.")
+        own = {name for name, _ in self.named_parameters() if name.startswith(ours)}
         return loaded and {*loaded, *own}  # vLLM checks that nothing was left out
+
+    def load_plain(self, weights: Iterable[tuple[str, Tensor]]) -> Any:
+        """Load weights as stock vLLM does."""
+        return super().load_weights(weights)  # type: ignore[misc]
+
+    def use(self, stack: Any) -> None:
+        """Run a stack's layers in steps in which something is skipped or observed."""
+        self._stack = (stack,)  # not registered once more
+        self.layers = [*stack.layers]  # whose lookup takes longer than this list's
 
     def with_own_layers(self, first: int, weights: Mapping[str, Tensor]) -> SkippingDecoder:
         """Return this model with its first layers and final norm copied, and weights in them.
@@ -252,9 +279,8 @@ class SkippingDecoder(nn.Module):
             "norm": copied(stack.norm),
         }
         own._modules = {**self._modules, "model": model}
-        super(SkippingDecoder, own).load_weights(weights.items())  # type: ignore[misc]
-        own._stack = (with_kernels(model),)
-        own._layers = [*own.stack.layers]
+        own.load_plain(weights.items())
+        own.use(with_kernels(model))
         #: So that vLLM packs their weights too.
         self.draft_layers = nn.ModuleList([*layers, model.norm])
         return own
@@ -378,7 +404,7 @@ class SkippingDecoder(nn.Module):
 
         with compat.warm_up(vllm_config):
             table = measured(timed, sizes)
-        table[PARTS.index("attention") : len(PARTS)] /= len(self._layers)
+        table[PARTS.index("attention") : len(PARTS)] /= len(self.layers)
         return Costs(sizes, compat.of_rank_0(table), [mask for mask, _ in bodies])
 
     def body_of(self, left_out: Bools, *, fills: bool = True) -> Body:
@@ -387,8 +413,8 @@ class SkippingDecoder(nn.Module):
         It runs the modules as stock vLLM made them, whose small operations the compiler fuses.
         ``fills``: whether K/V are made where the engine's fill wants them.
         """
-        bare = copy(self)
-        bare._stack = (self.stack_of(self.model),)
+        bare = copy(self if self.taught is None else self.taught.model)
+        bare._stack = (bare.stack_of(bare.model),)
         layers, projects = [*bare.stack.layers], fills and self.adaskip.fill.projects
         sub_layers = list(enumerate(left_out.tolist()))
 
@@ -452,27 +478,32 @@ class SkippingDecoder(nn.Module):
         ``fills``: whether K/V are projected where they leave attention out.
         """
         embedded = self.embed(input_ids, positions, inputs_embeds)
-        with self.adaskip.running(step), self._adapters() as adapters:
-            window = Window(Stream(embedded, None), positions, adapters)
-            self._run_sub_layers(step, window, fills)
+        if self.taught is None:
+            layers, rows = Layers(self.layers, self.layers, None), self._adapters()
+        else:
+            layers = self.taught.of(step, positions.device)
+            rows = nullcontext(layers.rows)
+        with self.adaskip.running(step), rows as told:
+            window = Window(Stream(embedded, None), positions, told)
+            self._run_sub_layers(step, window, layers, fills)
         return self.finish(window.stream)
 
-    def _adapters(self) -> AbstractContextManager[Adapters | None]:
+    def _adapters(self) -> AbstractContextManager[Shown | None]:
         """Enter what tells vLLM's LoRA layers whose rows are shown; None: there are none."""
         return Adapters(self).during_step() if self._is_adapted else nullcontext()
 
-    def _run_sub_layers(self, step: Step, window: Window, fills: bool) -> None:
+    def _run_sub_layers(self, step: Step, window: Window, layers: Layers, fills: bool) -> None:
         """Run each sub-layer for its tokens; where there are none it is not launched."""
         adaskip = self.adaskip
         reads, asks = adaskip.reader.is_open, adaskip.gate.is_open
         projects = fills and (adaskip.fill.projects or step.is_shortened)
         for sub_layer in range(step.runs.shape[1]):
             part, is_mlp = step.part(sub_layer), sub_layer % 2
-            layer = self._layers[sub_layer // 2]
+            layer = layers.running[sub_layer // 2]
             if part is not NOBODY:
                 window.show(part)
             if projects and not is_mlp and part is not None:
-                self._pass_by(step, sub_layer, window)
+                self._pass_by(step, sub_layer, window, layers)
             if part is NOBODY:
                 continue
             if is_mlp:
@@ -485,7 +516,7 @@ class SkippingDecoder(nn.Module):
                 adaskip.ask(sub_layer, window)
         window.show(None)
 
-    def _pass_by(self, step: Step, sub_layer: int, window: Window) -> None:
+    def _pass_by(self, step: Step, sub_layer: int, window: Window, layers: Layers) -> None:
         """Project K/V of the tokens that leave an attention sub-layer out."""
         tokens = step.passing(sub_layer, generated=self.adaskip.fill.projects)
         if not tokens.count:
@@ -494,6 +525,6 @@ class SkippingDecoder(nn.Module):
             window.show(None)
         layer = sub_layer // 2
         window.adapt(tokens)
-        key, value = self.project_kv(self._layers[layer], *window.passing(tokens))
+        key, value = self.project_kv(layers.passing[layer], *window.passing(tokens))
         window.adapt(window.part)
         self.adaskip.prompt_fill.pass_by(layer, tokens, key, value)

@@ -118,6 +118,7 @@ class Step:
         self._parts: list[Part | Literal["?"] | None] = ["?"] * runs.shape[1]
         self._counted: Ints | None = None
         self._starts: Ints | None = None
+        self._leaving: Bools | None = None
 
     @classmethod
     def of(
@@ -189,6 +190,13 @@ class Step:
         if self._starts is None:
             self._starts = np.cumsum(self.length) - self.length
         return self._starts
+
+    @property
+    def leaving(self) -> Bools:
+        """``[tokens]`` whose plan leaves something out; the same array each time."""
+        if self._leaving is None:
+            self._leaving = np.repeat(~self.runs.all(axis=1), self.length)
+        return self._leaving
 
     @property
     def is_dense(self) -> bool:

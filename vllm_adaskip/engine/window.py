@@ -3,12 +3,20 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from vllm_adaskip.classifiers import Stream
-from vllm_adaskip.engine.compat.adapters import Adapters
 from vllm_adaskip.engine.step import Part, Tokens
+
+
+class Shown(Protocol):
+    """What wants to know which rows are being worked on."""
+
+    def show(self, tokens: Tokens | None, device: torch.device) -> None:
+        """Take which tokens of the step the next layer works on; None: all."""
 
 
 class Window:
@@ -23,12 +31,12 @@ class Window:
 
     """
 
-    def __init__(self, stream: Stream, positions: Tensor, adapters: Adapters | None = None) -> None:
+    def __init__(self, stream: Stream, positions: Tensor, told: Shown | None = None) -> None:
         """Take the stream before the first sub-layer, and ``[tokens]`` positions.
 
-        ``adapters`` are those of the step's requests, if they may bring any.
+        ``told`` is told of the tokens that are shown: adapters of requests, or taught layers.
         """
-        self._adapters = adapters
+        self._told = told
         self.stream = self._whole = stream
         self.part: Part | None = None
         self._positions = self._own = positions
@@ -55,10 +63,9 @@ class Window:
         self.adapt(part)
 
     def adapt(self, tokens: Tokens | None) -> None:
-        """Have the next layer take some tokens' adapters; None: those of all."""
-        if self._adapters is not None:
-            device = self._positions.device
-            self._adapters.show(slice(None) if tokens is None else tokens.on(device))
+        """Have the next layer take some tokens' weights; None: those of all."""
+        if self._told is not None:
+            self._told.show(tokens, self._positions.device)
 
     def of(self, tokens: Tokens) -> Stream:
         """Return the stream of some of the tokens that are shown; a copy, or a view."""

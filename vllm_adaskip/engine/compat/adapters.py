@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vllm_adaskip.engine.step import Tokens
+
 #: Runs of consecutive rows with one adapter: their adapters, their lengths, and sums.
 _FIELDS = ("_lora_indices_per_batch", "_seq_lengths", "batch_size", "token_nums")
 
@@ -41,11 +43,11 @@ class Adapters:
             for name, value in zip(_FIELDS, before, strict=True):
                 setattr(punica, name, value)
 
-    def show(self, rows: slice | Tensor) -> None:
-        """Have the next layers work on some rows of the step."""
+    def show(self, tokens: Tokens | None, device: torch.device) -> None:
+        """Have the next layers work on some tokens of the step; None: all."""
         if self._of_all is None:  # no row has an adapter
             return
-        own = self._of_all[rows]
+        own = self._of_all if tokens is None else self._of_all[tokens.on(device)]
         self._set(own, torch.ones_like(own), len(own), len(own))
 
     def _set(self, *values: Any) -> None:

@@ -29,6 +29,8 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 from vllm.platforms import current_platform
 
+from vllm_adaskip.engine.compat.modules import alike, twin
+
 #: Tokens of which an activation is made at once.
 SLICE = 512
 
@@ -44,23 +46,15 @@ def with_kernels(stack: Module) -> Module:
     """
     counted = get_current_vllm_config().compilation_config.enabled_custom_ops
     before = counted.copy()
-    twin = _twin(stack)
+    own = twin(stack, _with_kernel)
     counted.clear()  # what vLLM counts for its log
     counted.update(before)
-    return twin
+    return own
 
 
-def _twin(module: Module) -> Module:
-    """Copy a module if an op in it has a kernel, down to the op; all else is shared."""
-    children = {name: child and _twin(child) for name, child in module._modules.items()}
-    kernel = _kernel(module)
-    if kernel is None and all(child is module._modules[name] for name, child in children.items()):
-        return module
-    twin: Module = object.__new__(type(module))
-    twin.__dict__.update(module.__dict__, _modules=children)
-    if kernel is not None:
-        twin.__dict__["_forward_method"] = kernel
-    return twin
+def _with_kernel(op: nn.Module) -> nn.Module | None:
+    kernel = _kernel(op)
+    return None if kernel is None else alike(op, _forward_method=kernel)
 
 
 def _kernel(op: nn.Module) -> Forward | None:

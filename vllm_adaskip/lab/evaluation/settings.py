@@ -160,7 +160,9 @@ def adapters_alone(settings: Iterable[Setting]) -> Iterator[Setting]:
 def is_adapted(setting: Setting) -> bool:
     """Return whether a setting's profile has LoRA, by which its engine is not the model's own."""
     profile = setting.options.get("profile")
-    return profile is not None and (located(profile) / ADAPTER).exists()
+    if profile is None or not (located(profile) / ADAPTER).exists():
+        return False
+    return Profile.load(located(profile)).adapter == "merged"
 
 
 def distinct(settings: Iterable[Setting]) -> list[Setting]:
