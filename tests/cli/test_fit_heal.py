@@ -36,6 +36,7 @@ def test_a_ladder_is_healed_and_kept(tmp_path: Path) -> None:
     made = Profile.load(out)
     assert (made.method, made.options) == ("static", {"skip": [5, 6], "ladder": [[5]]})
     assert made.prompt == {"exit": 9, "tail": 16} and made.budget == pytest.approx(10 / 12)
+    assert made.adapter == "planned"
     assert Lora.of(out) is not None and (out / "curve.png").exists()
     assert not (out / "heal.checkpoint").exists()
     before = (out / "adaskip.json").stat().st_mtime_ns
@@ -60,6 +61,8 @@ def test_a_ladder_is_healed_and_kept(tmp_path: Path) -> None:
         ("--skip '[5]' --answers mine", "--answers 'mine'; allowed: own, given"),
         ("--skip '[5]' --rank 0", "--rank 0: Input should be greater than or equal to 1"),
         ("--skip '[5]' --lr=-1", "--lr -1.0"),
+        ("--skip '[5]' --adapter all", "--adapter all: Input should be 'planned' or 'merged'"),
+        ("--early-exit 3 --adapter planned", "not with --early-exit; allowed: merged"),
         ("--profile /nowhere", "/nowhere"),
     ],
 )

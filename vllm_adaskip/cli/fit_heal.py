@@ -52,8 +52,15 @@ def heal(
     batch: fit.Batch = 16,
     lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 1e-3,
     rank: Annotated[int, typer.Option(help="Rank of the LoRA weights.")] = 32,
+    adapter: Annotated[
+        str,
+        typer.Option(
+            help="planned: for tokens that leave something out; merged: for all, as --early-exit "
+            "needs it. Default: planned where it can be.",
+        ),
+    ] = "",
     whole: Annotated[
-        float, typer.Option(help="Share of training in which nothing is left out.")
+        float, typer.Option(help="Of --adapter merged: share of training with nothing left out.")
     ] = 0.25,
     seed: fit.Seed = 0,
     device: fit.Device = "auto",
@@ -71,6 +78,8 @@ def heal(
                 "what shall be healed? allowed: one of --skip, --profile and --early-exit, and "
                 "--prompt-exit alone or beside them"
             )
+        if early_exit and adapter == "planned":
+            raise ValueError("--adapter planned: not with --early-exit; allowed: merged")
         one = fit.subject(
             model, data, (prompt_column, answer_column), limit, batch, seed,
             apply_chat_template=apply_chat_template,
@@ -78,8 +87,9 @@ def heal(
         from vllm_adaskip.lab.fitting.heal import HealSettings  # and torch, which `subject` sets up
 
         settings = fit.checked(
-            HealSettings, steps=steps, batch=batch, lr=lr, rank=rank, whole=whole, seed=seed
-        )
+            HealSettings, steps=steps, batch=batch, lr=lr, rank=rank, whole=whole, seed=seed,
+            adapter=adapter or ("merged" if early_exit else "planned"),
+        )  # fmt: skip
         served = _served(one, skip or (), profile, early_exit or (), prompt_exit, prompt_tail)
         rungs = _rungs(served, early_exit or (), one.config["num_hidden_layers"])
         told = {
@@ -88,7 +98,8 @@ def heal(
         }  # fmt: skip
         if fit.begins(out, "heal", one, data, told):
             done = _fit(out, one, rungs, settings, answers, tokens, device)
-            served.model_copy(update={"metrics": _metrics(done, settings)}).save(out)
+            made = {"metrics": _metrics(done, settings), "adapter": settings.adapter}
+            served.model_copy(update=made).save(out)
             Console().print(table(done))
             for rung in done.worse:
                 run.console.print(f"the adapter makes it worse: {rung}", style="bold red")

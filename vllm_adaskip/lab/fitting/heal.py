@@ -3,15 +3,16 @@
 
 Teacher and student are one model with one copy of its weights; the student has LoRA beside them
 (arXiv 2106.09685). In turn the answers' tokens follow the plans that are healed, so that one
-adapter serves all of them; in a share of the rows nothing is left out, as a server merges the
-adapter for everybody. Plans that leave out all layers from one on are LayerSkip's early exits
+adapter serves all of them. Either tokens alone that leave something out have the adapter, and
+read K and V of others as the whole model makes them; or all have, and in a share of the rows
+nothing is left out. Plans that leave out all layers from one on are LayerSkip's early exits
 (arXiv 2404.16710), each met as often as the next.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from vllm_adaskip.classifiers.plan import SkipPlan
+from vllm_adaskip.classifiers.profile import Adapted
 from vllm_adaskip.engine.prompt_plan import PromptPlan
 from vllm_adaskip.lab.fitting.samples import (
     Batch,
     Sample,
+    answers_begin,
     batches_of,
     held_back,
 )
@@ -44,7 +47,9 @@ class HealSettings(BaseModel):
     Attributes:
         steps: updates, at rate ``lr``, of ``batch`` answers each.
         rank: of the LoRA weights.
-        whole: share of the rows in which nothing is left out.
+        adapter: whose tokens it is for: ``planned``, those that leave something out; ``merged``,
+            all, as a server merges it into the weights.
+        whole: share of the rows in which nothing is left out, of an adapter for all.
         seed: of all that is drawn.
 
     """
@@ -55,6 +60,7 @@ class HealSettings(BaseModel):
     batch: int = Field(default=16, ge=1)
     lr: float = Field(default=1e-3, gt=0)
     rank: int = Field(default=32, ge=1)
+    adapter: Adapted = "planned"
     whole: float = Field(default=0.25, ge=0, lt=1)
     seed: int = 0
 
@@ -132,7 +138,7 @@ def heal(
     Args:
         model: of transformers; it is frozen, and gets LoRA beside its weights.
         samples: prompts with the model's own answers, or others.
-        rungs: to heal.
+        rungs: to heal; they leave the same out of prompts.
         settings: of the training.
         folder: of the profile; training goes on from a checkpoint that is there.
         report: is told what is being done, and how many more steps of training are.
@@ -142,25 +148,28 @@ def heal(
     model.requires_grad_(False)
     if model.device.type == "cpu":  # there the backward of the fused one takes twice the time
         model.set_attn_implementation("eager")
-    adapted = adapt(model, settings.rank, settings.seed)
+    pair = _Pair(model, adapt(model, settings.rank, settings.seed), settings.adapter == "planned")
     every = [*rungs, Rung(SkipPlan(rungs[0].plan.num_layers))]
+    spared = 0.0 if pair.is_planned else settings.whole
 
-    def likeness(under: Callable[[], AbstractContextManager[Any]]) -> list[Likeness]:
+    def likeness() -> list[Likeness]:
         report("measuring", 0)
-        return [_likeness(model, adapted, judging, one, settings.batch, under) for one in every]
+        return [_likeness(pair, judging, one, settings.batch) for one in every]
 
     def loss(batch: Batch) -> Mapping[str, Tensor]:
-        return _loss(model, adapted, batch, _in_turn(batch, rungs, every[-1], settings.whole))
+        return _loss(pair, batch, _in_turn(batch, rungs, every[-1], spared))
 
-    before = likeness(adapted.disable_adapter)
+    before = likeness()  # with an adapter that changes nothing yet
     weights = {name: one for name, one in model.named_parameters() if one.requires_grad}
     batches = of_near_length(training, settings.batch, settings.seed)
     fitting = Training(
         weights, batches, steps=settings.steps, rate=settings.lr, checkpoint=folder / CHECKPOINT
     )
     curve = fitting.run(loss, model.device, lambda steps: report("healing", steps))
-    after = likeness(nullcontext)
-    save_adapter(adapted, folder)
+    for weight in weights.values():  # what is judged is what is saved
+        weight.data = weight.data.to(model.dtype)
+    after = likeness()
+    save_adapter(pair.adapted, folder)
     return Healed(every, before, after, curve)
 
 
@@ -176,10 +185,10 @@ def _in_turn(batch: Batch, ladder: Sequence[Rung], whole: Rung, share: float) ->
     return [whole if at < spared else ladder[(at - spared + first) % len(ladder)] for at in places]
 
 
-def _loss(model: Any, adapted: Any, batch: Batch, rungs: Sequence[Rung]) -> Mapping[str, Tensor]:
+def _loss(pair: _Pair, batch: Batch, rungs: Sequence[Rung]) -> Mapping[str, Tensor]:
     """Return the divergence, and the share of tokens that changed, which has no gradient."""
-    whole, own = _both(model, adapted, batch, rungs)
-    found = _compared(model.get_output_embeddings(), whole, own)
+    whole, own = pair.hidden(batch, rungs)
+    found = _compared(pair.model.get_output_embeddings(), whole, own)
     tokens = len(own)
     through = (own.float() * found.gradient / tokens).sum()
     value = found.divergence / tokens
@@ -189,50 +198,75 @@ def _loss(model: Any, adapted: Any, batch: Batch, rungs: Sequence[Rung]) -> Mapp
     }
 
 
-def _likeness(
-    model: Any,
-    adapted: Any,
-    samples: Sequence[Sample],
-    rung: Rung,
-    batch: int,
-    under: Callable[[], AbstractContextManager[Any]],
-) -> Likeness:
+@torch.no_grad()
+def _likeness(pair: _Pair, samples: Sequence[Sample], rung: Rung, batch: int) -> Likeness:
     divergence, same, tokens = 0.0, 0, 0
-    for places, one in batches_of(samples, batch, model.device):
-        with torch.no_grad():
-            whole, own = _both(model, adapted, one, [rung] * len(places), under)
-        found = _compared(model.get_output_embeddings(), whole, own)
+    for places, one in batches_of(samples, batch, pair.model.device):
+        whole, own = pair.hidden(one, [rung] * len(places))
+        found = _compared(pair.model.get_output_embeddings(), whole, own)
         divergence, same = divergence + found.divergence, same + found.same
         tokens += len(own)
     return Likeness(divergence / tokens, same / tokens)
 
 
-def _both(
-    model: Any,
-    adapted: Any,
-    batch: Batch,
-    rungs: Sequence[Rung],
-    under: Callable[[], AbstractContextManager[Any]] = nullcontext,
-) -> tuple[Tensor, Tensor]:
-    """Return what the head gets, ``[answers' tokens, hidden]``: whole, and of rows on rungs."""
-    from peft.helpers import disable_input_dtype_casting
+@dataclass(frozen=True)
+class _Pair:
+    """A model, and itself with the adapter.
 
-    plans, prompts = [one.plan for one in rungs], [one.prompt for one in rungs]
-    with torch.autocast(model.device.type, torch.bfloat16), disable_input_dtype_casting(model):
-        with torch.no_grad(), adapted.disable_adapter():
-            whole = _before_head(model, batch)
-        with under(), visited(model, leaving_out(batch, plans, prompts)):
-            own = _before_head(model, batch)
-    return whole, own
+    Attributes:
+        model: of transformers.
+        adapted: peft's model of it.
+        is_planned: whether only tokens that leave something out have the adapter.
 
+    """
 
-def _before_head(model: Any, batch: Batch) -> Tensor:
-    """Return the hidden states that answers' tokens follow."""
-    hidden: Tensor = model.get_decoder()(
-        input_ids=batch.ids, attention_mask=batch.real.long(),
-        position_ids=batch.positions, use_cache=False,
-    ).last_hidden_state  # fmt: skip
-    return hidden[functional.pad(batch.answer[:, 1:], (0, 1))]
+    model: Any
+    adapted: Any
+    is_planned: bool
+
+    def hidden(self, batch: Batch, rungs: Sequence[Rung]) -> tuple[Tensor, Tensor]:
+        """Return what the head gets, ``[answers' tokens, hidden]``: whole, and of rows on rungs.
+
+        K and V, and hidden states, of columns before the first that differs are the whole one's.
+        """
+        from transformers import DynamicCache
+
+        cache, width = DynamicCache(), batch.ids.shape[1]
+        with torch.no_grad(), self.adapted.disable_adapter():
+            whole = self._run(batch, 0, width, cache)
+        runs = self._runs(batch, rungs[0])
+        known = runs[0][0] if runs else width
+        cache = DynamicCache() if not known else cache
+        cache.crop(known - width)
+        plans, prompts = [one.plan for one in rungs], [one.prompt for one in rungs]
+        pieces = [whole[:, :known]]
+        for start, end, has_adapter in runs:
+            adapter = nullcontext() if has_adapter else self.adapted.disable_adapter()
+            with adapter, visited(self.model, leaving_out(batch, plans, prompts, end)):
+                pieces.append(self._run(batch, start, end, cache))
+        followed = functional.pad(batch.answer[:, 1:], (0, 1))  # by answers' tokens
+        return whole[followed], torch.cat(pieces, dim=1)[followed]
+
+    def _runs(self, batch: Batch, rung: Rung) -> list[tuple[int, int, bool]]:
+        """Return the columns that differ, run by run, and whether these have the adapter."""
+        begin, width = answers_begin(batch), batch.ids.shape[1]
+        if not self.is_planned:
+            return [(0, width, True)]
+        answers = begin, width, not rung.plan.is_dense
+        if rung.prompt is None:
+            return [] if rung.is_whole else [answers]
+        head = max(0, begin - rung.prompt.tail)
+        return [
+            each for each in ((0, head, True), (head, begin, False), answers) if each[0] < each[1]
+        ]
+
+    def _run(self, batch: Batch, start: int, end: int, cache: Any) -> Tensor:
+        """Return the hidden states of some columns, behind those that the cache has."""
+        hidden: Tensor = self.model.get_decoder()(
+            input_ids=batch.ids[:, start:end], attention_mask=batch.real[:, :end].long(),
+            position_ids=batch.positions[:, start:end], past_key_values=cache, use_cache=True,
+        ).last_hidden_state  # fmt: skip
+        return hidden
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,12 @@ class Batch:
         return self.real & ~self.prompt
 
     @property
+    def fed(self) -> Tensor:
+        """Which tokens of answers another one follows: those that a server is fed with."""
+        answer = self.answer
+        return answer & functional.pad(answer[:, 1:], (0, 1))
+
+    @property
     def labels(self) -> Tensor:
         """The token to come, for each token but the last; `IGNORED` where it is no answer's."""
         return self.ids.masked_fill(~self.answer, IGNORED)[:, 1:]
@@ -90,16 +96,15 @@ class Batch:
 
 
 def batch_of(samples: Sequence[Sample], device: torch.device) -> Batch:
-    """Pad on the left, so that all answers end in the last column."""
-    width = max(len(each.ids) for each in samples)
-    ids = torch.zeros(len(samples), width, dtype=torch.long)
-    lengths = torch.tensor([len(each.ids) for each in samples])[:, None]
+    """Pad prompts on the left and answers on the right, so that all answers begin in one column."""
+    prompts = torch.tensor([len(each.ids) - each.answer for each in samples])[:, None]
     answers = torch.tensor([each.answer for each in samples])[:, None]
-    for row, each in enumerate(samples):
-        ids[row, -len(each.ids) :] = torch.tensor(each.ids)
-    left = width - torch.arange(width)  # columns from here to the end
-    real = left <= lengths
-    return Batch(ids.to(device), real.to(device), (real & (left > answers)).to(device))
+    begin = int(prompts.max())
+    behind = torch.arange(begin + int(answers.max())) - begin  # the column of answers' first tokens
+    real = (behind >= -prompts) & (behind < answers)
+    ids = torch.zeros(real.shape, dtype=torch.long)
+    ids[real] = torch.tensor([token for each in samples for token in each.ids])
+    return Batch(ids.to(device), real.to(device), (real & (behind < 0)).to(device))
 
 
 def batches_of(
@@ -119,8 +124,13 @@ def held_back(samples: Sequence[Sample]) -> tuple[Sequence[Sample], Sequence[Sam
 
 
 def before_answers(batch: Batch) -> int:
-    """Count the columns before the one that the first answer's first token follows."""
-    return int(batch.answer.any(0).int().argmax()) - 1
+    """Count the columns before the one that answers' first tokens follow."""
+    return answers_begin(batch) - 1
+
+
+def answers_begin(batch: Batch) -> int:
+    """Return the column of answers' first tokens."""
+    return int(batch.answer.any(0).int().argmax())
 
 
 def answer_logits(model: Any, batch: Batch, cache: Any = None) -> Tensor:

@@ -61,8 +61,7 @@ def similarities(
     for places, one, values in found:
         real = one.prompt[..., None]
         prompts[places] = (values.masked_fill(~real, 0).sum(1) / real.sum(1)).numpy(force=True)
-        fed = one.answer.clone()
-        fed[:, -1] = False
+        fed = one.fed
         weights[places] = fed.sum(1).numpy(force=True)
         tokens.append(values[fed].numpy(force=True))
         ages.append((fed.long().cumsum(1) - 1)[fed].numpy(force=True))

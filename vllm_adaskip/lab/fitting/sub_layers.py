@@ -87,16 +87,20 @@ def visited(model: Any, visit: Visit) -> Iterator[None]:
 
 
 def leaving_out(
-    batch: Batch, plans: Sequence[SkipPlan], prompts: Sequence[PromptPlan | None] = ()
+    batch: Batch,
+    plans: Sequence[SkipPlan],
+    prompts: Sequence[PromptPlan | None] = (),
+    end: int | None = None,
 ) -> Visit:
     """Return the visit that has each row's answer follow a plan, and its prompt another.
 
-    The model may be run on the last columns of the batch alone.
+    The model may be run on some columns of the batch alone, up to ``end``.
 
     Args:
         batch: of as many rows as there are plans.
         plans: what answers' tokens leave out.
         prompts: what prompts' tokens leave out; None: nothing; empty: none of them does.
+        end: the column behind the last that is run; None: the batch's last is.
 
     """
     whole = SkipPlan(plans[0].num_layers)
@@ -109,7 +113,7 @@ def leaving_out(
 
     def visit(sub_layer: int, before: Tensor, update: Tensor) -> Tensor:
         left_out = skips[:, sub_layer, None] & batch.answer | read[:, sub_layer, None] & passed
-        return update.masked_fill(left_out[:, -before.shape[1] :, None], 0.0)
+        return update.masked_fill(left_out[:, :end][:, -before.shape[1] :, None], 0.0)
 
     return visit
 
