@@ -110,7 +110,7 @@ def main(
 
 
 def mixed(items: Sequence[Item]) -> list[Item]:
-    """Give questions of all tasks in turn, so that every batch has some of each."""
+    """Return questions of all tasks in turn, so that every batch has some of each."""
     by_task: dict[str, list[Item]] = {}
     for item in items:
         by_task.setdefault(item.task, []).append(item)

@@ -232,7 +232,7 @@ def measure(
 
 
 def values(results: list[dict[str, Any]], kind: str, budget: int, key: str) -> list[Any]:
-    """Give one figure of all seeds or draws."""
+    """Return one figure of all seeds or draws."""
     return [r[key] for r in results if (r["kind"], r["budget"]) == (kind, budget)]
 
 
@@ -284,7 +284,7 @@ def difference_table(results: list[dict[str, Any]]) -> Table:
 
 
 def interval(paired: np.ndarray[Any, Any]) -> tuple[float, float]:
-    """Give the bootstrap interval of a mean of paired differences."""
+    """Return the bootstrap interval of a mean of paired differences."""
     if not paired.any():
         return 0.0, 0.0
     found = bootstrap((paired,), np.mean, method="percentile", rng=0).confidence_interval

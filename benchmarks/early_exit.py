@@ -60,13 +60,13 @@ def main(
 
 
 def ways(layers: int) -> dict[str, dict[str, Any]]:
-    """Give the options that have every request for one token stop after so many layers."""
+    """Return the options that have every request for one token stop after so many layers."""
     looked: dict[str, Any] = {"method": "adainfer", "check_layers": [layers - 1], "top_prob": 0.0}
     return {"exit": {"method": "exit", "layers": layers, "scope": "answer"}, "adainfer": looked}
 
 
 def times(model: str, options: dict[str, Any], prompts: int, rounds: int, what: str) -> list[float]:
-    """Give each round's time against dense."""
+    """Return each round's time against dense."""
     from vllm import LLM
 
     from vllm_adaskip import engine_args
@@ -96,7 +96,7 @@ def times(model: str, options: dict[str, Any], prompts: int, rounds: int, what: 
 
 
 def prefill(llm: Any, arguments: dict[str, str], prompts: int) -> float:
-    """Give the seconds of one batch."""
+    """Return the seconds of one batch."""
     from vllm import SamplingParams
 
     params = SamplingParams(

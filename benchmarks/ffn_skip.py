@@ -80,7 +80,7 @@ def main(rounds: Annotated[int, typer.Option(min=3)] = 15) -> None:
 
 
 def rounds_of(rounds: int, name: str, batch: int) -> Iterator[int]:
-    """Give the rounds; the first warms up."""
+    """Return the rounds; the first warms up."""
     yield from track(range(rounds + 1), f"{name}, batch {batch}")
 
 
@@ -104,7 +104,7 @@ def make(model: str, threshold: float) -> Any:
 
 
 def taken_in(engines: dict[float, Any], batch: int, tokens: int) -> dict[str, float]:
-    """Give the seconds of a decode step of dense and of each variant, one after the other."""
+    """Return the seconds of a decode step of dense and of each variant, one after the other."""
     off = {"adaskip": "off"}
     taken = {"dense": decode(engines[NEVER], [off] * batch, tokens)}
     for name, (threshold, other) in VARIANTS.items():
@@ -114,13 +114,13 @@ def taken_in(engines: dict[float, Any], batch: int, tokens: int) -> dict[str, fl
 
 
 def decode(llm: Any, arguments: list[dict[str, str] | None], tokens: int) -> float:
-    """Give the seconds of one decode step of one batch."""
+    """Return the seconds of one decode step of one batch."""
     long, short = (generate(llm, arguments, length) for length in (1 + tokens, 1))
     return (long - short) / tokens
 
 
 def generate(llm: Any, arguments: list[dict[str, str] | None], tokens: int) -> float:
-    """Give the seconds of one batch, every sequence giving the same number of tokens."""
+    """Return the seconds of one batch, every sequence giving the same number of tokens."""
     from vllm import SamplingParams
 
     prompts = [{"prompt_token_ids": [7 + one % 5] * 8} for one in range(len(arguments))]
@@ -136,7 +136,7 @@ def generate(llm: Any, arguments: list[dict[str, str] | None], tokens: int) -> f
 
 
 def spent_in(llm: Any, batch: int, tokens: int) -> float:
-    """Give the gate's share of the steps of one batch, of which the first reads the prompts."""
+    """Return the gate's share of the steps of one batch, of which the first reads the prompts."""
     spent = [0.0]
     llm.apply_model(lambda model: watch(model.adaskip.gate, spent))
     whole = decode(llm, [None] * batch, tokens) * tokens

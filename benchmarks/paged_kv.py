@@ -76,7 +76,7 @@ def fill_table(engines: dict[str, Any], rounds: int) -> Table:
 
 
 def decode(llm: Any, batch: int, skip: list[int]) -> float:
-    """Give the seconds of one decode step of one batch, everybody under one plan."""
+    """Return the seconds of one decode step of one batch, everybody under one plan."""
     from vllm import SamplingParams
 
     def run(tokens: int) -> float:
@@ -93,7 +93,7 @@ def decode(llm: Any, batch: int, skip: list[int]) -> float:
 
 
 def spread(values: list[float]) -> str:
-    """Give median and quartiles in per cent."""
+    """Return median and quartiles in per cent."""
     low, middle, high = statistics.quantiles(values, n=4)
     return f"{middle:.1%} ({low:.1%} to {high:.1%})"
 

@@ -65,7 +65,7 @@ def main(
 def shares(
     model: str, options: dict[str, Any], prompts: int, rounds: int
 ) -> dict[str, list[float]]:
-    """Give, for each part of reading prompts, its share of the prefill in each round."""
+    """Return, for each part of reading prompts, its share of the prefill in each round."""
     from vllm import LLM, SamplingParams
 
     from vllm_adaskip import engine_args
@@ -119,7 +119,7 @@ def watch(reader: Any, spent: dict[str, float]) -> None:
 
 
 def spread(values: list[float]) -> str:
-    """Give median and quartiles in per cent."""
+    """Return median and quartiles in per cent."""
     low, middle, high = statistics.quantiles(values, n=4)
     return f"{middle:.1%} ({low:.1%} to {high:.1%})"
 

@@ -84,7 +84,7 @@ def rule_of(folder: Path) -> ExitRule:
 def answer(
     model: Any, head: FinalHead, ids: list[int], rule: ExitRule | None, most: int, end: int
 ) -> tuple[list[int], list[int]]:
-    """Give an answer's tokens, and how many layers each after the first would have run."""
+    """Return an answer's tokens, and how many layers each after the first would have run."""
     layers = model.config.num_hidden_layers
     output = model(torch.tensor([ids]))
     found, depths = [int(output.logits[0, -1].argmax())], []

@@ -76,7 +76,7 @@ class Prefix:
     cached: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def update(self, key: Tensor, value: Tensor, layer: int, *_: Any) -> tuple[Tensor, Tensor]:
-        """Give the prompt's keys and values with the answer's behind them."""
+        """Return the prompt's keys and values with the answer's behind them."""
         keys, values = self.cached[layer]
         return torch.cat((keys, key), dim=2), torch.cat((values, value), dim=2)
 
@@ -100,7 +100,7 @@ def read_prompts(model: Any, questions: Questions) -> Prefix:
 
 
 def answer(model: Any, questions: Questions, prefix: Prefix, gate: Gate) -> tuple[Tensor, Tensor]:
-    """Give the answer tokens' logits, and the gates that were used: [layers, batch, answer]."""
+    """Return the answer tokens' logits, and the gates that were used: [layers, batch, answer]."""
     inner, length = model.model, questions.answer.shape[1]
     x: Tensor = inner.embed_tokens(questions.answer)
     rotary = inner.rotary_emb(x, questions.real.sum(1, keepdim=True) + torch.arange(length))
@@ -150,7 +150,7 @@ class Controllers(nn.Module):
         self.threshold = 0.0
 
     def logits(self, index: int, x: Tensor, prefix: Prefix) -> Tensor:
-        """Give keep and skip for each answer token, or for the sequence: [batch, tokens, 2]."""
+        """Return keep and skip for each answer token, or for the sequence: [batch, tokens, 2]."""
         tokens = 1 if self.per_sequence else x.shape[1]
         bias, weight = self.bias[index - 1], self.weight[index - 1]
         if not self.reads:
@@ -160,7 +160,7 @@ class Controllers(nn.Module):
         return functional.linear(functional.layer_norm(states, states.shape[-1:]), weight, bias)
 
     def gate(self, prefix: Prefix, margins: list[Tensor] | None = None) -> Gate:
-        """Give the gates of one pass: with noise in training, else by the larger of the two.
+        """Return the gates of one pass: with noise in training, else by the larger of the two.
 
         `margins` collects what the decision rests on, keep minus skip, layer by layer.
         """

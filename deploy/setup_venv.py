@@ -116,7 +116,7 @@ class Environment:
             self.pip("install", "-q", folder)
 
     def pin(self, name: str) -> str:
-        """Give the requirement of the environment's extra that begins with a name."""
+        """Return the requirement of the environment's extra that begins with a name."""
         facts = tomllib.loads((ROOT / "pyproject.toml").read_text())
         needs: list[str] = facts["project"]["optional-dependencies"][self.extra]
         return next(one for one in needs if one.startswith(f"{name}=="))

@@ -59,7 +59,7 @@ def greedy(
     plans: Sequence[Entries | None],
     max_tokens: int = 24,
 ) -> list[list[int]]:
-    """Give the tokens of one batch."""
+    """Return the tokens of one batch."""
     outputs = llm.generate(
         [{"prompt_token_ids": list(prompt)} for prompt in prompts],
         [sampling(plan, max_tokens) for plan in plans],

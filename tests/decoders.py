@@ -24,7 +24,7 @@ class LlamaDecoder:
         self.stack = model.model
 
     def embed(self, tokens: Sequence[int], positions: Sequence[int]) -> tuple[Tensor, Any]:
-        """Give the stream before the first layer, and what `attention` must know of positions."""
+        """Return the stream before the first layer, and what `attention` must know of positions."""
         hidden = self.stack.embed_tokens(torch.tensor([list(tokens)]))
         return hidden, self.stack.rotary_emb(hidden, torch.tensor([list(positions)]))
 
@@ -56,7 +56,7 @@ class LlamaDecoder:
         return mask + torch.full_like(mask, float("-inf")).tril(held - window)
 
     def key_value(self, index: int, hidden: Tensor, where: Any) -> tuple[Tensor, Tensor]:
-        """Give what attention would write into the cache, ``[1, kv_heads, tokens, head_size]``."""
+        """Return what attention writes into the cache, ``[1, kv_heads, tokens, head_size]``."""
         layer = self.stack.layers[index]
         attention, normed = layer.self_attn, layer.input_layernorm(hidden)
         key, value = (

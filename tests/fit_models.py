@@ -13,7 +13,7 @@ VOCABULARY = 64
 
 
 def tiny(family: str, layers: int = 4) -> Any:
-    """Give a random model of a family, with large weights: every layer changes what it says."""
+    """Return a random model of a family, with large weights: every layer changes what it says."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     shape: dict[str, Any] = {
@@ -47,7 +47,7 @@ def useless(model: Any, layer: int) -> None:
 
 @torch.no_grad()
 def own_answers(model: Any, count: int, length: int = 4) -> list[Sample]:
-    """Give random prompts with the answers that the whole model gives."""
+    """Return random prompts with the answers that the whole model gives."""
     draw = torch.Generator().manual_seed(3)
     samples = []
     for number in range(count):

@@ -39,13 +39,13 @@ class Gated:
     def want(
         self, prompt: list[int], arguments: Arguments, tokens: int
     ) -> tuple[list[int], SkipPlan, MlpRule]:
-        """Give tokens, the plan that holds for all of them, and what was left out beyond it."""
+        """Return tokens, the plan that holds for all of them, and what was left out beyond it."""
         plan, rule = self.followed(arguments)
         got, _ = self.reference.generate(prompt, plan.entries(), tokens, rule=rule)
         return got, plan, rule
 
     def followed(self, arguments: Arguments) -> tuple[SkipPlan, MlpRule]:
-        """Give a request's plan, and the rule beyond it."""
+        """Return a request's plan, and the rule beyond it."""
         arguments = arguments or {}
         rule = self.rule()
         if arguments.get("adaskip") == "off" or "adaskip_skip" in arguments:
@@ -95,7 +95,7 @@ class Gated:
         return found
 
     def must_have_run(self, prompt: list[int], arguments: Arguments, tokens: int) -> Any:
-        """Give what `ran` says of a gated request, by the reference."""
+        """Return what `ran` says of a gated request, by the reference."""
         _, plan, rule = self.want(prompt, arguments, tokens)
         left_out = [0] * (2 * TINY_LAYERS)
         for each in rule.left_out:

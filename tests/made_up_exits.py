@@ -11,7 +11,7 @@ LAYERS = 6
 
 
 def made_up(count: int, *, each: int = 1, seed: int = 0) -> Cases:
-    """Give cases of two tasks; ``easy`` settles from layer 1 on, ``hard`` from layer 3 on.
+    """Return cases of two tasks; ``easy`` settles from layer 1 on, ``hard`` from layer 3 on.
 
     A settled case is sure, an unsettled one mostly not, and right by chance at times.
     """

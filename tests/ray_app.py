@@ -35,7 +35,7 @@ def shell(command: str) -> str:
 
 
 def reports() -> list[dict[str, Any]]:
-    """Give what each replica says of itself, by the page's own command."""
+    """Return what each replica says of itself, by the page's own command."""
     printed = shell(block("python -m deploy.ray.report", PAGE).strip())
     return [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
 
@@ -60,6 +60,6 @@ def wait_for(what: Callable[[], Any], seconds: float) -> float:
 
 
 def body(prompt: str, plan: object = None, **more: Any) -> dict[str, Any]:
-    """Give a greedy completion request."""
+    """Return a greedy completion request."""
     common = {"model": "bundled", "prompt": prompt, "temperature": 0, "max_tokens": 12}
     return {**common, "vllm_xargs": {} if plan is None else {"adaskip_skip": plan}, **more}

@@ -19,12 +19,12 @@ ENVIRONMENT = {
 
 
 def blocks(language: str, page: str = "README.md") -> list[str]:
-    """Give a page's code blocks in one language, in order."""
+    """Return a page's code blocks in one language, in order."""
     text = (ROOT / page).read_text()
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
 def block(start: str, page: str = "README.md") -> str:
-    """Give the one block of shell commands that begins so."""
+    """Return the one block of shell commands that begins so."""
     (found,) = [text for text in blocks("bash", page) if text.startswith(start)]
     return found

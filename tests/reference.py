@@ -161,7 +161,7 @@ class Reference:
         exit: Exit | None = None,
         prompt_plan: tuple[Sequence[int | str], int] | None = None,
     ) -> tuple[list[int], float]:
-        """Give greedy tokens, and the smallest gap between the two best logits on the way.
+        """Return greedy tokens, and the smallest gap between the two best logits on the way.
 
         A gap near float32 rounding means that another order of summation may rightly
         choose another token; callers check it. ``then=(n, other)`` follows another plan
@@ -233,7 +233,7 @@ class Reference:
 
     @torch.inference_mode()
     def observe(self, prompt: Sequence[int], classifier: Classifier) -> PromptStatistics:
-        """Give what a method observes of a prompt, in one piece."""
+        """Return what a method observes of a prompt, in one piece."""
         values = torch.zeros(len(prompt), classifier.width)
         size = self.model.config.hidden_size
         observe = classifier.observer(size, values.device, ReferenceLens(self.decoder))
@@ -246,7 +246,7 @@ class Reference:
     def answer(
         self, prompt: Sequence[int], exit: Exit, depth: int | None = None
     ) -> tuple[list[int], float]:
-        """Give the one token that a prompt comes to which may stop early, at ``depth`` at last."""
+        """Return the token that a prompt comes to which may stop early, at ``depth`` at last."""
         seen: list[tuple[float, float]] = []
         for sub_layer, before, update in self._prompt(prompt):
             layer, is_mlp = divmod(sub_layer, 2)

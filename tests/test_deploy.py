@@ -57,7 +57,7 @@ _KEYWORDS = {"const", "enum", "type"}
 
 
 def as_schema(fields: Any) -> dict[str, Any]:
-    """Give the JSON schema of fields that must all be there, and no others."""
+    """Return the JSON schema of fields that must all be there, and no others."""
     if isinstance(fields, list):
         return {"type": "array", "minItems": 1, "items": as_schema(fields[0])}
     if fields.keys() & _KEYWORDS:
@@ -168,7 +168,7 @@ def version() -> str:
 
 
 def stages() -> dict[str, str]:
-    """Give the text of each of the Dockerfile's stages."""
+    """Return the text of each of the Dockerfile's stages."""
     parts = re.split(r"(?m)^FROM (\S+) AS (\S+)$", DOCKERFILE.read_text())[1:]
     return {
         name: f"{image}\n{text}"

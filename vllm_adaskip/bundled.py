@@ -9,7 +9,7 @@ _TESTBED = Path(__file__).parent / "lab" / "testbed"
 
 
 def bundled_model() -> str:
-    """Give the path of the bundled model, for `vllm serve`, `LLM` and transformers.
+    """Return the path of the bundled model, for `vllm serve`, `LLM` and transformers.
 
     Raises:
         FileNotFoundError: its weights are not there (a checkout without them).
@@ -25,7 +25,7 @@ def bundled_model() -> str:
 
 
 def bundled_profile(method: str) -> str:
-    """Give the path of the ready profile of a method for the bundled model.
+    """Return the path of the ready profile of a method for the bundled model.
 
     Raises:
         ValueError: there is none for this method.

@@ -25,7 +25,7 @@ class UseAdaSkip:
     user: Overrides | None = None
 
     def __call__(self, hf_config: Any) -> Any:
-        """Give the config with our architecture, or refuse the model (`ValueError`)."""
+        """Return the config with our architecture, or refuse the model (`ValueError`)."""
         if callable(self.user):
             hf_config = self.user(hf_config)
         elif self.user:
@@ -60,7 +60,7 @@ def engine_args(
     additional_config: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Give the keyword arguments that turn the plugin on: ``LLM(model, **engine_args(...))``.
+    """Return the keyword arguments that turn the plugin on: ``LLM(model, **engine_args(...))``.
 
     Args:
         hf_overrides: your own ``hf_overrides`` for the engine, if any.

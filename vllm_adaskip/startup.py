@@ -136,7 +136,7 @@ def prepare(vllm_config: VllmConfig) -> None:
 
 
 def _shown(value: object) -> str:
-    """Give an option as it stands in a log line; of a fit's tables only how long they are."""
+    """Return an option as it stands in a log line; of a fit's tables only how long they are."""
     if isinstance(value, list) and len(str(value)) > 60:
         return f"({len(value)} entries)"
     return str(value)

@@ -35,7 +35,7 @@ class AppArgs(ReplicaArgs):
         return self
 
     def llm_config(self) -> LLMConfig:
-        """Give what Ray Serve builds replicas from.
+        """Return what Ray Serve builds replicas from.
 
         Raises:
             ValueError: an engine option that vLLM does not have, or a placement that Ray

@@ -182,7 +182,7 @@ def start_ray(args: BatchArgs) -> None:
 
 
 def answered(tables: list[pa.Table], args: BatchArgs) -> Iterator[dict[str, Any]]:
-    """Give each row with its answer, in the order in which engines are done."""
+    """Return each row with its answer, in the order in which engines are done."""
     import ray
     from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
@@ -211,7 +211,7 @@ def answered(tables: list[pa.Table], args: BatchArgs) -> Iterator[dict[str, Any]
 
 
 def as_request(row: dict[str, Any]) -> dict[str, Any]:
-    """Give what the processor takes of a row of `SCHEMA`."""
+    """Return what the processor takes of a row of `SCHEMA`."""
     return {
         "prompt": row["prompt"],
         "sampling_params": {

@@ -38,7 +38,7 @@ class RowError(ValueError):
 
 
 def read(path: Path) -> Iterator[dict[str, Any] | RowError]:
-    """Give the rows of a ``.jsonl`` or ``.parquet`` file; a line that is no row as its error.
+    """Return the rows of a ``.jsonl`` or ``.parquet`` file; a line that is no row as its error.
 
     Raises:
         ValueError: a file of another kind.
@@ -96,7 +96,7 @@ class RowCheck:
         return cls(Planner(facts), args.max_tokens, args.temperature)
 
     def __call__(self, number: int, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Give a row of `SCHEMA` (`RowError`: this one cannot run)."""
+        """Return a row of `SCHEMA` (`RowError`: this one cannot run)."""
         prompt = row.get("prompt")
         if not isinstance(prompt, str) or not prompt:
             raise RowError(f"prompt: {prompt!r:.80} is not allowed; allowed: a text")

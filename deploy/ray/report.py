@@ -11,7 +11,7 @@ from ray import serve
 
 
 def reports(app: str = "adaskip") -> list[dict[str, Any]]:
-    """Give `AdaSkipServer.adaskip_report` of every replica of an app on this Ray cluster.
+    """Return `AdaSkipServer.adaskip_report` of every replica of an app on this Ray cluster.
 
     Raises:
         LookupError: no such app, or it is not one of ours.

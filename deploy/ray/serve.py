@@ -40,7 +40,7 @@ class AdaSkipServer(LLMServer):
         self._counters = start_metrics(self.engine._engine_client)
 
     async def adaskip_report(self) -> dict[str, Any]:
-        """Give ``replica``, its name, ``asked`` and ``workers``.
+        """Return ``replica``, its name, ``asked`` and ``workers``.
 
         ``asked`` counts requests by their arguments that begin with ``adaskip``, as JSON, also
         those that were refused; ``workers`` holds ``adaskip_report`` of each worker.

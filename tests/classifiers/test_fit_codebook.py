@@ -17,7 +17,7 @@ OPTIONS = FirstOptions()
 
 
 def of_kinds(count: int, kinds: int, seed: int = 0, layers: int = LAYERS) -> np.ndarray:
-    """Give scores of prompts that are of a few kinds, with some noise."""
+    """Return scores of prompts that are of a few kinds, with some noise."""
     rng = np.random.default_rng(seed)
     middles = rng.uniform(0.05, 0.95, (kinds, layers))
     noise = rng.normal(0, 0.02, (count, layers))

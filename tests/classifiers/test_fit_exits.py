@@ -37,7 +37,7 @@ def samples_of(model: Any) -> list[Sample]:
 
 @torch.no_grad()
 def depth_logits(model: Any, ids: list[int]) -> np.ndarray:
-    """Give ``[layers, tokens, vocabulary]``, as one reads it in transformers' documentation."""
+    """Return ``[layers, tokens, vocabulary]``, as one reads it in transformers' documentation."""
     output = model(torch.tensor([ids]), output_hidden_states=True)
     decoder = model.model
     norm = decoder.norm if hasattr(decoder, "norm") else decoder.decoder.final_layer_norm
@@ -47,7 +47,7 @@ def depth_logits(model: Any, ids: list[int]) -> np.ndarray:
 
 
 def plain(model: Any, one: Sample, scope: Scope, named: list[int] | None) -> list[tuple[Any, ...]]:
-    """Give features, agreement, right, passes of each case of a sample."""
+    """Return features, agreement, right, passes of each case of a sample."""
     logits = depth_logits(model, one.ids)
     best = logits.argmax(-1)
     chosen = logits if named is None else logits[..., named]

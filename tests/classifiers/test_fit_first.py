@@ -38,7 +38,7 @@ def told_nothing(what: str, steps: int) -> None:
 
 
 def a_model() -> Any:
-    """Give a model in which layer 2 does nothing and the others do much."""
+    """Return a model in which layer 2 does nothing and the others do much."""
     model = tiny("llama", LAYERS)
     useless(model, 2)
     return model

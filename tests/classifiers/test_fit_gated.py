@@ -45,7 +45,7 @@ def padded_on_the_right(samples: list[Sample]) -> Batch:
 
 @torch.no_grad()
 def served(model: Any, sample: Sample, plan: list[int]) -> Tensor:
-    """Give the answer's logits: the prompt whole, then token by token without these layers."""
+    """Return the answer's logits: the prompt whole, then token by token without these layers."""
     cache = DynamicCache(config=model.config)
     prompt, fed = sample.ids[: -sample.answer], sample.ids[-sample.answer : -1]
     found = [model(torch.tensor([prompt]), past_key_values=cache).logits[0, -1]]

@@ -29,7 +29,7 @@ unit_kinds = st.sampled_from(get_args(Unit))
 
 
 def by_depth(asked: list[SkipPlan]) -> Callable[[SkipPlan], float]:
-    """Give a loss that grows with depth, and writes down what it was asked for."""
+    """Return a loss that grows with depth, and writes down what it was asked for."""
 
     def loss(plan: SkipPlan) -> float:
         asked.append(plan)

@@ -76,7 +76,7 @@ class Early:
     def want(
         self, prompt: list[int], arguments: Arguments, tokens: int
     ) -> tuple[list[int], SkipPlan, Exit | None]:
-        """Give tokens, the plan of the generated ones, and who stopped where, if asked."""
+        """Return tokens, the plan of the generated ones, and who stopped where, if asked."""
         arguments = arguments or {}
         if arguments.get("adaskip") == "off" or "adaskip_skip" in arguments:
             plan = SkipPlan.parse(arguments.get("adaskip_skip", []), TINY_LAYERS)

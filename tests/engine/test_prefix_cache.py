@@ -38,7 +38,7 @@ def prompt_of(rng: random.Random, length: int) -> list[int]:
 
 
 def run(llm: Any, prompt: list[int], plan: Entries, tokens: int = 24) -> tuple[list[int], int]:
-    """Give the greedy tokens of one request, and how many prompt tokens the cache had."""
+    """Return the greedy tokens of one request, and how many prompt tokens the cache had."""
     (output,) = llm.generate({"prompt_token_ids": prompt}, sampling(plan, tokens), use_tqdm=False)
     return list(output.outputs[0].token_ids), output.num_cached_tokens
 

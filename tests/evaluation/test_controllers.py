@@ -56,7 +56,7 @@ def both(model: LlamaForCausalLM) -> tuple[Questions, Prefix]:
 
 
 def full_logits(model: LlamaForCausalLM, questions: Questions, row: int) -> torch.Tensor:
-    """Give the answer's logits of one question, unpadded, from transformers' own forward."""
+    """Return the answer's logits of one question, unpadded, from transformers' own forward."""
     prompt = questions.prompt[row][questions.real[row]]
     length = int((questions.labels[row] != IGNORED).sum())
     ids = torch.cat((prompt, questions.answer[row, :length]))

@@ -66,7 +66,7 @@ def results(tmp_path_factory: pytest.TempPathFactory, items: list[Item]) -> Resu
 
 
 def follow(reference: Reference, prompt: list[int], budget: float, tokens: int) -> list[float]:
-    """Give the shares of tokens that left out each sub-layer, by the reference."""
+    """Return the shares of tokens that left out each sub-layer, by the reference."""
     plan = FfnSkip(SHAPE, FfnSkipOptions(**OWN)).decide(budget, None)
     rule = MlpRule(range(1, LAYERS - 1), OWN["threshold"], OWN["warm_up"])
     reference.generate(prompt, plan.entries(), tokens, rule=rule)

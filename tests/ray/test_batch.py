@@ -66,7 +66,7 @@ class Job:
         self.command = command
 
     def parts(self) -> dict[str, tuple[int, str]]:
-        """Give the parts that are there: when each was written, and what is in it."""
+        """Return the parts that are there: when each was written, and what is in it."""
         found = sorted(self.answers.glob("part-*.jsonl"))
         return {path.name: (path.stat().st_mtime_ns, path.read_text()) for path in found}
 

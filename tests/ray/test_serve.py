@@ -162,7 +162,7 @@ def test_a_profile_s_name_and_other_bad_arguments_are_http_400(
 
 
 async def stream(client: httpx.AsyncClient, prompt: str) -> str:
-    """Give how a streamed answer ended: ``done``, or an error that the client sees."""
+    """Return how a streamed answer ended: ``done``, or an error that the client sees."""
     request = body(prompt, [5], stream=True, max_tokens=300, ignore_eos=True)
     last = ""
     try:

@@ -69,7 +69,7 @@ class Judge:
         tokens: list[int],
         prompt_plan: PromptPlan | None = None,
     ) -> Any:
-        """Give ``[len(tokens), vocabulary]``: what each token should be drawn from."""
+        """Return ``[len(tokens), vocabulary]``: what each token should be drawn from."""
         if (prompt, prompt_plan) != self._prompt:  # the samples of one request share this pass
             self._prompt = prompt, prompt_plan
             self._cache = DynamicCache(config=self.model.config)
@@ -116,7 +116,7 @@ class Judge:
             yield f"ended with {got}, not {end}"
 
     def _end(self, request: Request, tokens: list[int]) -> tuple[str, Any, str] | None:
-        """Give finish reason, stop reason and text if the last token ends the output."""
+        """Return finish reason, stop reason and text if the last token ends the output."""
         last = tokens[-1]
         if last == self.eos or last in request.stop_token_ids:
             reason = None if last == self.eos else last

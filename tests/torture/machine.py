@@ -174,7 +174,7 @@ class Torture(RuleBasedStateMachine):
 
 
 def machine(traffic: Traffic) -> type[Torture]:
-    """Give the state machine of one engine."""
+    """Return the state machine of one engine."""
     return type("Torture", (Torture,), {"traffic": traffic})
 
 

@@ -154,7 +154,7 @@ class Traffic:
         assert not new, "\n\n".join(new)
 
     def report(self) -> dict[str, Any]:
-        """Give the worker's `adaskip_report`."""
+        """Return the worker's `adaskip_report`."""
         report: dict[str, Any] = self.llm.collective_rpc("adaskip_report")[0]
         return report
 

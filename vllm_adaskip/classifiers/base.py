@@ -106,7 +106,7 @@ class Classifier(ABC):
 
     @abstractmethod
     def decide(self, budget: float, prompt: PromptStatistics | None) -> SkipPlan:
-        """Give the plan for a sequence, within a budget that `check` let pass.
+        """Return the plan for a sequence, within a budget that `check` let pass.
 
         Args:
             budget: as in `check`.
@@ -132,7 +132,7 @@ class Classifier(ABC):
         raise NotImplementedError(f"{type(self).__name__} coalesces but has no regrets")
 
     def observer(self, hidden_size: int, device: torch.device, lens: Lens | None = None) -> Observe:
-        """Give what writes down what is kept of each token, for one engine of this process.
+        """Return what writes down what is kept of each token, for one engine of this process.
 
         ``lens`` is the engine's, for methods that look through it.
 

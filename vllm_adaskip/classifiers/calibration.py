@@ -34,7 +34,7 @@ class CalibratedOptions(EndsOptions):
     )
 
     def resolved_threshold(self) -> float:
-        """Give the threshold that ``target_skip`` asks for, if it does.
+        """Return the threshold that ``target_skip`` asks for, if it does.
 
         Raises:
             PlanError: the fit never left out so much, or the profile does not say.

@@ -15,7 +15,7 @@ from torch.linalg import vecdot, vector_norm
 
 
 def cosine(before: Tensor, update: Tensor) -> Tensor:
-    """Give ``[tokens]`` similarities; for long prompts a twentieth of the time of torch's own.
+    """Return ``[tokens]`` similarities; for long prompts a twentieth of the time of torch's own.
 
     Args:
         before: ``[tokens, hidden_size]`` the stream.
@@ -48,7 +48,7 @@ class Cosines:
         self._added_added = products[:, 1, 1]
 
     def of(self, before: Tensor, update: Tensor) -> NDArray[np.float32]:
-        """Give ``[tokens]`` similarities; arguments as of `cosine`."""
+        """Return ``[tokens]`` similarities; arguments as of `cosine`."""
         self._old.copy_(before)
         self._added.copy_(update)
         torch.bmm(self._pairs, self._transposed, out=self._products)

@@ -26,5 +26,5 @@ class Dense(Classifier):
             )
 
     def decide(self, budget: float, prompt: PromptStatistics | None) -> SkipPlan:
-        """Give the dense plan."""
+        """Return the dense plan."""
         return self._plan

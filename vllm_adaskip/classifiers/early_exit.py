@@ -55,7 +55,7 @@ class EarlyExit(Classifier):
             )
 
     def decide(self, budget: float, prompt: PromptStatistics | None) -> SkipPlan:
-        """Give the fixed plan."""
+        """Return the fixed plan."""
         return self._plan
 
     def gate(self, hidden_size: int, device: torch.device, lens: Lens) -> None:
@@ -63,11 +63,11 @@ class EarlyExit(Classifier):
 
 
 def exit_plan(depth: int, shape: DecoderShape) -> SkipPlan:
-    """Give the plan that runs the first ``depth`` layers."""
+    """Return the plan that runs the first ``depth`` layers."""
     return SkipPlan.parse(range(depth, shape.num_layers), shape.num_layers)
 
 
 def deepest_exit(budget: float, shape: DecoderShape) -> int:
-    """Give how many of the first layers a budget allows; 0: not even one."""
+    """Return how many of the first layers a budget allows; 0: not even one."""
     depths = range(shape.num_layers, 0, -1)
     return next((each for each in depths if exit_plan(each, shape).share(shape) <= budget), 0)

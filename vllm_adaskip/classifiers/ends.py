@@ -27,7 +27,7 @@ class EndsOptions(MethodOptions):
     keep_last: int = Field(default=1, ge=0)
 
     def inner(self, num_layers: int) -> range:
-        """Give the layers that may be left out (`PlanError`: none, or all)."""
+        """Return the layers that may be left out (`PlanError`: none, or all)."""
         kept = self.keep_first + self.keep_last
         if not self.least_kept <= kept < num_layers:
             raise PlanError(

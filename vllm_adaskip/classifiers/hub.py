@@ -24,7 +24,7 @@ _HUB_ID = re.compile(r"([\w.-]{1,96}/[\w.-]{1,96})(?:@([\w./-]{1,96}))?", re.ASC
 
 
 def located(name: str) -> Path:
-    """Give the folder of a profile, downloaded if it is a hub id (``org/name``, ``org/name@tag``).
+    """Return a profile's folder, downloaded if it is a hub id (``org/name``, ``org/name@tag``).
 
     Raises:
         ProfileError: neither a folder nor a hub id, the hub does not give it, or what it should

@@ -86,7 +86,7 @@ class SkipPlan:
 
     @classmethod
     def of_mask(cls, mask: NDArray[np.bool_]) -> SkipPlan:
-        """Give the plan that `mask` says, ``[2 * num_layers]``."""
+        """Return the plan that `mask` says, ``[2 * num_layers]``."""
         attention, mlp = (
             sum(1 << int(layer) for layer in np.flatnonzero(mask[first::2])) for first in (0, 1)
         )
@@ -103,7 +103,7 @@ class SkipPlan:
         return self.attention & self.mlp == (1 << self.num_layers) - 1
 
     def __or__(self, other: SkipPlan) -> SkipPlan:
-        """Give the plan that leaves out what either plan leaves out."""
+        """Return the plan that leaves out what either plan leaves out."""
         if self.num_layers != other.num_layers:
             raise PlanError(f"plans of {self.num_layers} and {other.num_layers} layers do not mix")
         return SkipPlan(self.num_layers, self.attention | other.attention, self.mlp | other.mlp)
@@ -113,14 +113,14 @@ class SkipPlan:
         return shape.kept(self.attention.bit_count(), self.mlp.bit_count())
 
     def mask(self) -> NDArray[np.bool_]:
-        """Give ``[2 * num_layers]`` bools, True: left out; in the order attn 0, mlp 0, attn 1."""
+        """Return ``[2 * num_layers]`` bools, True: left out; in the order attn 0, mlp 0, attn 1."""
         size = -(-self.num_layers // 8)
         packed = self.attention.to_bytes(size, "little") + self.mlp.to_bytes(size, "little")
         bits = np.unpackbits(np.frombuffer(packed, dtype=np.uint8), bitorder="little")
         return bits.reshape(2, -1)[:, : self.num_layers].T.reshape(-1).astype(np.bool_)
 
     def entries(self) -> list[int | str]:
-        """Give the list that `parse` reads back: whole layers first, then single sub-layers."""
+        """Return the list that `parse` reads back: whole layers first, then single sub-layers."""
         whole = self.attention & self.mlp
         return [
             *_bits(whole),
@@ -149,7 +149,7 @@ def as_entries(entries: object) -> Sequence[object]:
 
 
 def parse_entry(entry: object) -> tuple[str, int]:
-    """Give ``("layer" | "attn" | "mlp", layer index)`` of one entry."""
+    """Return ``("layer" | "attn" | "mlp", layer index)`` of one entry."""
     if isinstance(entry, int) and not isinstance(entry, bool):
         return "layer", entry
     if isinstance(entry, str) and (match := _SUB_LAYER.fullmatch(entry)):

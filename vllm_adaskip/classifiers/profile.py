@@ -53,7 +53,7 @@ def refuse_special(path: Path) -> None:
 
 
 def fingerprint(hf_config: Mapping[str, Any]) -> str:
-    """Give a short digest of a model's config: two decoders of one shape share it."""
+    """Return a short digest of a model's config: two decoders of one shape share it."""
     facts = {key: hf_config.get(key) for key in _IDENTITY}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 

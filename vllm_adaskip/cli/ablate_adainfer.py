@@ -103,7 +103,7 @@ def _fits(
 
 
 def _together(sources: Sequence[str]) -> str:
-    """Give one source for several of the bundled tasks; others must be one."""
+    """Return one source for several of the bundled tasks; others must be one."""
     if len(sources) == 1:
         return sources[0]
     if wrong := [one for one in sources if not one.startswith("bundled:")]:

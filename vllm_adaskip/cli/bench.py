@@ -94,7 +94,7 @@ def table(
 
 
 def shapes_of(names: list[str] | None, *, kv_space: int = 1) -> list[Shape]:
-    """Give the shapes that a user names, and set the environment for engines of this process.
+    """Return the shapes that a user names, and set the environment for engines of this process.
 
     Call it before torch is loaded, which reads the number of threads then.
     """

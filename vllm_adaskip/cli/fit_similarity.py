@@ -90,7 +90,7 @@ def of_prompts(
 
 
 def often(found: Similarities, options: EndsOptions, budget: float, shape: DecoderShape) -> Floats:
-    """Give ``[2 * num_layers]`` shares of the prompts that leave out each sub-layer."""
+    """Return ``[2 * num_layers]`` shares of the prompts that leave out each sub-layer."""
     from vllm_adaskip.classifiers.base import PromptStatistics
     from vllm_adaskip.classifiers.similarity.method import Similarity
 

@@ -274,7 +274,7 @@ def candidates(
     draws: int,
     seed: int,
 ) -> list[Setting]:
-    """Give families of plans and methods, each at each budget."""
+    """Return families of plans and methods, each at each budget."""
     own = parsed(options, "--options", dict)
     shares = list(budgets or BUDGETS)
     for family in families or ():
@@ -294,7 +294,7 @@ def profiles(
     targets: Sequence[float] | None,
     manifest: Manifest,
 ) -> Iterator[Setting]:
-    """Give each profile by itself, and at the budgets and targets that the user names."""
+    """Return each profile by itself, and at the budgets and targets that the user names."""
     for name in names or ():
         yield from known.profiled(name, budgets or (), targets or (), manifest.fingerprint)
 

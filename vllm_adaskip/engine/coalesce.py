@@ -48,7 +48,7 @@ def coalesced(
     shape: DecoderShape,
     limit: float,
 ) -> list[SkipPlan]:
-    """Give the plans of sequences whose prompts became complete in the same step.
+    """Return the plans of sequences whose prompts became complete in the same step.
 
     Every argument is the same on all ranks, and so is what is done with them, so the plans are.
 
@@ -97,7 +97,7 @@ def drawn(
     live: BoolArray,
     weights: NDArray[np.int64],
 ) -> list[int]:
-    """Give each sequence one of the plans it allows, so that the batch runs little more.
+    """Return one of the plans that each sequence allows, so that the batch runs little more.
 
     The plan that adds least work for each sequence that allows it goes first, to all of these; then
     the next, for those that are left: the greedy rule for weighted set cover. Of equals the plan
@@ -132,6 +132,6 @@ def drawn(
 
 
 def _candidates(plans: Iterable[SkipPlan], live: BoolArray) -> list[SkipPlan]:
-    """Give every plan once, with those that are followed, in an order that is always the same."""
+    """Return every plan once, with those that are followed, in an order that is always the same."""
     followed = (SkipPlan.of_mask(mask) for mask in np.unique(live, axis=0))
     return sorted({*plans, *followed}, key=lambda plan: (plan.attention, plan.mlp))

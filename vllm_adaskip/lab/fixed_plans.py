@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 def units(unit: Unit, layers: Iterable[int]) -> list[Entry]:
-    """Give what of these layers may be left out one by one, in running order."""
+    """Return what of these layers may be left out one by one, in running order."""
     if unit == "layer":
         return [*layers]
     return [form.format(layer) for layer in layers for form in _FORMS[unit]]

@@ -78,7 +78,7 @@ class ServerCounters:
 
 
 def figures(report: Mapping[str, Any]) -> Figures:
-    """Give what a report comes to, by counter and value of its label."""
+    """Return what a report comes to, by counter and value of its label."""
     tokens: int = report["decode_tokens"]
     run = {"attention": sum(report["attn_run"]), "mlp": sum(report["mlp_run"])}
     return {

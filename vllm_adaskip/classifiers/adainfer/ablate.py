@@ -24,7 +24,7 @@ EXIT = "exit"
 
 
 def answer_settings(fits: Mapping[str, Path], num_layers: int) -> list[Setting]:
-    """Give what is compared where an answer is one token, dense first.
+    """Return what is compared where an answer is one token, dense first.
 
     Args:
         fits: name -> profile of scope ``answer``.
@@ -47,7 +47,7 @@ def answer_settings(fits: Mapping[str, Path], num_layers: int) -> list[Setting]:
 def generation_settings(
     prompt: Mapping[str, Path], token: Mapping[str, Path], num_layers: int
 ) -> list[Setting]:
-    """Give what is compared where answers are texts, dense first.
+    """Return what is compared where answers are texts, dense first.
 
     Args:
         prompt: name -> profile of scope ``prompt``.
@@ -130,7 +130,7 @@ def _row(
 
 
 def depth(answer: Answer, num_layers: int) -> int:
-    """Give after how many layers a whole answer stopped."""
+    """Return after how many layers a whole answer stopped."""
     left_out = answer.left_out or [0.0] * 2 * num_layers
     return round(num_layers - sum(left_out[::2]))
 

@@ -176,7 +176,7 @@ def _rule(options: AdaInferOptions, profile: Path | None) -> ExitRule:
 
 
 def _check_layers(options: AdaInferOptions, rule: ExitRule, shape: DecoderShape) -> tuple[int, ...]:
-    """Give the layers to look after (`ValueError`: not fitted, or the model has none such)."""
+    """Return the layers to look after (`ValueError`: not fitted, or the model has none such)."""
     chosen = rule.layers if options.check_layers is None else tuple(options.check_layers)
     if list(chosen) != sorted(set(chosen)):
         raise ValueError(f"check_layers {list(chosen)} must ascend")

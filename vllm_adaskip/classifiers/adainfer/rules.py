@@ -50,7 +50,7 @@ class ExitRule(ABC):
 
     @abstractmethod
     def tensors(self) -> dict[str, NDArray[np.float64]]:
-        """Give the parameters by the names under which a profile keeps them."""
+        """Return the parameters by the names under which a profile keeps them."""
 
     def save(self, folder: Path) -> None:
         """Write the parameters into a profile's folder."""
@@ -76,7 +76,7 @@ class Threshold(ExitRule):
         return (top_prob >= self.top_prob[at]) & (gap >= self.gap[at]), seen
 
     def tensors(self) -> dict[str, NDArray[np.float64]]:
-        """Give ``top_prob`` and ``gap``."""
+        """Return ``top_prob`` and ``gap``."""
         return {"top_prob": self.top_prob, "gap": self.gap}
 
 
@@ -108,7 +108,7 @@ class Svm(ExitRule):
         return self.decision(layer, features) >= 0, seen
 
     def decision(self, layer: int, features: FloatArray) -> FloatArray:
-        """Give ``[tokens]`` sum_i dual_i k(x, s_i) + bias."""
+        """Return ``[tokens]`` sum_i dual_i k(x, s_i) + bias."""
         at = self.layers.index(layer)
         points = (features - self.mean[at]) / self.scale[at]
         vectors = self.vectors[at]
@@ -121,7 +121,7 @@ class Svm(ExitRule):
         return decision
 
     def tensors(self) -> dict[str, NDArray[np.float64]]:
-        """Give one tensor for all layers, but support vectors layer by layer."""
+        """Return one tensor for all layers, but support vectors layer by layer."""
         tensors = {"mean": self.mean, "scale": self.scale, "bias": self.bias}
         for layer, vectors, dual in zip(self.layers, self.vectors, self.dual, strict=True):
             tensors |= {f"vectors.{layer}": vectors, f"dual.{layer}": dual}
@@ -157,5 +157,5 @@ class Crf(ExitRule):
         return scores[:, 1] >= scores[:, 0], scores
 
     def tensors(self) -> dict[str, NDArray[np.float64]]:
-        """Give ``unary`` and ``transition``."""
+        """Return ``unary`` and ``transition``."""
         return {"unary": self.unary, "transition": self.transition}

@@ -40,7 +40,7 @@ def settings(
     shape: DecoderShape,
     targets: Sequence[float] = TARGETS,
 ) -> list[Setting]:
-    """Give everything that is compared, dense first.
+    """Return everything that is compared, dense first.
 
     Args:
         found: similarities on training examples; thresholds and cold regions are fitted to them.
@@ -86,7 +86,7 @@ def _decided(family: str, target: float, options: FfnSkipOptions) -> Setting:
 def _fixed(
     found: Similarities, greedy: Sequence[Entry], target: float, num_layers: int
 ) -> Iterator[Setting]:
-    """Give sets of MLPs that everybody leaves out; the first and the last layer's stay."""
+    """Return sets of MLPs that everybody leaves out; the first and the last layer's stay."""
     inner = units("mlp", range(1, num_layers - 1))
     count = round(target * num_layers)
     mean = np.average(found.prompts, axis=0, weights=found.weights)[3:-1:2]
@@ -106,7 +106,7 @@ def _fixed(
 def _at_equal_compute(
     greedy_layers: Sequence[Entry], target: float, shape: DecoderShape
 ) -> Iterator[Setting]:
-    """Give what leaves out attention too, with as much compute kept as without the MLPs."""
+    """Return what leaves out attention too, with as much compute kept as without the MLPs."""
     less = target * shape.mlp_parameters / shape.layer_parameters
     yield Setting(
         name=f"AdaSkip -{target:.0%}", family="AdaSkip", method="similarity", budget=1 - less

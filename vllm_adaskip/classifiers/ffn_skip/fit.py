@@ -50,7 +50,7 @@ class FfnSkipSettings(BaseModel):
         self.with_ends(1, 1).inner(num_layers)
 
     def with_ends(self, first: int, last: int) -> FfnSkipOptions:
-        """Give the method's options with the ends that the user set, and these for the others."""
+        """Return the method's options with the ends that the user set, and these for the others."""
         ends = {
             "keep_first": first if self.keep_first is None else self.keep_first,
             "keep_last": last if self.keep_last is None else self.keep_last,
@@ -88,7 +88,7 @@ def fit_ffn_skip(found: Similarities, settings: FfnSkipSettings) -> Fitted:
         return 0.0 if options is None else _share(values, weights, options)
 
     def highest(levels: Floats, made: Callable[[float], FfnSkipOptions | None]) -> float | None:
-        """Give the highest of ascending levels at which enough is left out."""
+        """Return the highest of ascending levels at which enough is left out."""
         enough = bisect_left(levels[::-1], True, key=lambda one: share(made(one)) >= target)
         return None if enough == len(levels) else float(levels[::-1][enough])
 
@@ -108,7 +108,7 @@ def fit_ffn_skip(found: Similarities, settings: FfnSkipSettings) -> Fitted:
 
 
 def mlps_left_out(values: Floats, options: FfnSkipOptions) -> NDArray[np.bool_]:
-    """Give ``[cases, num_layers]``, True where the rule leaves an MLP out.
+    """Return ``[cases, num_layers]``, True where the rule leaves an MLP out.
 
     Args:
         values: ``[cases, num_layers]`` similarities at MLPs: of prompts, or of tokens past the
@@ -132,7 +132,7 @@ def mlps_left_out(values: Floats, options: FfnSkipOptions) -> NDArray[np.bool_]:
 
 
 def _cases(found: Similarities, options: FfnSkipOptions) -> tuple[Floats, NDArray[np.int64]]:
-    """Give what is decided about, similarities at its MLPs, and how much each counts."""
+    """Return what is decided about, similarities at its MLPs, and how much each counts."""
     if options.scope == "sequence":
         return found.prompts[:, 1::2], found.weights
     past = found.ages >= options.warm_up
@@ -147,7 +147,7 @@ def _cases(found: Similarities, options: FfnSkipOptions) -> tuple[Floats, NDArra
 
 
 def _with_middle(settings: FfnSkipSettings, mean: Floats, level: float) -> FfnSkipOptions | None:
-    """Give a threshold and its middle: between the user's ends, or at least one layer at each.
+    """Return a threshold and its middle: between the user's ends, or at least one layer at each.
 
     None where no layer is so similar.
     """
@@ -183,7 +183,7 @@ def _inner(values: Floats, options: FfnSkipOptions) -> Floats:
 
 
 def _grid(values: Floats) -> Floats:
-    """Give ascending thresholds, as many similarities between any two."""
+    """Return ascending thresholds, as many similarities between any two."""
     own = np.unique(values)
     # Between neighbouring similarities, so that rounding another way changes nothing.
     middles = np.concatenate([own[:1] - 1e-6, (own[1:] + own[:-1]) / 2])

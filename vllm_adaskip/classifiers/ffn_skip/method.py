@@ -106,7 +106,7 @@ class FfnSkip(Classifier):
         return self._without(order[: max(min(above, self._most), least)])
 
     def _least(self, budget: float) -> int:
-        """Give the fewest MLPs that must be left out to meet a budget (`PlanError`: too many)."""
+        """Return the fewest MLPs that must be left out to meet a budget (`PlanError`: too many)."""
         for count in range(self._most + 1):
             if (kept := self._without(range(count)).share(self._shape)) <= budget:
                 return count

@@ -53,7 +53,7 @@ class Fits:
 def settings(
     fits: Fits, fixed: dict[int, list[int | str]], targets: Sequence[float], num_layers: int
 ) -> list[Setting]:
-    """Give everything that is compared, dense first; families are what is averaged over seeds."""
+    """Return everything that is compared, dense first; families are what is averaged over seeds."""
 
     def routed() -> Iterator[Setting]:
         for target in targets:
@@ -74,7 +74,7 @@ def settings(
 
 
 def _at(family: str, seed: str, folder: Path, target: float) -> Setting:
-    """Give a profile's routers at a share left out on average."""
+    """Return a profile's routers at a share left out on average."""
     options = {"profile": str(folder), "target_skip": target}
     name = f"{family}{seed} -{target:.0%}"
     return Setting(name=name, family=family, method="first", options=options)
@@ -83,7 +83,7 @@ def _at(family: str, seed: str, folder: Path, target: float) -> Setting:
 def best_fixed(
     loss: Callable[[Sequence[int]], float], counts: Sequence[int], num_layers: int
 ) -> dict[int, list[int | str]]:
-    """Give, for each number of layers, the greedily best plan (SLEB, arXiv 2402.09025).
+    """Return, for each number of layers, the greedily best plan (SLEB, arXiv 2402.09025).
 
     The first and the last layer stay.
 

@@ -110,7 +110,7 @@ class First(Classifier):
         return prompt.last if self.options.reduce == "last" else prompt.mean
 
     def plan(self, scores: NDArray[np.float64], budget: float = 1.0) -> SkipPlan:
-        """Give the plan for ``[num_layers]`` reduced scores.
+        """Return the plan for ``[num_layers]`` reduced scores.
 
         Layers are left out in the order of their scores, below the threshold, and beyond it as far
         as the budget asks. With a codebook, a few more layers may be allowed than that takes, so

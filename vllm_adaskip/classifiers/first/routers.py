@@ -48,7 +48,7 @@ class Routers(nn.Module):
         self.bias = nn.Parameter(like.new_full((num_layers,), start).logit())
 
     def forward(self, layer: int, before: Tensor) -> Tensor:
-        """Give ``rho`` ``[...]`` float32 of a layer for a stream ``[..., hidden]``."""
+        """Return ``rho`` ``[...]`` float32 of a layer for a stream ``[..., hidden]``."""
         stream = before.float()
         # |h| = rms(h) * sqrt(hidden); no more operations than needed, for they are what it costs.
         length = vector_norm(stream, dim=-1).clamp_min(_SMALLEST)

@@ -42,11 +42,11 @@ class StaticSettings(EndsOptions):
     seed: int = 0
 
     def candidates(self, num_layers: int) -> list[Entry]:
-        """Give what may be left out (`PlanError`: the ends keep all, or nothing)."""
+        """Return what may be left out (`PlanError`: the ends keep all, or nothing)."""
         return units(self.unit, self.inner(num_layers))
 
     def count(self, num_layers: int) -> int:
-        """Give how many of them are left out (`ValueError`: none, or more than there are)."""
+        """Return how many of them are left out (`ValueError`: none, or more than there are)."""
         there, allowed = len(units(self.unit, range(num_layers))), len(self.candidates(num_layers))
         count = round(self.target_skip * there)
         told = f"target_skip {self.target_skip:g} is {count} of {there}, --unit {self.unit}"

@@ -39,7 +39,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def with_kernels(stack: Module) -> Module:
-    """Give a twin of a stack of decoder layers that shares all weights, but whose ops have kernels.
+    """Return the twin of a stack of layers that shares its weights, but whose ops have kernels.
 
     The stack itself stays what stock vLLM made, for stock vLLM and the compiler. Called while
     the model is made, as vLLM chooses the ops' methods then.
@@ -58,7 +58,7 @@ def _with_kernel(op: nn.Module) -> nn.Module | None:
 
 
 def _kernel(op: nn.Module) -> Forward | None:
-    """Give what an op should run by itself; None: as it is, or no op."""
+    """Return what an op should run by itself; None: as it is, or no op."""
     if type(op) is RMSNorm and op.variance_size_override is None:
         return _norm(op)
     if current_platform.is_cpu() and isinstance(op, SiluAndMul):

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def counter_class(client: EngineClient) -> Any | None:
-    """Give the class of vLLM's own counters; None under ``--disable-log-stats``.
+    """Return the class of vLLM's own counters; None under ``--disable-log-stats``.
 
     That is prometheus_client's, or under Ray Serve one that hands on to Ray's metrics.
     Since 0.29. Remove when a stat logger may ask workers.
@@ -34,7 +34,7 @@ def speaks_for_workers(client: EngineClient) -> bool:
 
 
 async def worker_reports(client: EngineClient) -> dict[int, list[dict[str, Any]]]:
-    """Give ``adaskip_report`` of each worker of each data-parallel engine, by engine index.
+    """Return ``adaskip_report`` of each worker of each data-parallel engine, by engine index.
 
     `EngineClient.collective_rpc` answers for the first engine alone.
     Since 0.29. Remove when it answers for all.

@@ -15,12 +15,12 @@ from vllm_adaskip.classifiers import SkipPlan
 
 
 def nearly_dense(num_layers: int) -> SkipPlan:
-    """Give the plan without one layer; it runs as steps with plans do, not as stock's do."""
+    """Return the plan without one layer; it runs as steps with plans do, not as stock's do."""
     return SkipPlan.parse([num_layers // 2], num_layers)
 
 
 def rows_to_time(plans: Sequence[SkipPlan]) -> list[int]:
-    """Give numbers of rows between which the time of every layer of these plans lies."""
+    """Return numbers of rows between which the time of every layer of these plans lies."""
     running = _running(plans)
     most = len(plans)
     lowest, highest = int(running.min()), int(running.max())
@@ -30,7 +30,7 @@ def rows_to_time(plans: Sequence[SkipPlan]) -> list[int]:
 
 
 def bound(plans: Sequence[SkipPlan], nearly: float, layer: Mapping[int, float]) -> float:
-    """Give the least seconds of a step in which each row follows its plan.
+    """Return the least seconds of a step in which each row follows its plan.
 
     Args:
         plans: of whole layers, one a row.
@@ -47,11 +47,11 @@ def bound(plans: Sequence[SkipPlan], nearly: float, layer: Mapping[int, float]) 
 
 
 def _running(plans: Sequence[SkipPlan]) -> np.ndarray:
-    """Give ``[num_layers]``, how many of the plans run each layer."""
+    """Return ``[num_layers]``, how many of the plans run each layer."""
     running: np.ndarray = (~np.array([plan.mask() for plan in plans]))[:, 0::2].sum(axis=0)
     return running
 
 
 def all_rows(mixtures: Iterable[Sequence[SkipPlan]]) -> list[int]:
-    """Give `rows_to_time` of several batches together."""
+    """Return `rows_to_time` of several batches together."""
     return sorted({rows for plans in mixtures for rows in rows_to_time(plans)})

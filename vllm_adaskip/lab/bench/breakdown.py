@@ -32,7 +32,7 @@ class Stopwatch:
         self._inside = [0.0]
 
     def timed(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        """Give a function that does the same and adds its time to a part."""
+        """Return a function that does the same and adds its time to a part."""
 
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             self._inside.append(0.0)
@@ -72,7 +72,7 @@ class Stopwatch:
 
 
 def breakdown(llm: Any, arguments: Arguments, steps: int) -> dict[str, float]:
-    """Give the seconds of each part of a decode step, mean over so many."""
+    """Return the seconds of each part of a decode step, mean over so many."""
     batch = Batch(llm, arguments, tokens=steps + 3)
     batch.prefill()
     batch.step()
@@ -90,6 +90,6 @@ def breakdown(llm: Any, arguments: Arguments, steps: int) -> dict[str, float]:
 
 
 def host_share(parts: dict[str, float]) -> float:
-    """Give the share of a step that goes into arranging it, beside moving rows and filling K/V."""
+    """Return the share of a step that goes into arranging it, beside moving rows, filling K/V."""
     arranging = [part for part in ADDED if part not in ("gather and scatter", "fill")]
     return sum(parts[part] for part in arranging) / sum(parts.values())

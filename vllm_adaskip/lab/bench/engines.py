@@ -142,14 +142,14 @@ def _adapters(model: str) -> list[Any]:
 
 
 def following(plans: Sequence[SkipPlan]) -> Arguments:
-    """Give arguments that name the plans."""
+    """Return arguments that name the plans."""
     return [{"adaskip_skip": plan.entries()} for plan in plans]
 
 
 def decode(
     llm: Any, arguments: Arguments, steps: int, *, prompt: int = 8, again: bool = False
 ) -> list[float]:
-    """Give the seconds of so many decode steps of a batch, after one that warms up."""
+    """Return the seconds of so many decode steps of a batch, after one that warms up."""
     batch = Batch(llm, arguments, prompt=prompt, tokens=steps + 3, again=again)
     batch.prefill()
     batch.step()

@@ -40,7 +40,7 @@ _EFFORT = Effort(steps=12, rounds=5, turns=1, prompts=16)
 
 
 def guard(folder: Path, say: Say) -> list[tuple[str, float, Spread]]:
-    """Give each ratio on the bundled model's shape: what, its floor, what was found."""
+    """Return each ratio on the bundled model's shape: what, its floor, what was found."""
     with Engines.started(Shape.of("bundled"), folder, say) as engines:
         wanted = {name for pair in FLOORS for name in pair}
         variants: dict[str, Run] = {

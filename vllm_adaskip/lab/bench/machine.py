@@ -45,7 +45,7 @@ class Machine:
         return cls(bandwidth, rate)
 
     def seconds(self, num_bytes: float, operations: float) -> float:
-        """Give the least time that so much takes: the slower of both, perfectly overlapped."""
+        """Return the least time that so much takes: the slower of both, perfectly overlapped."""
         return max(num_bytes / self.bandwidth, operations / self.rate)
 
 

@@ -18,7 +18,7 @@ _STEPS = 30
 
 
 def resident(model: str, *, plugin: bool) -> int:
-    """Give the bytes that a fresh process with an engine has resident after some decoding."""
+    """Return the bytes that a fresh process with an engine has resident after some decoding."""
     command = [sys.executable, "-m", __name__, model, "plugin" if plugin else "stock"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:

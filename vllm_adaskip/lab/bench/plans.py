@@ -12,7 +12,7 @@ from vllm_adaskip.lab.fixed_plans import Unit, at_random, evenly, units
 
 
 def shared(num_layers: int, share: float = 0.5, unit: Unit = "layer") -> SkipPlan:
-    """Give a plan that leaves out a share of all layers, or of their attention or MLPs, evenly."""
+    """Return a plan that leaves out a share of all layers, or of attention or MLPs, evenly."""
     candidates = units(unit, range(num_layers))
     return SkipPlan.parse(evenly(candidates, round(share * len(candidates))), num_layers)
 
@@ -25,7 +25,7 @@ def two_left_out(num_layers: int) -> SkipPlan:
 def distinct(
     num_layers: int, count: int, share: float = 0.5, unit: Unit = "layer"
 ) -> list[SkipPlan]:
-    """Give as many plans, all different, that leave out as much; the same at every call.
+    """Return as many plans, all different, that leave out as much; the same at every call.
 
     Raises:
         ValueError: there are not so many.
@@ -46,5 +46,5 @@ def distinct(
 
 
 def deal(plans: list[SkipPlan], rows: int) -> list[SkipPlan]:
-    """Give each row of a batch one of the plans, in turn."""
+    """Return one of the plans for each row of a batch, in turn."""
     return list(islice(cycle(plans), rows))

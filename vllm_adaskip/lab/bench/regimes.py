@@ -51,7 +51,7 @@ class Regime:
         return max(self.limits, key=self.limits.__getitem__)
 
     def as_json(self) -> dict[str, Any]:
-        """Give what stands in the JSON."""
+        """Return what stands in the JSON."""
         return {**asdict(self), "limit": self.limit}
 
 
@@ -91,7 +91,7 @@ def regimes(
 
 
 def kinds_of_plans(num_layers: int, batch: int) -> dict[str, list[SkipPlan]]:
-    """Give the rows' plans of each kind: half of something, all rows the same or each another."""
+    """Return the rows' plans of each kind: half of something, all rows the same or each another."""
     found = {DENSE: [SkipPlan(num_layers)] * batch}
     for name, unit in UNITS.items():
         found[f"{name}, shared"] = [shared(num_layers, unit=unit)] * batch

@@ -49,5 +49,5 @@ def take_turns(variants: Mapping[str, Run], rounds: int, done: Callable[[], None
 
 
 def ratio(taken: Taken, above: str, below: str) -> Spread:
-    """Give the spread of one variant's seconds over another's in the same round."""
+    """Return the spread of one variant's seconds over another's in the same round."""
     return Spread.of([a / b for a, b in zip(taken[above], taken[below], strict=True)])

@@ -79,7 +79,7 @@ class Server:
     async def _one(
         self, client: httpx.AsyncClient, load: Load, number: int, xargs: dict[str, Any] | None
     ) -> tuple[float, float]:
-        """Give the moments at which a request's first and last token arrived."""
+        """Return the moments at which a request's first and last token arrived."""
         seed = 1000 * self._turn + number
         body = {
             "model": self.model,

@@ -124,7 +124,7 @@ class Engines:
             yield cls(shape, model, *engines)
 
     def plans(self, batch: int) -> dict[str, list[SkipPlan]]:
-        """Give the rows' plans of each variant that brings its own; all but ``OFF`` skip."""
+        """Return the rows' plans of each variant that brings its own; all but ``OFF`` skip."""
         layers = self.shape.num_layers
         mixtures = {
             mixed(count): deal(distinct(layers, count), batch)
@@ -140,7 +140,7 @@ class Engines:
         }
 
     def decoding(self, batch: int, effort: Effort) -> dict[str, Run]:
-        """Give what each variant runs at a batch size: seconds of a decode step."""
+        """Return what each variant runs at a batch size: seconds of a decode step."""
         nothing: Arguments = [None] * batch
         variants = {
             STOCK: (self.stock, nothing),
@@ -166,5 +166,5 @@ def memory_of(shape: Shape) -> float:
 
 
 def stepping(llm: Any, arguments: Arguments, effort: Effort) -> Run:
-    """Give what times a decode step of a batch."""
+    """Return what times a decode step of a batch."""
     return lambda: statistics.median(decode(llm, arguments, effort.steps, prompt=effort.context))

@@ -54,7 +54,7 @@ class Work:
 
 
 def decoder_shape(shape: Shape) -> DecoderShape:
-    """Give what plans of this model are weighed against."""
+    """Return what plans of this model are weighed against."""
     from transformers import AutoConfig
 
     return FAMILIES[shape.family].shape(AutoConfig.for_model(**shape.config))

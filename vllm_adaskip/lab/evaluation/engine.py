@@ -76,7 +76,7 @@ class Engine:
         self._asked = count()
 
     def _start(self, model: str, **options: Any) -> Any:
-        """Give vLLM's ``LLM``."""
+        """Return vLLM's ``LLM``."""
         from vllm import LLM
 
         return LLM(model, **options)
@@ -88,7 +88,7 @@ class Engine:
     def answers(
         self, setting: Setting, items: Sequence[Item], max_tokens: int
     ) -> Iterator[list[Answer]]:
-        """Give the greedy answers, scored, in parts that are worth storing."""
+        """Return the greedy answers, scored, in parts that are worth storing."""
         for start in range(0, len(items), CHUNK):
             yield self._answered(setting, items[start : start + CHUNK], max_tokens)
 
@@ -122,7 +122,7 @@ class Engine:
         return [TokensPrompt(prompt_token_ids=one) for one in tokens]
 
     def arguments(self, setting: Setting) -> dict[str, Any]:
-        """Give the ``extra_args`` of one request."""
+        """Return the ``extra_args`` of one request."""
         own = prompt_arguments(setting.prompt)
         own[ASKED] = next(self._asked)
         if setting.skip is not None:
@@ -130,7 +130,7 @@ class Engine:
         return {"adaskip_budget": setting.budget, **own}
 
     def ran(self, params: Sequence[Any], outputs: Sequence[Any]) -> list[Ran]:
-        """Give what ran of requests that were just answered."""
+        """Return what ran of requests that were just answered."""
         requests = [
             (one.extra_args, output.prompt_token_ids)
             for one, output in zip(params, outputs, strict=True)
@@ -220,7 +220,7 @@ class Engine:
         tokens: int,
         text: str,
     ) -> Answer:
-        """Give one answer as it is stored."""
+        """Return one answer as it is stored."""
         return Answer(
             setting=setting.name,
             item=item.item,

@@ -46,7 +46,7 @@ class HarnessEngine(Engine):
     def answers(
         self, setting: Setting, items: Sequence[Item], max_tokens: int
     ) -> Iterator[list[Answer]]:
-        """Give the greedy answers, task by task; a task says itself how long they may be."""
+        """Return the greedy answers, task by task; a task says itself how long they may be."""
         asked = [one for one in items if isinstance(one, HarnessItem)]
         self._check_lengths(asked)
         for _, members in groupby(asked, key=lambda one: one.task):

@@ -61,7 +61,7 @@ def varying_plans(one: SettingSummary, num_layers: int) -> Heat:
 
 
 def sweeps(cells: Iterable[SweepCell]) -> list[Heat]:
-    """Give a heat map for each kind of damage: hot where answers change."""
+    """Return a heat map for each kind of damage: hot where answers change."""
     kinds: dict[tuple[str, int], dict[tuple[tuple[int, ...], str], SweepCell]] = {}
     for cell in cells:
         # The whole model and sets of layers that a greedy search tried are not blocks.

@@ -53,7 +53,7 @@ class Oracle:
         self._layers, self._scores = np.concatenate(self._useful).T
 
     def frontier(self) -> list[Point]:
-        """Give the vertices of the concave hull of all allotments, cheapest first.
+        """Return the vertices of the concave hull of all allotments, cheapest first.
 
         Each vertex is the best allotment at its number of layers. Between two of them the
         straight line is above the best one by less than one item's gain.
@@ -71,11 +71,11 @@ class Oracle:
         return [Point(*map(float, vertex)) for vertex in vertices / len(hulls)]
 
     def best_score(self, layers: float) -> Point:
-        """Give the best allotment that averages at most so many layers (`OracleError`: none)."""
+        """Return the best allotment that averages at most so many layers (`OracleError`: none)."""
         return self._solve(self._scores, -self._layers, -layers)
 
     def fewest_layers(self, score: float) -> Point:
-        """Give the cheapest allotment that averages at least this score (`OracleError`: none)."""
+        """Return the cheapest allotment that averages at least this score (`OracleError`: none)."""
         return self._solve(-self._layers, self._scores, score)
 
     def _solve(self, gain: Floats, bounded: Floats, least: float) -> Point:
@@ -143,12 +143,12 @@ class Candidates:
     scores: Floats
 
     def oracle(self, group: str) -> Oracle:
-        """Give the oracle over dense and the exits, or over all that are no exits."""
+        """Return the oracle over dense and the exits, or over all that are no exits."""
         chosen = [group in groups(setting) for setting in self.settings]
         return Oracle(self.layers[:, chosen], self.scores[:, chosen])
 
     def average(self, setting: Setting) -> Point:
-        """Give a setting's own averages: every item takes it."""
+        """Return a setting's own averages: every item takes it."""
         column = self.settings.index(setting)
         return Point(float(self.layers[:, column].mean()), float(self.scores[:, column].mean()))
 
@@ -192,7 +192,7 @@ def gather(manifest: Manifest, answers: Iterable[Answer], metric: str | None = N
 
 
 def points(candidates: Candidates) -> list[OraclePoint]:
-    """Give the frontiers of both groups, to store."""
+    """Return the frontiers of both groups, to store."""
     return [
         OraclePoint(
             candidates=group, metric=candidates.metric, layers=point.layers, score=point.score

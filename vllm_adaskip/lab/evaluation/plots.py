@@ -41,7 +41,7 @@ Point = tuple[SettingSummary, float, float, float]
 
 
 def looks_of(summary: Summary) -> dict[str, Look]:
-    """Give each family its look; dense has its own."""
+    """Return the look of each family; dense has its own."""
     families = dict.fromkeys(one.setting.family for one in summary.others)
     looks = {
         family: Look(f"f{index % 6}", *_SHAPES[(index + index // 6) % 6])
@@ -51,7 +51,7 @@ def looks_of(summary: Summary) -> dict[str, Look]:
 
 
 def figure(ylabel: str, *, percent: bool) -> tuple[Any, Any]:
-    """Give an empty figure and its axes; x is the share of compute kept."""
+    """Return an empty figure and its axes; x is the share of compute kept."""
     figure = Figure(figsize=(5.6, 3.9), layout="constrained")
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
@@ -88,7 +88,7 @@ def draw(
 
 
 def _aside(points: Sequence[Point]) -> list[float]:
-    """Give x of each point: families that keep the same compute stand side by side."""
+    """Return x of each point: families that keep the same compute stand side by side."""
     step = 0.012 * (1.05 - min((one.kept for one, *_ in points), default=0))
     taken: dict[float, list[str]] = {}
     for one, *_ in points:

@@ -39,7 +39,7 @@ def early_exit(num_layers: int, left_out: int) -> list[int | str]:
 def plans(
     families: Iterable[str], budgets: Iterable[float], num_layers: int, *, draws: int, seed: int
 ) -> Iterator[Setting]:
-    """Give fixed plans of whole layers that keep at most each budget.
+    """Return fixed plans of whole layers that keep at most each budget.
 
     Args:
         families: some of `PLAN_FAMILIES`.
@@ -66,7 +66,7 @@ def plans(
 
 
 def explicit(skip: list[int | str], num_layers: int) -> Setting:
-    """Give the setting of one plan that the user names (`PlanError` if it cannot run)."""
+    """Return the setting of one plan that the user names (`PlanError` if it cannot run)."""
     plan = SkipPlan.parse(skip, num_layers)
     return Setting(name=str(plan), family="plan", skip=plan.entries())
 
@@ -86,7 +86,7 @@ def shortened(exits: Iterable[int], tail: int, num_layers: int) -> Iterator[Sett
 
 
 def decided(method: str, options: dict[str, Any], budgets: Iterable[float]) -> Iterator[Setting]:
-    """Give a method at each budget.
+    """Return a method at each budget.
 
     Raises:
         ValueError: no such method.

@@ -64,7 +64,7 @@ def sleb_order(
 def stored_order(
     cells: Iterable[SweepCell], num_layers: int, protected: int = PROTECTED
 ) -> Iterator[Step]:
-    """Give the steps that a results folder holds, as far as all of a step's trials are there."""
+    """Return the steps that a results folder holds, as far as all of a step's trials are there."""
     found: dict[Damage, list[SweepCell]] = {}
     for cell in cells:
         found.setdefault(Damage(cell.kind, tuple(cell.layers)), []).append(cell)

@@ -37,7 +37,7 @@ class Damage:
     layers: tuple[int, ...]
 
     def order(self, num_layers: int) -> list[int]:
-        """Give the layers that run, in order."""
+        """Return the layers that run, in order."""
         if self.kind == "delete":
             return [layer for layer in range(num_layers) if layer not in self.layers]
         first, second = self.layers
@@ -252,7 +252,7 @@ class Sweep:
         return all((damage, task) in self._cells for task in self.judge.samples)
 
     def cells(self, damage: Damage) -> list[SweepCell]:
-        """Give a damage's cells, one a task; what had to be measured is stored."""
+        """Return a damage's cells, one a task; what had to be measured is stored."""
         missing = [task for task in self.judge.samples if (damage, task) not in self._cells]
         new = [self.judge.cell(damage, task) for task in missing]
         self.results.append(new)
@@ -261,7 +261,7 @@ class Sweep:
 
 
 def overall(cells: Sequence[SweepCell]) -> tuple[float, float]:
-    """Give agreement and loss over the tokens of all tasks together."""
+    """Return agreement and loss over the tokens of all tasks together."""
     tokens = sum(cell.tokens for cell in cells)
     agreement = sum(cell.tokens * cell.agreement for cell in cells) / tokens
     return agreement, sum(cell.tokens * cell.loss for cell in cells) / tokens

@@ -54,7 +54,7 @@ class TaskQuality:
 def answers_right(
     model: Any, samples: Sequence[Sample], plans: Sequence[SkipPlan], batch: int
 ) -> Bools:
-    """Give ``[samples]``, each under its plan.
+    """Return ``[samples]``, each under its plan.
 
     Fed with the right tokens: each is the likeliest one just where greedy decoding gives them all.
     """

@@ -69,7 +69,7 @@ def similarities(
 
 
 def _of_batch(model: Any, batch: Batch) -> Tensor:
-    """Give ``[rows, tokens, 2 * num_layers]`` float64."""
+    """Return ``[rows, tokens, 2 * num_layers]`` float64."""
     seen: list[Tensor] = []
 
     def look(sub_layer: int, before: Tensor, update: Tensor) -> Tensor:

@@ -175,7 +175,7 @@ def split_of(task: str, text: str) -> str:
 
 
 def prompt_of(task: str, text: str) -> str:
-    """Give a question the form that all of them have."""
+    """Return a question in the form that all of them have."""
     return f"{task} : {text} answer :"
 
 

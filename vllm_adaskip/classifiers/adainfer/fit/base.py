@@ -38,7 +38,7 @@ class ExitFit(ABC):
 
     @abstractmethod
     def exits(self, level: float) -> Bools:
-        """Give ``[cases, layers]``, who would stop where asked, by what was not fitted on it.
+        """Return ``[cases, layers]``, who would stop where asked, by what was not fitted on it.
 
         Args:
             level: agreement for which cuts are chosen.
@@ -47,7 +47,7 @@ class ExitFit(ABC):
 
     @abstractmethod
     def only(self, layers: Sequence[int]) -> ExitFit:
-        """Give the same at fewer layers."""
+        """Return the same at fewer layers."""
 
     @abstractmethod
     def rule(self, level: float) -> ExitRule:
@@ -59,7 +59,7 @@ class ExitFit(ABC):
 
 
 def folds_of(cases: Cases, seed: int) -> Ints:
-    """Give ``[cases]`` the fold of each: all of an example in one, tasks spread evenly."""
+    """Return ``[cases]`` the fold of each: all of an example in one, tasks spread evenly."""
     samples, first, place = np.unique(cases.samples, return_index=True, return_inverse=True)
     draw = np.random.default_rng(seed).random(len(samples))
     fold = np.empty(len(samples), dtype=np.int64)
@@ -68,7 +68,7 @@ def folds_of(cases: Cases, seed: int) -> Ints:
 
 
 def least_cut(scores: Floats, agrees: Bools, level: float) -> float:
-    """Give the least score from which on cases agree at this level; inf if there is none.
+    """Return the least score from which on cases agree at this level; inf if there is none.
 
     FlexEE's equation 2. Halfway to the next lower score, so that rounding another way changes
     nothing; not below what was seen.
@@ -85,7 +85,7 @@ def least_cut(scores: Floats, agrees: Bools, level: float) -> float:
 
 
 def above_others_cut(scores: Floats, agrees: Bools, folds: Ints, level: float) -> Bools:
-    """Give ``[cases]``, who is above the cut of all folds but its own; nobody without a cut."""
+    """Return ``[cases]``, who is above the cut of all folds but its own; nobody without a cut."""
     above = np.zeros(len(scores), dtype=np.bool_)
     if least_cut(scores, agrees, level) < np.inf:
         for fold in range(FOLDS):

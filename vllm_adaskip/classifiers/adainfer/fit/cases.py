@@ -60,7 +60,7 @@ class Cases:
         return len(self.samples)
 
     def of(self, chosen: NDArray[Any]) -> Cases:
-        """Give some of them, by mask or index."""
+        """Return some of them, by mask or index."""
         return Cases(**{name: values[chosen] for name, values in vars(self).items()})
 
 
@@ -147,7 +147,7 @@ def _looks(
 def _look(
     head: FinalHead, stream: Tensor, candidates: Sequence[int] | None
 ) -> tuple[Tensor, Tensor]:
-    """Give features and likeliest tokens of ``[positions, hidden]``."""
+    """Return features and likeliest tokens of ``[positions, hidden]``."""
     seen, best = [], []
     for part in torch.split(stream, _ROWS):
         logits = head.logits(part)

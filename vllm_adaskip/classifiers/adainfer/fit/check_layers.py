@@ -48,12 +48,12 @@ class Look:
 
 
 def check_cost(shape: DecoderShape, tokens: int, hidden_size: int) -> float:
-    """Give what a look at so many tokens' logits costs, in decoder layers."""
+    """Return what a look at so many tokens' logits costs, in decoder layers."""
     return tokens * hidden_size / shape.layer_parameters
 
 
 def first_exits(exits: Bools, layers: Sequence[int], num_layers: int) -> Ints:
-    """Give ``[cases]`` the last layer that runs, from ``[cases, layers]``."""
+    """Return ``[cases]`` the last layer that runs, from ``[cases, layers]``."""
     after = np.append(np.array(layers, dtype=np.int64), num_layers - 1)
     always = np.ones((len(exits), 1), dtype=np.bool_)
     last: Ints = after[np.concatenate([exits, always], axis=1).argmax(1)]

@@ -105,7 +105,7 @@ class _Sure:
         return cls(cuts, agreement)
 
     def cut(self, level: float) -> float:
-        """Give the least cut with this agreement; inf if there is none."""
+        """Return the least cut with this agreement; inf if there is none."""
         enough = np.flatnonzero(self.agreement >= level)
         return float(self.cuts[enough[0]]) if len(enough) else np.inf
 
@@ -131,7 +131,7 @@ def train(cases: Cases, layers: Sequence[int], path: Path) -> Crf:
 
 
 def observations(features: Floats, layers: Sequence[int]) -> list[dict[str, float]]:
-    """Give what CRFsuite reads, from ``[num_layers, 2]``: an item for each of these layers."""
+    """Return what CRFsuite reads, from ``[num_layers, 2]``: an item for each of these layers."""
     return [
         {f"top_prob@{layer}": top_prob, f"gap@{layer}": gap, f"bias@{layer}": 1.0}
         for layer, (top_prob, gap) in ((one, features[one].tolist()) for one in layers)
@@ -164,7 +164,7 @@ def shifted(crf: Crf, cut: float) -> Crf:
 
 
 def log_odds(crf: Crf, features: Floats) -> Floats:
-    """Give ``[cases, layers]`` log P(1) / P(0) given the features so far."""
+    """Return ``[cases, layers]`` log P(1) / P(0) given the features so far."""
     seen, found = np.zeros((len(features), 2)), []
     for layer in crf.layers:
         _, seen = crf.settled(layer, features[:, layer], seen)

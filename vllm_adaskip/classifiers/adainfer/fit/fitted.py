@@ -139,7 +139,7 @@ def _looks(cases: Cases, fit: ExitFit, settings: AdaInferSettings, cost: float) 
 
 
 def _best(looks: Sequence[Look], agreement: float) -> Look:
-    """Give the one that saves most among those that agree enough, together and in each task.
+    """Return the one that saves most among those that agree enough, together and in each task.
 
     Where none does, as with an agreement of 1, the one that agrees most.
     """

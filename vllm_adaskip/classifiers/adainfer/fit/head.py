@@ -47,7 +47,7 @@ class FinalHead:
         return self._head.out_features, self._head.in_features
 
     def logits(self, stream: Tensor) -> Tensor:
-        """Give ``[..., vocabulary]`` of a stream ``[..., hidden]``."""
+        """Return ``[..., vocabulary]`` of a stream ``[..., hidden]``."""
         for module in self._between:
             stream = module(stream)
         logits: Tensor = self._head(stream)

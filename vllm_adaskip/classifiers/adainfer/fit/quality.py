@@ -52,7 +52,7 @@ class TaskExits:
 
 
 def stops(rule: ExitRule, cases: Cases) -> Ints:
-    """Give ``[cases]`` the last layer that runs, as a server decides it."""
+    """Return ``[cases]`` the last layer that runs, as a server decides it."""
     seen: Floats = np.zeros((len(cases), 2))
     exits = np.empty((len(cases), len(rule.layers)), dtype=np.bool_)
     for place, layer in enumerate(rule.layers):

@@ -63,7 +63,7 @@ class SvmFit(ExitFit):
         )
 
     def only(self, layers: Sequence[int]) -> SvmFit:
-        """Give the same at fewer layers."""
+        """Return the same at fewer layers."""
         fewer = copy(self)  # which shares the scores
         fewer.layers = tuple(layers)
         return fewer
@@ -97,7 +97,7 @@ class SvmFit(ExitFit):
 
 
 def train(features: Floats, agrees: Bools, kernel: Kernel) -> Any:
-    """Give scikit-learn's scaler and machine, trained on ``[cases, 2]`` and ``[cases]``."""
+    """Return scikit-learn's scaler and machine, trained on ``[cases, 2]`` and ``[cases]``."""
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
     from sklearn.svm import SVC
@@ -109,7 +109,7 @@ def train(features: Floats, agrees: Bools, kernel: Kernel) -> Any:
 
 
 def exported(machines: dict[int, Any], cuts: Floats) -> Svm:
-    """Give the rule that stops where a layer's machine decides for its cut or more."""
+    """Return the rule that stops where a layer's machine decides for its cut or more."""
     scalers, svcs = zip(*((one[0], one[1]) for one in machines.values()), strict=True)
     is_linear = svcs[0].kernel == "linear"
     # A linear machine is its one weight vector, whatever the number of its support vectors.

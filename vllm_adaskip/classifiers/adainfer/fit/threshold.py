@@ -43,11 +43,11 @@ class ThresholdFit(ExitFit):
         )
 
     def only(self, layers: Sequence[int]) -> ThresholdFit:
-        """Give the same at fewer layers."""
+        """Return the same at fewer layers."""
         return ThresholdFit(self._cases, self._folds, layers)
 
     def rule(self, level: float) -> Threshold:
-        """Give the cuts of all cases."""
+        """Return the cuts of all cases."""
         top_prob, gap = (
             checked_cuts(
                 self.layers,

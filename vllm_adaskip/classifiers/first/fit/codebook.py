@@ -33,7 +33,7 @@ Plans = NDArray[np.bool_]
 
 
 def plans_of(scores: Scores, options: FirstOptions, budget: float = 1.0) -> Plans:
-    """Give each prompt's plan, as a server decides it."""
+    """Return each prompt's plan, as a server decides it."""
     shape = DecoderShape(scores.shape[1], 1, 1)
     method = First(shape, options, Path())  # whose routers are not needed, as the scores are here
     return np.array([method.plan(row, budget).mask()[::2] for row in scores])
@@ -74,7 +74,7 @@ def fit_codebook(
 
 
 def _candidates(plans: Plans) -> Plans:
-    """Give the dense plan, then all that are tried."""
+    """Return the dense plan, then all that are tried."""
     found, count = np.unique(plans, axis=0, return_counts=True)
     common = found[np.argsort(-count, kind="stable")[:_COMMON]]
     shared = (common[:, None] & common[None]).reshape(-1, plans.shape[1])
@@ -84,7 +84,7 @@ def _candidates(plans: Plans) -> Plans:
 
 
 def _ranks(scores: Scores, inner: range) -> NDArray[np.int64]:
-    """Give each layer's place in the order in which layers are left out, from 1; 0: never."""
+    """Return each layer's place in the order in which layers are left out, from 1; 0: never."""
     order = np.argsort(scores[:, inner.start : inner.stop], axis=1, kind="stable") + inner.start
     rank = np.zeros(scores.shape, dtype=np.int64)
     np.put_along_axis(rank, order, np.arange(1, len(inner) + 1)[None], axis=1)
@@ -94,7 +94,7 @@ def _ranks(scores: Scores, inner: range) -> NDArray[np.int64]:
 def _costs(
     rank: NDArray[np.int64], free: Plans, budget: float, tried: Plans
 ) -> NDArray[np.float64]:
-    """Give ``[prompts, plans]``: layers by which snapping to a plan differs from not snapping.
+    """Return ``[prompts, plans]``: layers by which snapping to a plan differs from not snapping.
 
     That is layers that would have to be allowed in addition, and layers skipped less.
     """
@@ -109,7 +109,7 @@ def _costs(
 
 
 def _choose(costs: NDArray[np.float64], size: int) -> Sequence[int]:
-    """Give ``size`` columns that together have the least sum of row minima, beside the first."""
+    """Return ``size`` columns that together have the least sum of row minima, beside the first."""
     chosen: list[int] = []
     for _ in range(size):
         chosen.append(_best(costs, chosen))
@@ -121,6 +121,6 @@ def _choose(costs: NDArray[np.float64], size: int) -> Sequence[int]:
 
 
 def _best(costs: NDArray[np.float64], others: Sequence[int]) -> int:
-    """Give the column that helps most beside the first and these."""
+    """Return the column that helps most beside the first and these."""
     so_far = costs[:, [0, *others]].min(1)
     return int(np.minimum(so_far[:, None], costs).sum(0).argmin())

@@ -43,13 +43,13 @@ def gated(model: Any, batch: Batch, gate: Gate) -> Iterator[None]:
 
 
 def gated_logits(model: Any, batch: Batch, gate: Gate) -> Tensor:
-    """Give `answer_logits` under these gates."""
+    """Return `answer_logits` under these gates."""
     with gated(model, batch, gate):
         return answer_logits(model, batch)
 
 
 def gated_loss(model: Any, batch: Batch, gate: Gate) -> Tensor:
-    """Give `answer_loss` under these gates."""
+    """Return `answer_loss` under these gates."""
     return answer_loss(batch, gated_logits(model, batch, gate))
 
 

@@ -37,7 +37,7 @@ def train_routers(
     checkpoint: Path,
     made: Callable[[int], None],
 ) -> tuple[Routers, Curve]:
-    """Give trained routers; the model must be frozen."""
+    """Return trained routers; the model must be frozen."""
     torch.manual_seed(settings.seed)
     config = model.config.get_text_config()
     routers = Routers(config.num_hidden_layers, config.hidden_size, settings.router_width)

@@ -40,7 +40,7 @@ class Routing:
         self._routers, self._batch, self._decide = routers, batch, decide
 
     def __call__(self, layer: int, before: Tensor) -> Tensor:
-        """Give the gates of a layer; layers that are not routed always run."""
+        """Return the gates of a layer; layers that are not routed always run."""
         if layer not in self._routed:
             return before.new_ones(len(before))
         # Detached: no gate changes a prompt's stream, so there is nothing to learn through it.
@@ -50,7 +50,7 @@ class Routing:
 
 
 def reduced(rho: Tensor, prompt: Tensor, reduce: str) -> Tensor:
-    """Give one score a row of each token's ``rho``, as `FirstOptions.reduce` says.
+    """Return one score a row of each token's ``rho``, as `FirstOptions.reduce` says.
 
     Votes have no gradient; ``fraction`` takes that of the ``rho`` they are cast by.
     """
@@ -63,7 +63,7 @@ def reduced(rho: Tensor, prompt: Tensor, reduce: str) -> Tensor:
 
 
 def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
-    """Give exactly what ``hard`` says, with the gradient of ``soft`` (arXiv 1308.3432)."""
+    """Return exactly what ``hard`` says, with the gradient of ``soft`` (arXiv 1308.3432)."""
     return hard.to(soft.dtype) + (soft - soft.detach())
 
 
@@ -75,7 +75,7 @@ def prompt_scores(
     samples: Sequence[Sample],
     batch: int,
 ) -> NDArray[np.float64]:
-    """Give ``[samples, layers]`` reduced scores; layers that are not routed have 1."""
+    """Return ``[samples, layers]`` reduced scores; layers that are not routed have 1."""
     scores = np.ones((len(samples), len(routers.weight)))
     for places, one in batches_of(samples, batch, model.device):
         routing = Routing(routers, options, one, torch.ones_like)

@@ -14,12 +14,12 @@ _POINTS = 48
 
 
 def share_skipped(plans: Plans, weights: Weights) -> float:
-    """Give the share of layers that these plans leave out, each prompt by its weight."""
+    """Return the share of layers that these plans leave out, each prompt by its weight."""
     return float(np.average(plans.mean(1), weights=weights))
 
 
 def calibrated(scores: Scores, weights: Weights, options: FirstOptions) -> list[list[float]]:
-    """Give `FirstOptions.calibration`: pairs of a threshold and the share left out at it.
+    """Return `FirstOptions.calibration`: pairs of a threshold and the share left out at it.
 
     Measured with the options' codebook, so that what it costs is made up for.
 
@@ -57,7 +57,7 @@ def at_target(options: FirstOptions, target: float) -> FirstOptions:
 
 
 def _grid(scores: NDArray[np.float64], inner: range) -> list[float]:
-    """Give ascending thresholds, as many layers' scores between any two, from 0 to 1."""
+    """Return ascending thresholds, as many layers' scores between any two, from 0 to 1."""
     own = np.unique(scores[:, inner.start : inner.stop])
     # Between neighbouring scores, so that rounding another way changes nothing.
     middles = np.concatenate([[0.0], (own[1:] + own[:-1]) / 2, [1.0]])
