@@ -16,6 +16,7 @@ from vllm_adaskip.classifiers.hub import located
 from vllm_adaskip.classifiers.methods import is_path
 from vllm_adaskip.classifiers.plan import shown
 from vllm_adaskip.classifiers.profile import Profile, ProfileError
+from vllm_adaskip.engine.busy import BusyPlans, Level, Load
 from vllm_adaskip.engine.draft_weights import DraftProfile
 from vllm_adaskip.engine.drafts import DraftOptions
 from vllm_adaskip.engine.prompt_plan import PromptOptions
@@ -83,6 +84,8 @@ class AdaSkipConfig(BaseModel):
             GPU, at start-up.
         prompt: what the tokens of prompts leave out, but for the last ones; see `PromptOptions` and
             docs/prompts.md.
+        busy: leave out what plans do only while the engine is busy, by levels of load; see
+            `BusyPlans` and docs/load.md.
         speculate: draft tokens with a part of the layers, and verify them with the whole model, or
             the request's plan; changes no answer. See `DraftOptions` and docs/lossless.md.
         untested_accelerator: serve on an accelerator on which nobody has run this yet; an
@@ -100,6 +103,7 @@ class AdaSkipConfig(BaseModel):
     guard: bool = False
     known_plans: list[list[int | str]] = []
     prompt: PromptOptions | None = None
+    busy: BusyPlans | None = None
     speculate: DraftOptions | None = None
     untested_accelerator: bool = False
 
@@ -184,6 +188,7 @@ class AdaSkipConfig(BaseModel):
             known_plans=self.known_plans,
             prompt=None if self.prompt is None else self.prompt.model_dump(by_alias=True),
             speculate=None if self.speculate is None else self.speculate.model_dump(),
+            busy=None if self.busy is None else self.busy.model_dump(),
         )
         try:
             Planner(facts)
@@ -248,6 +253,10 @@ _NESTED = {
     "prompt": "exit, skip, tail, from, busy",
     "prompt.busy": "enter, leave",
     "speculate": ", ".join(DraftOptions.model_fields),
+    "busy": ", ".join(BusyPlans.model_fields),
+    "busy.levels": ", ".join(Level.model_fields),
+    "busy.levels.enter": ", ".join(Load._fields),
+    "busy.levels.leave": ", ".join(Load._fields),
 }
 
 
@@ -256,7 +265,8 @@ def _nested(problem: Any) -> str:
     *where, key = map(str, problem["loc"])
     name = f"adaskip.{'.'.join(where)}.{key:.80}"
     if problem["type"] == "extra_forbidden":
-        return f"{name}: unknown option; allowed: {_NESTED['.'.join(where)]}"
+        known = _NESTED[".".join(each for each in where if not each.isdigit())]
+        return f"{name}: unknown option; allowed: {known}"
     return f"{name}: {shown(problem['input'])} is not allowed: {problem['msg']}"
 
 

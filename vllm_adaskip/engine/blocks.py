@@ -13,12 +13,14 @@ that never comes again, so nobody finds it; nor a block of a plan that the batch
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from logging import getLogger
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from vllm_adaskip.classifiers import SkipPlan
+from vllm_adaskip.engine.busy import Levels, Load
 from vllm_adaskip.engine.compat.scheduler import AsyncScheduler, Mark, MarkedBlocks, PromptMark
 from vllm_adaskip.engine.naming import planner_of
 from vllm_adaskip.engine.prompt_plan import Busy, PromptOptions
@@ -26,6 +28,7 @@ from vllm_adaskip.engine.request import ADAPTER, Planner, is_one_answer
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
 
 
@@ -87,6 +90,9 @@ class MarkingScheduler(MarkedBlocks):
         options = self._planner.facts.prompt
         busy = None if options is None else PromptOptions.model_validate(dict(options)).busy
         self._busy = None if busy is None else Busy(busy)
+        self._levels = None if self._planner.busy is None else Levels(self._planner.busy)
+        #: With levels: requests that have not been scheduled yet.
+        self._open: dict[str, Request] = {}
         if (draft := self._planner.draft) is not None:
             self.keep_free(draft.tokens)
         if self._planner.classifier.gate_scope == "answer":
@@ -103,7 +109,30 @@ class MarkingScheduler(MarkedBlocks):
                 params.extra_args = {**(params.extra_args or {}), ADAPTER: name}
             if not self._shortens_now():
                 params.extra_args = self._planner.with_whole_prompt(params.extra_args)
+            if self._levels is not None:
+                self._open[request.request_id] = request
+                self._grade([request])
         super().add_request(request)
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        """Schedule as vLLM does, with the level of load written into what enters now."""
+        if self._levels is None:
+            return super().schedule(*args, **kwargs)
+        load = Load(len(self.waiting), len(self.running), self.kv_cache_manager.usage)
+        if self._levels.saw(load, monotonic()):
+            logger.info("vllm-adaskip: load level %d now: %s", self._levels.now, load)
+            self._open = {name: one for name, one in self._open.items() if not one.is_finished()}
+            self._grade(self._open.values())
+        output = super().schedule(*args, **kwargs)
+        for entered in output.scheduled_new_reqs:
+            self._open.pop(entered.req_id, None)
+        return output
+
+    def _grade(self, requests: Iterable[Request]) -> None:
+        assert self._levels is not None
+        for request in requests:
+            if (params := request.sampling_params) is not None:
+                params.extra_args = self._planner.at_level(params.extra_args, self._levels.now)
 
     def _shortens_now(self) -> bool:
         """Return whether prompts that come in now may be shortened."""
@@ -122,11 +151,23 @@ class MarkingScheduler(MarkedBlocks):
         if params is None:
             return None, None
         known = self._planner, params.extra_args, request.num_prompt_tokens
-        return block_mark(*known), prompt_mark(*known)
+        if self._levels is None:
+            return block_mark(*known), prompt_mark(*known)
+        # Its plan is known when it is scheduled, before there is a block past its prompt.
+        return partial(self._later_mark, request), prompt_mark(*known)
 
-    def is_lasting(self, mark: Mark) -> bool:
+    def _later_mark(self, request: Request) -> bytes:
+        mark = self._mark_of(request)
+        return b"" if mark is None else mark()
+
+    def _mark_of(self, request: Request) -> Mark | None:
+        assert request.sampling_params is not None
+        arguments = request.sampling_params.extra_args
+        return block_mark(self._planner, arguments, request.num_prompt_tokens)
+
+    def is_lasting(self, request: Request) -> bool:
         """Return whether a preempted request may find the blocks with its mark again."""
-        return mark is not unfindable
+        return self._mark_of(request) is not unfindable
 
     def _may_stop_early(self, request: Request) -> bool:
         params = request.sampling_params

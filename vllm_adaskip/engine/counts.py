@@ -137,6 +137,8 @@ class Report(TypedDict):
         compiled: where a CPU compiles plans: how many, steps that ran one, and what compiling
             took, in seconds and MiB of memory.
         guard: with the option: `Guard.report`.
+        busy: with the option: the level of load at which the last sequence entered, and how many
+            entered at each.
         drafts: where tokens are drafted: `Drafter.report`.
         exits: where a method lets tokens exit: ``[num_layers]`` tokens, or with scope ``answer``
             requests, that stopped after each layer.
@@ -159,6 +161,7 @@ class Report(TypedDict):
     graphs: NotRequired[dict[str, int]]
     compiled: NotRequired[dict[str, float]]
     guard: NotRequired[dict[str, Any]]
+    busy: NotRequired[dict[str, Any]]
     drafts: NotRequired[dict[str, Any]]
     exits: NotRequired[list[int]]
 
@@ -197,6 +200,8 @@ def report(state: SkipState) -> Report:
         found["drafts"] = drafter.report()
     if state.guard is not None:
         found["guard"] = state.guard.report()
+    if state.levels:
+        found["busy"] = {"level": state.level, "entered": [*state.levels]}
     if state.planner.classifier.gates_attention:
         found["exits"] = counts.exits.tolist()
     return found

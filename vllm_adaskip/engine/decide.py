@@ -14,6 +14,7 @@ from cachetools import LRUCache
 
 from vllm_adaskip.classifiers import PromptStatistics, SkipPlan
 from vllm_adaskip.engine import compat
+from vllm_adaskip.engine.busy import LEVEL
 from vllm_adaskip.engine.coalesce import Undrawn, coalesced
 from vllm_adaskip.engine.naming import planner_of
 from vllm_adaskip.engine.request import ADAPTER, Planner, Wanted
@@ -62,6 +63,8 @@ class SkipState:
             method may leave out more, token by token. Sequences that wait for a plan are in none.
         coalesced: decisions so far that others in the batch changed, see `engine/coalesce.py`.
         failures: sequences that run dense because the method failed to decide their plan.
+        levels: with option ``busy``: sequences that entered at each level of load.
+        level: at which the last one did.
 
     """
 
@@ -80,6 +83,9 @@ class SkipState:
         self.given: LRUCache[Undecided, SkipPlan] = LRUCache(_REMEMBERED)
         self.pulled: PulledBatch | None = None
         self.drafter: Drafter | None = None
+        self.levels = [0] * (1 + len(planner.busy.levels)) if planner.busy else []
+        self.level = 0
+        self._level_of: LRUCache[bytes, int] = LRUCache(_REMEMBERED)
 
     def enter(
         self,
@@ -102,6 +108,8 @@ class SkipState:
             allowed: token ids that it may draw, where it says so.
 
         """
+        if self.planner.busy is not None and not generated:
+            self._enter_level(extra_args, prompt)
         wanted = self.planner.wanted(extra_args)
         plan = self._known(wanted, extra_args, prompt, is_new=not generated)
         if generated and isinstance(plan, Undecided):
@@ -132,13 +140,25 @@ class SkipState:
         ran = -1 if wanted.gate == "answer" else max(generated - 1, 0)
         self.table.counts.enter(row, _key(extra_args, prompt), ran)
 
+    def _enter_level(self, extra_args: Mapping[str, Any] | None, prompt: Sequence[int]) -> None:
+        own = dict(extra_args or {})
+        self.level = own.pop(LEVEL, 0)
+        self.levels[self.level] += 1
+        self._level_of[_key(own, prompt)] = self.level
+
     def plan_of(
         self, extra_args: Mapping[str, Any] | None, prompt: Sequence[int]
     ) -> SkipPlan | None:
         """Return the plan that a request has or had.
 
-        None if its prompt was not read, or long ago, and if its tokens differ from each other.
+        None if its prompt was not read, or long ago, and if its tokens differ from each other. With
+        levels of load it is that of the last such request.
         """
+        if self.planner.busy is not None:
+            level = self._level_of.get(_key(extra_args, prompt))
+            if level is None:
+                return None
+            extra_args = self.planner.at_level(extra_args, level)
         wanted = self.planner.wanted(extra_args)
         plan = self._known(wanted, extra_args, prompt)
         if wanted.gate == "token" or self.ran_of(extra_args, prompt) is not None:

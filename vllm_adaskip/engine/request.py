@@ -26,6 +26,7 @@ from vllm_adaskip.classifiers import (
 )
 from vllm_adaskip.classifiers.hub import located
 from vllm_adaskip.classifiers.plan import reason, shown
+from vllm_adaskip.engine.busy import LEVEL, BusyPlans
 from vllm_adaskip.engine.drafts import Draft
 from vllm_adaskip.engine.prompt_plan import TAIL, PromptPlan, as_tail, named_plan
 
@@ -78,6 +79,11 @@ class RequestArgs:
     prompt_tail: int | None = None
     draft: int | None = None
 
+    @property
+    def leaves_plan_open(self) -> bool:
+        """Whether the server decides what generated tokens leave out."""
+        return not self.off and self.skip is None and self.budget is None
+
     @classmethod
     def parse(cls, extra_args: Mapping[str, Any] | None) -> RequestArgs:
         """Pick our keys out of a request's extra arguments; those of others are left alone.
@@ -127,7 +133,8 @@ class EngineFacts:
 
     ``profile``, a folder or hub id, is where a method finds its tensors, in every process.
     ``known_plans`` are plans that requests will name, in the form of `SkipPlan.parse`; ``prompt``
-    is what `PromptPlan.of_options` reads, and ``speculate`` what `Draft.of_options` does.
+    is what `PromptPlan.of_options` reads, ``speculate`` what `Draft.of_options` does, and ``busy``
+    is `BusyPlans`.
     """
 
     shape: DecoderShape
@@ -141,6 +148,7 @@ class EngineFacts:
     known_plans: Sequence[Sequence[int | str]] = field(default_factory=list)  # as JSON has it
     prompt: Mapping[str, Any] | None = None
     speculate: Mapping[str, Any] | None = None
+    busy: Mapping[str, Any] | None = None
 
     def to_json(self) -> str:
         """Write the facts as JSON text."""
@@ -190,6 +198,7 @@ class Planner:
             ``known_plans``, and the method's codebook; without dense, `MOST_PLANS` in all at most.
         prompt: what prompts leave out whose request says nothing; None: nothing.
         draft: how the engine drafts; None: it does not.
+        busy: what plans leave out by load; None: always the same.
         dense: leaves out nothing. `decide` returns just this one where the method fails.
         refused: requests that `admit` has refused in this process, by `RequestError.reason`.
 
@@ -244,6 +253,8 @@ class Planner:
             )
         self._has_failed = False
         self._default = self._decided(facts.budget)
+        self.busy = None if facts.busy is None else BusyPlans.model_validate(dict(facts.busy))
+        self._levels = self._at_levels() if self.busy else []
         if self._has_failed:
             raise ValueError(f"method: {facts.method!r} decides nothing, as the log says above")
         self.known_plans = self._known_plans()
@@ -280,11 +291,42 @@ class Planner:
 
         """
         args = RequestArgs.parse(extra_args)
-        wanted = Wanted(self.dense, 1.0) if args.off else self._wanted(args)
+        level = (extra_args or {}).get(LEVEL)
+        wanted: Wanted
+        if self.busy is not None and level is not None and args.leaves_plan_open:
+            wanted = self._levels[level]
+        else:
+            wanted = Wanted(self.dense, 1.0) if args.off else self._wanted(args)
         prompt, drafts = None if args.off else self._prompt(args), self._drafts(args.draft)
         if prompt is None and not drafts:
             return wanted
         return replace(wanted, prompt=prompt, drafts=drafts)
+
+    def at_level(self, extra_args: Mapping[str, Any] | None, level: int) -> Mapping[str, Any]:
+        """Return a request's arguments with the level of load that holds for it."""
+        return {**(extra_args or {}), LEVEL: level}
+
+    def _at_levels(self) -> list[Wanted]:
+        """Return what requests get that leave it open, by level."""
+        assert self.busy is not None
+        if self.classifier.gate_scope:
+            raise ValueError(
+                f"busy: not allowed with method {self.facts.method!r} and scope "
+                f"{self.classifier.gate_scope!r}, as a budget does not bind what each token leaves "
+                "out; allowed: a method that decides once a sequence"
+            )
+        found = [Wanted(self.dense, 1.0)]
+        for level in self.busy.levels:
+            try:
+                found.append(self._decided(level.budget))
+            except PlanError as error:
+                raise ValueError(f"busy: {error}") from None
+        if all(each.plan == self.dense for each in found):
+            raise ValueError(
+                f"busy: method {self.facts.method!r} leaves nothing out at any level; allowed: a "
+                "method, or a profile, that does"
+            )
+        return found
 
     def _drafts(self, asked: int | None) -> int:
         """Return how many tokens may be drafted: what a request says, or the server's."""
@@ -372,7 +414,7 @@ class Planner:
     def _known_plans(self) -> list[SkipPlan]:
         num_layers = self.facts.shape.num_layers
         named = [SkipPlan.parse(one, num_layers) for one in self.facts.known_plans]
-        own = (self._default.plan, *named)
+        own = (self._default.plan, *(each.plan for each in self._levels), *named)
         first = dict.fromkeys(plan for plan in own if plan and not plan.is_dense)
         if len(first) >= MOST_PLANS:
             raise ValueError(

@@ -21,6 +21,7 @@ _WORKERS: Final[dict[str, tuple[str, str | None]]] = {
         "Sequences whose plan a guard judged: followed, or dense, as slower or within the margin.",
         "verdict",
     ),
+    "load_level_requests": ("Sequences that entered at a level of load, 0: dense.", "level"),
     "exits": ("Tokens, or whole one-token answers, that a method stopped on their way up.", None),
 }
 _REFUSED: Final = "Requests refused for their adaskip arguments, by the argument that was wrong."
@@ -92,6 +93,10 @@ def figures(report: Mapping[str, Any]) -> Figures:
         },
         **{("requests", plan): entered for plan, entered in report["plans"].items()},
         **{("guarded", verdict): report.get("guard", {}).get(verdict, 0) for verdict in VERDICTS},
+        **{
+            ("load_level_requests", str(level)): entered
+            for level, entered in enumerate(report.get("busy", {}).get("entered", ()))
+        },
         ("failed_decisions", None): report.get("failures", 0),
         ("exits", None): sum(report.get("exits", ())),
     }

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["AsyncScheduler", "Mark", "MarkedBlocks", "PromptMark"]
 
-#: Returns the mark of one more block that reaches past the prompt.
+#: Returns the mark of one more block that reaches past the prompt; empty: it has none.
 Mark = Callable[[], bytes]
 #: Returns the mark of a block by the position behind its last token.
 PromptMark = Callable[[int], bytes]
@@ -50,7 +50,7 @@ class MarkedBlocks(Scheduler):
         """Return what is mixed into the hashes of later blocks, and of all; None: nothing."""
 
     @abstractmethod
-    def is_lasting(self, mark: Mark) -> bool:
+    def is_lasting(self, request: Request) -> bool:
         """Return whether a request that comes back after preemption has the same mark again."""
 
     def keep_free(self, tokens: int) -> None:
@@ -79,8 +79,7 @@ class MarkedBlocks(Scheduler):
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         """Mark blocks with holes anew, so that not even their own sequence finds them."""
         super()._preempt_request(request, *args, **kwargs)
-        mark = getattr(request._block_hasher, "mark", None)
-        if mark is not None and not self.is_lasting(mark):
+        if hasattr(request._block_hasher, "is_marking") and not self.is_lasting(request):
             del request.block_hashes[request.num_prompt_tokens // self.hash_block_size :]
             request.update_block_hashes()
 
@@ -124,10 +123,12 @@ def _marking(
 
     def marked(request: Request) -> list[BlockHash]:
         ends = count((len(request.block_hashes) + 1) * block_size, block_size)
-        return [
-            hashlib.sha256(plain + marks(request, end)).digest()
-            for plain, end in zip(hasher(request), ends, strict=False)
-        ]
+        pairs = zip(hasher(request), ends, strict=False)
+        return [_mixed(plain, marks(request, end)) for plain, end in pairs]
 
-    marked.mark = mark  # type: ignore[attr-defined]
+    marked.is_marking = True  # type: ignore[attr-defined]
     return marked
+
+
+def _mixed(plain: BlockHash, mark: bytes) -> BlockHash:
+    return hashlib.sha256(plain + mark).digest() if mark else plain
