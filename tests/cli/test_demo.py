@@ -23,15 +23,28 @@ def printed(*what: object) -> str:
 def test_without_smollm2_it_shows_the_bundled_model_and_says_so(
     error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def get_model(name: str) -> str:
+    def get(name: str) -> str:
         raise error
 
-    monkeypatch.setattr(demo, "get_model", get_model)
+    monkeypatch.setattr(demo, "get", get)
     console = Console(width=200, record=True, file=StringIO())
     one = demo._subject(console)
     assert console.export_text() == f"The bundled model stands in for SmolLM2: {error}.\n"
     assert (one.path, len(one.questions)) == (bundled_model(), 8)
     assert [*one.plans] == ["dense", "skip 5-6", "skip 3-8"]
+
+
+def test_healed_answers_stand_beside_those_of_the_plan_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def generate(llm: str, prompts: list[str], plans: list[demo.Entries], **_: object) -> list[str]:
+        return [f"{llm}, {prompt}, {plan}" for prompt, plan in zip(prompts, plans, strict=True)]
+
+    monkeypatch.setattr(demo, "_generate", generate)
+    plans: dict[str, demo.Entries] = {"dense": [], f"skip 1{demo.HEALED}": [1]}
+    one = demo.Subject("tiny", "/tiny", ["a?"], ["a"], plans, "/profile")
+    assert one.options == {"profile": "/profile"}
+    assert demo._unhealed("whole", one) == {"skip 1": ["whole, a, [1]"]}  # type: ignore[arg-type]
 
 
 def test_every_answer_stands_in_its_plan_s_column(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,8 @@ import pytest
 from typer.testing import CliRunner
 
 from vllm_adaskip import bundled_model, get_model
+from vllm_adaskip.classifiers.lora import Lora
+from vllm_adaskip.classifiers.profile import Profile
 from vllm_adaskip.cli.main import app
 from vllm_adaskip.lab import models
 
@@ -110,7 +112,15 @@ def test_the_bundled_model_is_there_already() -> None:
 
 
 def test_an_unknown_name_is_told_the_known_ones() -> None:
-    assert refused("get", "gpt-9") == "error: no model 'gpt-9'; allowed: bundled, tiny"
+    allowed = "allowed: bundled, tiny, smollm2-healed"
+    assert refused("get", "gpt-9") == f"error: no 'gpt-9'; {allowed}"
+
+
+def test_the_healed_profile_is_one_for_tokens_under_plans() -> None:
+    folder = Path(CliRunner().invoke(app, ["get", "smollm2-healed"]).stdout.strip())
+    profile = Profile.load(folder)
+    assert (profile.method, profile.adapter) == ("static", "planned")
+    assert Lora.of(folder) is not None
 
 
 def test_no_network_is_one_sentence(tiny: Path, wheels: Path) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``adaskip demo``: everyday questions to a real model, dense and under plans, in one batch."""
+"""``adaskip demo``: everyday questions to a real model, dense, under a plan, and healed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
@@ -19,8 +20,9 @@ from rich.table import Table
 
 from vllm_adaskip.bundled import bundled_model
 from vllm_adaskip.classifiers import SkipPlan
+from vllm_adaskip.classifiers.profile import Profile
 from vllm_adaskip.cli.run import in_this_process
-from vllm_adaskip.lab.models import get_model
+from vllm_adaskip.lab.models import get
 from vllm_adaskip.offline import request
 
 if TYPE_CHECKING:
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
 Entries = list[int | str]
 
+#: Behind the name of a plan that healed layers follow.
+HEALED = ", healed"
 #: Everyday questions for a model with a chat template.
 QUESTIONS = [
     "How many legs does a spider have?",
@@ -43,28 +47,34 @@ QUESTIONS = [
 
 @dataclass(frozen=True)
 class Subject:
-    """A model, questions to it as people read them and as it does, and a light and a heavy plan."""
+    """A model, questions to it as people read them and as it does, and plans.
+
+    Attributes:
+        plans: by the names that the tables have for them.
+        healed: folder of a profile with layers for tokens under these plans; None: there is none.
+
+    """
 
     name: str
     path: str
-    depth: int
     questions: list[str]
     prompts: list[str]
-    light: Entries
-    heavy: Entries
+    plans: dict[str, Entries]
+    healed: str | None = None
 
     @property
-    def plans(self) -> dict[str, Entries]:
-        """By the names that the tables have for them."""
-        named = (self.light, self.heavy)
-        return {"dense": [], **{str(SkipPlan.parse(one, self.depth)): one for one in named}}
+    def options(self) -> dict[str, Any]:
+        """What the plugin is told."""
+        if self.healed is not None:
+            return {"profile": self.healed}
+        return {"known_plans": [plan for plan in self.plans.values() if plan]}
 
 
 def demo(
     rounds: Annotated[int, typer.Option(min=1, help="Timed rounds of each variant.")] = 5,
     tokens: Annotated[int, typer.Option(min=2, max=256, help="Tokens of a timed answer.")] = 32,
 ) -> None:
-    """Ask SmolLM2 eight questions, dense and under plans, in one batch; time it beside stock vLLM.
+    """Ask SmolLM2 eight questions, dense, under a plan and healed; time it beside stock vLLM.
 
     Fetches the model first, as `adaskip get smollm2` does; without a network it is the bundled one.
     """
@@ -76,11 +86,15 @@ def demo(
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
     with Progress(*columns, console=console) as progress:
         step = progress.add_task(f"compiling {one.name} in stock vLLM (a minute or two)")
-        stock = _engine(one.path)
+        stock = _engine(one.path, {})
         progress.update(step, description=f"compiling {one.name} in vLLM with the plugin")
-        plugin = _engine(one.path, known_plans=[one.light, one.heavy])
+        plugin = _engine(one.path, one.options)
         progress.update(step, description="answering each question under each plan, in one batch")
         answers, report = _answers(plugin, one)
+        if one.healed is not None:
+            progress.update(step, description="answering under the plan alone, without healing")
+            unhealed = _engine(one.path, {"known_plans": []}, enforce_eager=True)
+            answers = {"dense": answers.pop("dense"), **_unhealed(unhealed, one), **answers}
         progress.update(step, description=f"timing {rounds} rounds of {len(one.plans) + 1}")
         timings = _time(stock, plugin, one, rounds, tokens)
     console.print(_answers_table(one, answers))
@@ -92,7 +106,7 @@ def demo(
 def _subject(console: Console) -> Subject:
     """Return SmolLM2, or the bundled model where nobody gives it, and say so."""
     try:
-        path = get_model("smollm2")
+        path = get("smollm2")
     except (OSError, ModuleNotFoundError) as error:
         reason = str(error).rstrip(".")
         console.print(f"The bundled model stands in for SmolLM2: {reason}.", markup=False)
@@ -101,8 +115,10 @@ def _subject(console: Console) -> Subject:
 
     template = ChatTemplate(path)
     prompts = [template.prompt([{"role": "user", "content": text}]) for text in QUESTIONS]
-    light: Entries = ["attn:5", "attn:7", "attn:10"]
-    return Subject("SmolLM2", path, 30, QUESTIONS, prompts, light, [*range(8, 20)])
+    healed = get("smollm2-healed")
+    plan = Profile.load(Path(healed)).options["skip"]
+    plans: dict[str, Entries] = {"dense": [], f"{SkipPlan.parse(plan, 30)}{HEALED}": plan}
+    return Subject("SmolLM2", path, QUESTIONS, prompts, plans, healed)
 
 
 def _bundled() -> Subject:
@@ -110,12 +126,11 @@ def _bundled() -> Subject:
     from vllm_adaskip.lab.testbed.tasks import TASKS, samples
 
     prompts = [samples(task, "test", 1, 1)[0].prompt for task in TASKS][:8]
-    return Subject(
-        "the bundled model", bundled_model(), 12, prompts, prompts, [5, 6], [*range(3, 9)]
-    )
+    plans: dict[str, Entries] = {"dense": [], "skip 5-6": [5, 6], "skip 3-8": [*range(3, 9)]}
+    return Subject("the bundled model", bundled_model(), prompts, prompts, plans)
 
 
-def _engine(path: str, **plugin: Any) -> LLM:
+def _engine(path: str, plugin: Mapping[str, Any], **options: Any) -> LLM:
     """Start an engine, compiled as vLLM is by default; stock vLLM without options of ours."""
     from vllm import LLM
 
@@ -128,6 +143,7 @@ def _engine(path: str, **plugin: Any) -> LLM:
         enable_prefix_caching=False,
         distributed_executor_backend="uni",
         **(engine_args(**plugin) if plugin else {}),
+        **options,
     )
 
 
@@ -137,6 +153,17 @@ def _answers(llm: LLM, one: Subject) -> tuple[dict[str, list[str]], dict[str, An
     given = _generate(llm, prompts, [*one.plans.values()] * len(one.prompts), max_tokens=32)
     answers = {name: given[place :: len(one.plans)] for place, name in enumerate(one.plans)}
     return answers, llm.collective_rpc("adaskip_report")[0]
+
+
+def _unhealed(llm: LLM, one: Subject) -> dict[str, list[str]]:
+    """Return the answers under the same plans by the model as it is."""
+    return {
+        name.removesuffix(HEALED): _generate(
+            llm, one.prompts, [plan] * len(one.prompts), max_tokens=32
+        )
+        for name, plan in one.plans.items()
+        if plan
+    }
 
 
 def _generate(

@@ -9,6 +9,7 @@ from vllm_adaskip.cli import ablate_adainfer, ablate_ffn_skip, ablate_first
 from vllm_adaskip.cli.ablate import ablate
 from vllm_adaskip.cli.bench import bench, curves, guard, server
 from vllm_adaskip.cli.bench_drafts import drafts
+from vllm_adaskip.cli.bench_load import load
 from vllm_adaskip.cli.bench_regimes import regimes
 from vllm_adaskip.cli.demo import demo
 from vllm_adaskip.cli.doctor import doctor
@@ -54,6 +55,7 @@ app.add_typer(ablate, name="ablate")
 bench.command()(curves)
 bench.command()(drafts)
 bench.command()(guard)
+bench.command()(load)
 bench.command()(regimes)
 bench.command()(server)
 app.add_typer(bench, name="bench")

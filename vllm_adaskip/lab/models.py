@@ -70,6 +70,8 @@ MODELS = {
         room=600_000_000,
     )
 }
+#: Profiles that come with the package, by short names.
+PROFILES = {"smollm2-healed": Path(__file__).with_name("profiles") / "smollm2-healed"}
 #: What users may write for a model besides a path or a hub id.
 NAMES = ["bundled", *MODELS]
 
@@ -82,6 +84,15 @@ def model_path(name: str) -> str:
     if name and (name not in NAMES or Path(name).is_dir()):
         return name
     return get_model(name or "bundled")
+
+
+def get(name: str) -> str:
+    """Return the path of a model or of a profile; errors are those of `get_model`."""
+    if name in PROFILES:
+        return str(PROFILES[name])
+    if name not in NAMES:
+        raise ValueError(f"no {name!r:.80}; allowed: {', '.join([*NAMES, *PROFILES])}")
+    return get_model(name)
 
 
 def get_model(name: str) -> str:
