@@ -58,3 +58,15 @@ def write_lora(folder: Path, model: str, **config: Any) -> str:
     adapted.save_pretrained(folder / "lora")
     adapted.merge_and_unload().save_pretrained(folder / "merged")
     return str(folder / "merged")
+
+
+def write_taught(folder: Path, model: str, skip: list[int | str] | None = None, **own: Any) -> str:
+    """Write a profile with a random adapter for planned tokens; return the merged checkpoint."""
+    merged = write_lora(folder, model, target_modules=r".*\.layers\.\d+\..*(_proj|fc\d)")
+    config = AutoConfig.from_pretrained(model).to_dict()
+    options = {} if skip is None else {"skip": skip}
+    Profile(
+        **{"method": "static", "options": options, "model": "tiny", "adapter": "planned", **own},
+        fingerprint=fingerprint(config),
+    ).save(folder)
+    return merged

@@ -16,32 +16,18 @@ import pytest
 import torch
 from batches import Entries, greedy, random_prompts, sampling
 from families import Matrix
-from profiles import write_lora
+from profiles import write_taught
 from reference import Reference
 from tiny import write_llama
 from torch import nn
-from transformers import AutoConfig
 
 from vllm_adaskip import engine_args, request
-from vllm_adaskip.classifiers.profile import Profile, fingerprint
 from vllm_adaskip.engine.step import Step
 from vllm_adaskip.engine.taught import Rows, Split
 
 LAYERS, TOKENS = 4, 12
 ONE: Entries = [1, "attn:2"]
 OTHER: Entries = ["mlp:0", 3]
-
-
-def write_taught(folder: Path, model: str, **profile: Any) -> str:
-    """Write a profile with a random adapter for planned tokens; return the merged checkpoint."""
-    targets = r".*\.layers\.\d+\..*(_proj|fc\d)"
-    merged = write_lora(folder, model, target_modules=targets)
-    config = AutoConfig.from_pretrained(model).to_dict()
-    options = {"method": "static", "options": {"skip": ONE}, **profile}
-    Profile(adapter="planned", model="tiny", fingerprint=fingerprint(config), **options).save(
-        folder
-    )
-    return merged
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +40,7 @@ def few_layers(tmp_path_factory: pytest.TempPathFactory) -> str:
 def taught(few_layers: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Reference]:
     """A profile, and what it means."""
     folder = tmp_path_factory.mktemp("taught")
-    return str(folder), Reference(few_layers, taught=write_taught(folder, few_layers))
+    return str(folder), Reference(few_layers, taught=write_taught(folder, few_layers, skip=ONE))
 
 
 def check(llm: Any, reference: Reference, plans: list[Entries], **more: Any) -> None:
@@ -118,7 +104,7 @@ def test_a_prompt_before_its_tail_is_taught_too(
     engine: Callable[..., Any], few_layers: str, tmp_path: Path
 ) -> None:
     prompt_options = {"exit": 2, "tail": 5}
-    merged = write_taught(tmp_path, few_layers, method="none", options={}, prompt=prompt_options)
+    merged = write_taught(tmp_path, few_layers, method="none", prompt=prompt_options)
     reference = Reference(few_layers, taught=merged)
     llm = engine(few_layers, **engine_args(profile=str(tmp_path)))
     for plans in ([[]] * 4, [ONE, []] * 3):
@@ -143,7 +129,7 @@ def test_other_families(
 ) -> None:
     families = Matrix(tmp_path_factory.mktemp("families"), engine)
     model, folder = families.checkpoint(name), tmp_path_factory.mktemp("taught")
-    reference = Reference(model, taught=write_taught(folder, model))
+    reference = Reference(model, taught=write_taught(folder, model, skip=ONE))
     llm = families.make(name, **engine_args(profile=str(folder)))
     check(llm, reference, [ONE, [], OTHER, []])
     check(llm, reference, [ONE] * 3)

@@ -12,6 +12,7 @@ import pytest
 import quantised
 from batches import Entries, random_prompts
 from conftest import TINY_SHAPE
+from profiles import write_taught
 from reference import Exit, MlpRule, Reference
 from two_ranks import on_two_ranks
 
@@ -78,6 +79,9 @@ class Ranks:
         jobs["adapters"] = {**plain, **explicit, "engine": lora, "adapters": paths}
         engine = {"dtype": "bfloat16"}
         jobs["quantised"] = {**plain, **explicit, "model": self.quantised, "engine": engine}
+        self.taught = write_taught(folder / "taught", model, skip=EXPLICIT[1])
+        options = {"kv_fill": "project", "profile": str(folder / "taught")}
+        jobs["taught"] = {**plain, **explicit, "options": options}
         self.found = on_two_ranks(folder, jobs)
 
 
@@ -132,6 +136,14 @@ def test_two_ranks_give_the_reference_s_tokens_and_equal_reports(
         assert counted[0] == counted[1] and sum(counted[0]) == 2 * PLANS.count(None)
     assert decisions[0] == decisions[1]
     assert options is not READING or decisions[0]
+
+
+def test_taught_layers_are_split_between_ranks_as_the_model_s_own(
+    tiny_llama: str, ranks: Ranks
+) -> None:
+    reference, found = Reference(tiny_llama, taught=ranks.taught), ranks.found["taught"]
+    for prompt, plan, tokens in zip(OTHERS, EXPLICIT, found["tokens"], strict=True):
+        assert tokens == reference.generate(prompt, plan, TOKENS, kv_fill="project")[0]
 
 
 def test_each_row_has_its_adapter_on_both_ranks(tiny_llama: str, ranks: Ranks) -> None:

@@ -143,7 +143,17 @@ def heal(
         folder: of the profile; training goes on from a checkpoint that is there.
         report: is told what is being done, and how many more steps of training are.
 
+    Raises:
+        ValueError: hardly any prompt is long enough to leave something out.
+
     """
+    if (prompt := rungs[0].prompt) is not None:
+        samples = [one for one in samples if len(one.ids) - one.answer >= prompt.shortest]
+        if len(samples) < 2:
+            raise ValueError(
+                f"{len(samples)} prompts have {prompt.shortest} tokens or more, from which on they "
+                "leave something out; use longer ones"
+            )
     judging, training = held_back(samples)
     model.requires_grad_(False)
     if model.device.type == "cpu":  # there the backward of the fused one takes twice the time

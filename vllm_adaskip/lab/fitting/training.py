@@ -178,8 +178,10 @@ def _merged(layer: Any, values: Tensor) -> Tensor:
         found: Tensor = base(values)
         return found
     (name,) = layer.active_adapters
-    weight = (base.weight + layer.get_delta_weight(name)).to(base.weight.dtype)
-    return functional.linear(values, weight, base.bias)
+    down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
+    kind = base.weight.dtype
+    delta = up.to(kind) @ (layer.scaling[name] * down).to(kind)
+    return functional.linear(values, base.weight + delta, base.bias)
 
 
 def save_adapter(adapted: Any, profile: Path) -> None:
