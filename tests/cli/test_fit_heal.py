@@ -61,7 +61,7 @@ def test_a_ladder_is_healed_and_kept(tmp_path: Path) -> None:
         ("--skip '[5]' --answers mine", "--answers 'mine'; allowed: own, given"),
         ("--skip '[5]' --rank 0", "--rank 0: Input should be greater than or equal to 1"),
         ("--skip '[5]' --lr=-1", "--lr -1.0"),
-        ("--skip '[5]' --adapter all", "--adapter all: Input should be 'planned' or 'merged'"),
+        ("--skip '[5]' --adapter all", "--adapter 'all': Input should be 'planned' or 'merged'"),
         ("--early-exit 3 --adapter planned", "not with --early-exit; allowed: merged"),
         ("--profile /nowhere", "/nowhere"),
     ],

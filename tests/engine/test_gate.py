@@ -25,6 +25,7 @@ from vllm_adaskip.engine.gate import StepGate
 from vllm_adaskip.engine.loop import SkippingDecoder, SkipRuntime
 from vllm_adaskip.engine.step import NOBODY, Step
 from vllm_adaskip.engine.table import SequenceTable
+from vllm_adaskip.engine.taught import Layers
 from vllm_adaskip.engine.window import Window
 
 LAYERS = 4
@@ -202,13 +203,14 @@ def play(batch: list[Row], scope: Any, gate: Told, kv_fill: str) -> Any:
     decoder.__dict__.update(
         step=step, cache=cache, attention=attention, firsts=firsts, batches=runtime.batches
     )
-    decoder.__dict__.update(adaskip=runtime, _layers=range(LAYERS), missed=set())
+    decoder.__dict__.update(adaskip=runtime, missed=set())
     decoder.ran = {token: [] for token in range(step.num_tokens)}
     runtime.fill.begin(step, may_change=runtime.gate.is_open)
     tokens = torch.arange(step.num_tokens)
     stream = torch.stack((tokens, torch.zeros_like(tokens)), dim=1).double()
     window = Window(Stream(stream, None), tokens)
-    decoder._run_sub_layers(step, window, fills=True)
+    layers = Layers(range(LAYERS), range(LAYERS), None)
+    decoder._run_sub_layers(step, window, layers, fills=True)
     assert decoder.whole(window.stream)[:, 0].tolist() == tokens.tolist()
     runtime.fill.finish()
     table.counts.add(step)

@@ -278,7 +278,7 @@ class SkippingDecoder(nn.Module):
             "layers": nn.ModuleList([*layers, *stack.layers[first:]]),
             "norm": copied(stack.norm),
         }
-        own._modules = {**self._modules, "model": model}
+        own._modules, own.taught = {**self._modules, "model": model}, None
         own.load_plain(weights.items())
         own.use(with_kernels(model))
         #: So that vLLM packs their weights too.

@@ -95,7 +95,7 @@ def figures(report: Mapping[str, Any]) -> Figures:
         **{("guarded", verdict): report.get("guard", {}).get(verdict, 0) for verdict in VERDICTS},
         **{
             ("load_level_requests", str(level)): entered
-            for level, entered in enumerate(report.get("busy", {}).get("entered", ()))
+            for level, entered in enumerate(report.get("busy", {}).get("entered", [0]))
         },
         ("failed_decisions", None): report.get("failures", 0),
         ("exits", None): sum(report.get("exits", ())),
