@@ -430,7 +430,7 @@ def test_a_profile_s_lora_does_not_go_below_adapters_of_requests(
     profile = write_first(tmp_path / "profile", tiny_llama)
     config(tiny_llama, enable_lora=True, **engine_args(profile=profile))
     (tmp_path / "profile" / ADAPTER).mkdir()
-    with pytest.raises(ValueError, match=r"LoRA.* merged into the weights.*--enable-lora"):
+    with pytest.raises(ValueError, match=r"LoRA.* made for weights without.*--enable-lora"):
         config(tiny_llama, enable_lora=True, **engine_args(profile=profile))
 
 
