@@ -13,7 +13,7 @@ MINUTES ?= 30
 .PHONY: help setup demo test test-slow test-0.29 test-0.33 test-ray ray-demo lint bench bench-guard bench-parts gpu-check soak train clean
 
 help:
-	@echo "make demo   set up .venv and ask SmolLM2 eight questions, dense and under plans"
+	@echo "make demo   set up .venv and ask SmolLM2 eight questions, dense, under a plan, and healed"
 	@echo "make test   set up .venv and run the tests"
 	@echo "make test-slow  two ranks, two engines behind two front ends"
 	@echo "make test-0.29  set up .venv-0.29 and run what another vLLM release could break"
