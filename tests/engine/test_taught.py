@@ -20,10 +20,12 @@ from profiles import write_taught
 from reference import Reference
 from tiny import write_llama
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from vllm_adaskip import engine_args, request
 from vllm_adaskip.engine.step import Step
 from vllm_adaskip.engine.taught import Rows, Split
+from vllm_adaskip.lab.fitting.draft import Draft, saved
 
 LAYERS, TOKENS = 4, 12
 ONE: Entries = [1, "attn:2"]
@@ -121,6 +123,21 @@ def test_drafts_by_taught_layers_change_nothing(
         check(llm, reference, plans)
     (report,) = llm.collective_rpc("adaskip_report")
     assert report["drafts"]["drafted"] > 0
+
+
+def test_trained_layers_draft_as_without_the_profile(
+    engine: Callable[..., Any], few_layers: str, taught: tuple[str, Reference], tmp_path: Path
+) -> None:
+    whole = AutoModelForCausalLM.from_pretrained(few_layers, dtype=torch.float32)
+    draft = Draft(whole, 3, None)
+    saved(draft, tmp_path, few_layers, whole.config.to_dict(), {})
+    speculate = {"profile": str(tmp_path), "tokens": 3, "adapt": False}
+    accepted = []
+    for options in ({}, {"profile": taught[0]}):
+        llm = engine(few_layers, **engine_args(speculate=speculate, **options))
+        check(llm, taught[1], [[]] * 6)
+        accepted.append(llm.collective_rpc("adaskip_report")[0]["drafts"]["accepted"])
+    assert accepted[0] == accepted[1] and sum(accepted[0]) > 0
 
 
 @pytest.mark.parametrize("name", ["gemma3", "opt, post-norm and projections", "phi3", "qwen3"])
