@@ -8,10 +8,13 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from reference import Reference
 
 # Before vLLM is imported: engines run in this process, side by side, one thread each.
 os.environ.update(
@@ -50,6 +53,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 TINY_LAYERS = 8
+#: Each layer is compiled once more for each plan, so there are few.
+FEW_LAYERS = 4
 #: Parameters of the tiny Llama's sub-layers, as `llama_shape` counts them.
 TINY_SHAPE = (TINY_LAYERS, 2 * 128 * 32 * (4 + 2), 3 * 128 * 256)
 
@@ -61,6 +66,23 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
 
     path = tmp_path_factory.mktemp("tiny") / "llama"
     return write_llama(path, layers=TINY_LAYERS, vocab_size=512, max_position_embeddings=512)
+
+
+@pytest.fixture(scope="session")
+def few_layers(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A random Llama of `FEW_LAYERS`, for engines that compile each layer."""
+    from tiny import write_llama
+
+    path = tmp_path_factory.mktemp("few") / "llama"
+    return write_llama(path, layers=FEW_LAYERS, vocab_size=512, max_position_embeddings=512)
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_llama: str) -> Reference:
+    """What plans of `tiny_llama` mean."""
+    from reference import Reference
+
+    return Reference(tiny_llama)
 
 
 @pytest.fixture(scope="module")

@@ -27,11 +27,6 @@ Options = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def reference(tiny_llama: str) -> Reference:
-    return Reference(tiny_llama)
-
-
-@pytest.fixture(scope="module")
 def options(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Options]:
     """Two ways in which random prompts get plans of their own, each within a budget."""
     profile = write_first(tmp_path_factory.mktemp("profile"), tiny_llama, threshold=0.0)

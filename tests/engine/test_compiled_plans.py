@@ -16,24 +16,15 @@ import torch
 from batches import Entries, greedy, random_prompts
 from conftest import TINY_LAYERS
 from reference import Reference
-from tiny import write_llama
 
 from vllm_adaskip import engine_args
 from vllm_adaskip.classifiers import SkipPlan
 from vllm_adaskip.engine.compiled import MOST, CompiledPlans, logger
 from vllm_adaskip.engine.step import Step
 
-#: Each layer is compiled once more for each plan, so there are few.
-LAYERS = 4
 ONE: Entries = [1, "attn:2"]
 OTHER: Entries = [0, "mlp:1", "attn:3"]
 TOKENS = 10
-
-
-@pytest.fixture(scope="module")
-def few_layers(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("few") / "llama"
-    return write_llama(path, layers=LAYERS, vocab_size=512, max_position_embeddings=512)
 
 
 def plan(entries: Entries) -> SkipPlan:

@@ -27,11 +27,6 @@ TOKENS = 12
 METHOD = Similarity(DecoderShape(*TINY_SHAPE), EndsOptions())
 
 
-@pytest.fixture(scope="module")
-def reference(tiny_llama: str) -> Reference:
-    return Reference(tiny_llama)
-
-
 class Guarded:
     """An engine whose costs say what a test wants."""
 

@@ -111,11 +111,6 @@ def make(engine: Callable[..., Any], tiny_llama: str) -> Callable[..., Any]:
     return small_blocks(engine, tiny_llama, BLOCK)
 
 
-@pytest.fixture(scope="module")
-def reference(tiny_llama: str) -> Reference:
-    return Reference(tiny_llama)
-
-
 def run(
     llm: Any, prompts: Sequence[list[int]], arguments: Sequence[dict[str, Any] | None], **more: Any
 ) -> list[Any]:

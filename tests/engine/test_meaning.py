@@ -44,11 +44,6 @@ def llm(engine: Callable[..., Any], tiny_llama: str) -> Any:
     return engine(tiny_llama, max_num_batched_tokens=48, **engine_args())
 
 
-@pytest.fixture(scope="module")
-def reference(tiny_llama: str) -> Reference:
-    return Reference(tiny_llama)
-
-
 def check(
     reference: Reference, prompts: list[list[int]], plans: list[Entries], got: list[list[int]]
 ) -> None:

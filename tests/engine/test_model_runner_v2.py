@@ -91,11 +91,6 @@ def ran(tiny_llama: str) -> dict[str, dict[str, Any]]:
     return dict(zip(JOBS, json.loads(done.stdout.splitlines()[-1]), strict=True))
 
 
-@pytest.fixture(scope="module")
-def reference(tiny_llama: str) -> Reference:
-    return Reference(tiny_llama)
-
-
 def check(job: dict[str, Any], got: dict[str, Any], want: Callable[..., list[int]]) -> None:
     """Compare tokens; ``want`` gives them from prompt, arguments and their number."""
     assert got["is_v2"] and got["tokens"]

@@ -26,11 +26,6 @@ def make(engine: Callable[..., Any], tiny_llama: str) -> Callable[..., Any]:
     return small_blocks(engine, tiny_llama, BLOCK)
 
 
-@pytest.fixture(scope="module")
-def reference(tiny_llama: str) -> Reference:
-    return Reference(tiny_llama)
-
-
 def prompt_of(rng: random.Random, length: int) -> list[int]:
     return [rng.randrange(512) for _ in range(length)]
 

@@ -47,11 +47,6 @@ def make(engine: Callable[..., Any], tiny_llama: str) -> Callable[..., Any]:
     return small_blocks(engine, tiny_llama, BLOCK)
 
 
-@pytest.fixture(scope="module")
-def reference(tiny_llama: str) -> Reference:
-    return Reference(tiny_llama)
-
-
 def run(llm: Any, asked: Sequence[Asked], **more: Any) -> list[Any]:
     outputs: list[Any] = llm.generate(
         [{"prompt_token_ids": one.prompt} for one in asked],

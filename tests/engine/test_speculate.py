@@ -34,11 +34,6 @@ def llm(engine: Callable[..., Any], tiny_llama: str) -> Any:
     return engine(tiny_llama, max_num_batched_tokens=48, **engine_args(speculate=DRAFT))
 
 
-@pytest.fixture(scope="module")
-def reference(tiny_llama: str) -> Reference:
-    return Reference(tiny_llama)
-
-
 def drafts(llm: Any) -> dict[str, Any]:
     found: dict[str, Any] = llm.collective_rpc("adaskip_report")[0]["drafts"]
     return found

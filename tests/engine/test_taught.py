@@ -18,7 +18,6 @@ from batches import Entries, greedy, random_prompts, sampling
 from families import Matrix
 from profiles import write_taught
 from reference import Reference
-from tiny import write_llama
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -27,15 +26,9 @@ from vllm_adaskip.engine.step import Step
 from vllm_adaskip.engine.taught import Rows, Split
 from vllm_adaskip.lab.fitting.draft import Draft, saved
 
-LAYERS, TOKENS = 4, 12
+TOKENS = 12
 ONE: Entries = [1, "attn:2"]
 OTHER: Entries = ["mlp:0", 3]
-
-
-@pytest.fixture(scope="module")
-def few_layers(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("few") / "llama"
-    return write_llama(path, layers=LAYERS, vocab_size=512, max_position_embeddings=512)
 
 
 @pytest.fixture(scope="module")

@@ -150,11 +150,10 @@ class MarkingScheduler(MarkedBlocks):
         params = request.sampling_params
         if params is None:
             return None, None
-        known = self._planner, params.extra_args, request.num_prompt_tokens
-        if self._levels is None:
-            return block_mark(*known), prompt_mark(*known)
-        # Its plan is known when it is scheduled, before there is a block past its prompt.
-        return partial(self._later_mark, request), prompt_mark(*known)
+        # With levels its plan is known when it is scheduled, before a block is past its prompt.
+        is_known = self._levels is None
+        mark = self._mark_of(request) if is_known else partial(self._later_mark, request)
+        return mark, prompt_mark(self._planner, params.extra_args, request.num_prompt_tokens)
 
     def _later_mark(self, request: Request) -> bytes:
         mark = self._mark_of(request)

@@ -272,18 +272,31 @@ class SkippingDecoder(nn.Module):
         if stack is not self.model or not hasattr(stack, "norm"):
             raise ValueError("speculate: a profile's layers are for models laid out as Llama")
         layers = [copied(layer, self.attention_of(layer)) for layer in stack.layers[:first]]
-        own, model = copy(self), copy(stack)
+        model = copy(stack)
         model._modules = {
             **stack._modules,
             "layers": nn.ModuleList([*layers, *stack.layers[first:]]),
             "norm": copied(stack.norm),
         }
-        own._modules, own.taught = {**self._modules, "model": model}, None
-        own.load_plain(weights.items())
-        own.use(with_kernels(model))
+        own, _ = self.with_model(model, weights)
         #: So that vLLM packs their weights too.
         self.draft_layers = nn.ModuleList([*layers, model.norm])
         return own
+
+    def with_model(
+        self, model: Any, weights: Mapping[str, Tensor]
+    ) -> tuple[SkippingDecoder, set[str]]:
+        """Return this decoder around a twin of its model, and the parameters that were loaded.
+
+        Args:
+            model: vLLM's, with some parts of its own.
+            weights: of these, by the names of the model's checkpoint.
+
+        """
+        own = copy(self)
+        own._modules, own.taught = {**self._modules, "model": model}, None
+        own.use(with_kernels(own.stack_of(model)))
+        return own, {*own.load_plain(weights.items())}
 
     @property
     def stack(self) -> Any:
@@ -414,8 +427,8 @@ class SkippingDecoder(nn.Module):
         ``fills``: whether K/V are made where the engine's fill wants them.
         """
         bare = copy(self if self.taught is None else self.taught.model)
-        bare._stack = (bare.stack_of(bare.model),)
-        layers, projects = [*bare.stack.layers], fills and self.adaskip.fill.projects
+        bare.use(bare.stack_of(bare.model))
+        layers, projects = bare.layers, fills and self.adaskip.fill.projects
         sub_layers = list(enumerate(left_out.tolist()))
 
         def body(input_ids: Tensor | None, positions: Tensor, inputs_embeds: Tensor | None) -> Made:

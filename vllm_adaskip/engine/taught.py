@@ -9,7 +9,6 @@ first, so dense requests are answered by the model as it is, and prompts have it
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from copy import copy
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -17,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from vllm_adaskip.classifiers.profile import ProfileError
-from vllm_adaskip.engine.compat.kernels import with_kernels
 from vllm_adaskip.engine.compat.modules import copied, linears, twin
 from vllm_adaskip.engine.step import Bools, Part, Step, Tokens
 
@@ -66,14 +64,10 @@ class Taught:
         self.linears = nn.ModuleList(pairs.values())
         self.mebibytes = sum(each.nbytes for each in self.linears.parameters()) / (1 << 20)
         self._plain = model.layers
-        self.model = copy(model)
-        self.model.taught = None
-        self.model._modules = {**model._modules, "model": twin(model.model, pairs.get)}
-        self.model.use(with_kernels(self.model.stack_of(self.model.model)))
-        loaded = self.model.load_plain(weights.items())
+        self.model, loaded = model.with_model(twin(model.model, pairs.get), weights)
         own = {id(each) for each in self.linears.parameters()}
         others = {name for name, each in self.model.named_parameters() if id(each) not in own}
-        if wrong := sorted(others & {*loaded}):
+        if wrong := sorted(others & loaded):
             raise ProfileError(
                 f"the profile's LoRA for tokens under plans changes {wrong[0]}; allowed: linear "
                 "layers in decoder layers"

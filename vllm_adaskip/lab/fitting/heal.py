@@ -246,8 +246,10 @@ class _Pair:
             whole = self._run(batch, 0, width, cache)
         runs = self._runs(batch, rungs[0])
         known = runs[0][0] if runs else width
-        cache = DynamicCache() if not known else cache
-        cache.crop(known - width)
+        if known:
+            cache.crop(known - width)
+        else:
+            cache = DynamicCache()
         plans, prompts = [one.plan for one in rungs], [one.prompt for one in rungs]
         pieces = [whole[:, :known]]
         for start, end, has_adapter in runs:
