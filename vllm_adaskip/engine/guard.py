@@ -238,7 +238,7 @@ class Guard:
         }
         return {
             **self.sequences,
-            "measured_seconds": round(self.seconds, 1),
+            "measured_seconds": round(self.seconds, 3),
             "factors": factors,
             "last": last,
         }
