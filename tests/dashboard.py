@@ -11,6 +11,7 @@ import promql_parser
 from readme import ROOT
 
 PATH = ROOT / "deploy" / "grafana" / "adaskip.json"
+RULES = ROOT / "deploy" / "grafana" / "alerts.yaml"
 
 
 def dashboard() -> dict[str, Any]:
@@ -34,7 +35,12 @@ def queries() -> list[str]:
 
 def selectors() -> list[promql_parser.VectorSelector]:
     """Every metric that a query names, with its labels."""
-    return [found for query in queries() for found in _selectors(promql_parser.parse(query))]
+    return [found for query in queries() for found in metrics_of(query)]
+
+
+def metrics_of(query: str) -> list[promql_parser.VectorSelector]:
+    """Every metric that one query names."""
+    return [*_selectors(promql_parser.parse(query))]
 
 
 def _selectors(node: Any) -> Iterator[promql_parser.VectorSelector]:

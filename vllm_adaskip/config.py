@@ -17,6 +17,7 @@ from vllm_adaskip.classifiers.methods import is_path
 from vllm_adaskip.classifiers.plan import shown
 from vllm_adaskip.classifiers.profile import Profile, ProfileError
 from vllm_adaskip.engine.busy import BusyPlans, Level, Load
+from vllm_adaskip.engine.canary import CanaryOptions
 from vllm_adaskip.engine.draft_weights import DraftProfile
 from vllm_adaskip.engine.drafts import DraftOptions
 from vllm_adaskip.engine.prompt_plan import PromptOptions
@@ -86,6 +87,8 @@ class AdaSkipConfig(BaseModel):
             docs/prompts.md.
         busy: leave out what plans do only while the engine is busy, by levels of load; see
             `BusyPlans` and docs/load.md.
+        canary: read a share of finished answers under plans again at full depth, and switch plans
+            off where they are worse than a bound; see `CanaryOptions` and docs/load.md.
         speculate: draft tokens with a part of the layers, and verify them with the whole model, or
             the request's plan; changes no answer. See `DraftOptions` and docs/lossless.md.
         untested_accelerator: serve on an accelerator on which nobody has run this yet; an
@@ -104,6 +107,7 @@ class AdaSkipConfig(BaseModel):
     known_plans: list[list[int | str]] = []
     prompt: PromptOptions | None = None
     busy: BusyPlans | None = None
+    canary: CanaryOptions | None = None
     speculate: DraftOptions | None = None
     untested_accelerator: bool = False
 
@@ -189,6 +193,7 @@ class AdaSkipConfig(BaseModel):
             prompt=None if self.prompt is None else self.prompt.model_dump(by_alias=True),
             speculate=None if self.speculate is None else self.speculate.model_dump(),
             busy=None if self.busy is None else self.busy.model_dump(),
+            canary=None if self.canary is None else self.canary.model_dump(),
         )
         try:
             Planner(facts)
@@ -254,6 +259,7 @@ _NESTED = {
     "prompt.busy": "enter, leave",
     "speculate": ", ".join(DraftOptions.model_fields),
     "busy": ", ".join(BusyPlans.model_fields),
+    "canary": ", ".join(CanaryOptions.model_fields),
     "busy.levels": ", ".join(Level.model_fields),
     "busy.levels.enter": ", ".join(Load._fields),
     "busy.levels.leave": ", ".join(Load._fields),

@@ -146,7 +146,7 @@ def _needs_scheduler(vllm_config: VllmConfig, config: AdaSkipConfig) -> bool:
     """Return whether blocks must be marked or kept free, or workers told of adapters or load."""
     adapters = vllm_config.lora_config is not None
     shortens = config.prompt is not None and config.prompt.busy is not None
-    by_load = shortens or config.busy is not None
+    by_load = shortens or config.busy is not None or config.canary is not None
     drafts = config.speculate is not None
     return vllm_config.cache_config.enable_prefix_caching or adapters or by_load or drafts
 
@@ -205,7 +205,8 @@ def _unsupported(vllm_config: VllmConfig, config: AdaSkipConfig) -> Iterator[str
     if scheduler and scheduler not in ours and _needs_scheduler(vllm_config, config):
         yield (
             f"--scheduler-cls {scheduler!r} would share blocks under plans with everybody; remove "
-            "it, or add --no-enable-prefix-caching (and none of --enable-lora, busy, prompt.busy)"
+            "it, or add --no-enable-prefix-caching (and none of --enable-lora, busy, canary, "
+            "prompt.busy)"
         )
     extension = parallel.worker_extension_cls
     if extension and extension != _WORKER_EXTENSION:

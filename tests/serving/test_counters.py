@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import pytest
-from prometheus_client import CollectorRegistry, Counter
+from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from vllm_adaskip.serving.counters import ServerCounters
 
@@ -34,7 +34,12 @@ class Page:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.counters = ServerCounters(partial(Counter, registry=self.registry), "m")
+        kinds = (partial(kind, registry=self.registry) for kind in (Counter, Gauge))
+        self.counters = ServerCounters(*kinds, "m")
+
+    def gauge(self, name: str, **labels: str) -> float | None:
+        own = {"model_name": "m", "engine": "0", **labels}
+        return self.registry.get_sample_value(f"vllm:adaskip_canary_{name}", own)
 
     def value(self, name: str, **labels: str) -> float | None:
         of_workers = {} if "reason" in labels else {"engine": "0"}
@@ -59,6 +64,19 @@ def test_rows_are_added_up_over_layers_by_kind() -> None:
     judged = {"followed": 3, "slower": 2, "margin": 1}
     page.counters.show_report(0, report(guard={**judged, "factors": {}, "last": {}}))
     assert {each: page.value("guarded", verdict=each) for each in judged} == judged
+
+
+def test_what_the_canary_read_is_shown_with_its_interval() -> None:
+    page = Page()
+    page.counters.show_report(0, report())
+    assert page.gauge("off") == 0 and page.value("canary_answers") == 0
+    assert page.gauge("agreement", part="mean") is None  # nothing was read
+    read = {"off": True, "answers": 12, "dropped": 1, "agreement": [0.8, 0.7, 0.9]}
+    page.counters.show_report(0, report(canary={**read, "surprise": [0.3]}))
+    shown = [page.gauge("agreement", part=part) for part in ("mean", "low", "high")]
+    assert (shown, page.gauge("off"), page.value("canary_answers")) == ([0.8, 0.7, 0.9], 1, 12)
+    assert page.gauge("surprise", part="mean") == 0.3
+    assert page.gauge("surprise", part="low") is None
 
 
 def test_every_counter_has_its_zeros_before_anything_ran() -> None:
@@ -105,7 +123,7 @@ def test_refusals_by_reason() -> None:
 def test_vllms_counters_for_ray_serve_them_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Under Ray Serve nobody scrapes the replica; increments go to Ray."""
     metrics = pytest.importorskip("ray.util.metrics")
-    from vllm.v1.metrics.ray_wrappers import RayCounterWrapper
+    from vllm.v1.metrics.ray_wrappers import RayCounterWrapper, RayGaugeWrapper
 
     handed_on: dict[tuple[str, ...], float] = {}
 
@@ -113,10 +131,17 @@ def test_vllms_counters_for_ray_serve_them_too(monkeypatch: pytest.MonkeyPatch) 
         key = (self.info["name"], *(tags[label] for label in tags if label != "ReplicaId"))
         handed_on[key] = handed_on.get(key, 0) + value
 
+    def set_to(self: Any, value: float, tags: dict[str, str]) -> None:
+        handed_on[self.info["name"], *(tags[label] for label in tags if label != "ReplicaId")] = (
+            value
+        )
+
     monkeypatch.setattr(metrics.Counter, "inc", inc)
-    counters = ServerCounters(RayCounterWrapper, "m")
+    monkeypatch.setattr(metrics.Gauge, "set", set_to)
+    counters = ServerCounters(RayCounterWrapper, RayGaugeWrapper, "m")
     for _ in range(2):
         counters.show_report(0, report())
         counters.show_refused({"unknown": 3})
     assert handed_on["vllm_adaskip_rows_skipped", "m", "0", "mlp"] == 6
     assert handed_on["vllm_adaskip_refused_requests", "m", "unknown"] == 3
+    assert handed_on["vllm_adaskip_canary_off", "m", "0"] == 0

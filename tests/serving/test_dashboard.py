@@ -10,11 +10,12 @@ from functools import partial
 from itertools import combinations
 from typing import Any
 
-from dashboard import dashboard, panels, queries, selectors
+import yaml
+from dashboard import RULES, dashboard, metrics_of, panels, queries, selectors
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
-from prometheus_client import CollectorRegistry, Counter
+from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from vllm_adaskip.serving.counters import ServerCounters
 
@@ -74,8 +75,21 @@ def test_prometheus_understands_every_query_and_each_asks_for_the_chosen_model()
         assert "refused" in selector.name or labels.get("engine") == "$engine", selector.name
 
 
-def test_every_counter_of_ours_is_shown() -> None:
+def ours() -> set[str]:
     registry = CollectorRegistry()
-    ServerCounters(partial(Counter, registry=registry), "m")
-    ours = {f"{family.name}_total" for family in registry.collect()}
-    assert ours == {one.name for one in selectors() if one.name.startswith("vllm:adaskip")}
+    ServerCounters(*(partial(kind, registry=registry) for kind in (Counter, Gauge)), "m")
+    return {
+        f"{family.name}_total" if family.type == "counter" else family.name
+        for family in registry.collect()
+    }
+
+
+def test_every_counter_of_ours_is_shown() -> None:
+    assert ours() == {one.name for one in selectors() if one.name.startswith("vllm:adaskip")}
+
+
+def test_prometheus_understands_every_rule_and_all_its_metrics_exist() -> None:
+    (group,) = yaml.safe_load(RULES.read_text())["groups"]
+    for rule in group["rules"]:
+        assert rule["alert"] and rule["annotations"]["summary"] and rule["labels"]["severity"]
+        assert {one.name for one in metrics_of(rule["expr"])} <= ours()

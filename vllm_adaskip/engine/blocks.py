@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 from vllm_adaskip.classifiers import SkipPlan
 from vllm_adaskip.engine.busy import Levels, Load
 from vllm_adaskip.engine.compat.scheduler import AsyncScheduler, Mark, MarkedBlocks, PromptMark
-from vllm_adaskip.engine.naming import planner_of
 from vllm_adaskip.engine.prompt_plan import Busy, PromptOptions
 from vllm_adaskip.engine.request import ADAPTER, Planner, is_one_answer
+from vllm_adaskip.engine.watch import WatchingScheduler
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -80,12 +80,11 @@ def prompt_mark(
     return partial(plan.mark, full_from)
 
 
-class MarkingScheduler(MarkedBlocks):
+class MarkingScheduler(MarkedBlocks, WatchingScheduler):
     """Named in one engine's ``scheduler_cls`` option, where `startup` says that it is needed."""
 
     def __init__(self, *args: Any, vllm_config: VllmConfig, **kwargs: Any) -> None:
         super().__init__(*args, vllm_config=vllm_config, **kwargs)
-        self._planner = planner_of(vllm_config)
         self._is_adapted = vllm_config.lora_config is not None
         options = self._planner.facts.prompt
         busy = None if options is None else PromptOptions.model_validate(dict(options)).busy
@@ -101,38 +100,44 @@ class MarkingScheduler(MarkedBlocks):
     def add_request(self, request: Request) -> None:
         """Write into the request's arguments, all that a feeder sees, what it does not say itself.
 
-        That is its adapter's name, and, where few prompts wait, that its own runs everything.
+        That is its adapter's name, what the canary found, and, where few prompts wait or plans are
+        off, that its own runs everything.
         """
         if (params := request.sampling_params) is not None:
             if self._is_adapted:
                 name = request.lora_request and request.lora_request.lora_name
                 params.extra_args = {**(params.extra_args or {}), ADAPTER: name}
-            if not self._shortens_now():
+            params.extra_args = self.with_canary(params.extra_args)
+            if not self._shortens_now() or self.plans_are_off:
                 params.extra_args = self._planner.with_whole_prompt(params.extra_args)
             if self._levels is not None:
                 self._open[request.request_id] = request
-                self._grade([request])
+            self._grade([request])
         super().add_request(request)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Schedule as vLLM does, with the level of load written into what enters now."""
-        if self._levels is None:
-            return super().schedule(*args, **kwargs)
-        load = Load(len(self.waiting), len(self.running), self.kv_cache_manager.usage)
-        if self._levels.saw(load, monotonic()):
-            logger.info("vllm-adaskip: load level %d now: %s", self._levels.now, load)
-            self._open = {name: one for name, one in self._open.items() if not one.is_finished()}
-            self._grade(self._open.values())
+        if self._levels is not None:
+            self._see_load(self._levels)
         output = super().schedule(*args, **kwargs)
         for entered in output.scheduled_new_reqs:
             self._open.pop(entered.req_id, None)
         return output
 
+    def _see_load(self, levels: Levels) -> None:
+        load = Load(len(self.waiting), len(self.running), self.kv_cache_manager.usage)
+        if levels.saw(load, monotonic()):
+            logger.info("vllm-adaskip: load level %d now: %s", levels.now, load)
+            self._open = {name: one for name, one in self._open.items() if not one.is_finished()}
+            self._grade(self._open.values())
+
     def _grade(self, requests: Iterable[Request]) -> None:
-        assert self._levels is not None
+        if self._levels is None and not self.plans_are_off:
+            return
+        level = 0 if self._levels is None or self.plans_are_off else self._levels.now
         for request in requests:
             if (params := request.sampling_params) is not None:
-                params.extra_args = self._planner.at_level(params.extra_args, self._levels.now)
+                params.extra_args = self._planner.at_level(params.extra_args, level)
 
     def _shortens_now(self) -> bool:
         """Return whether prompts that come in now may be shortened."""
@@ -150,6 +155,9 @@ class MarkingScheduler(MarkedBlocks):
         params = request.sampling_params
         if params is None:
             return None, None
+        if (begins := self.answer_begins(request)) is not None:
+            # Its rows are wanted from the token before the answer on, so these must run.
+            return None, lambda end: unfindable() if end >= begins else b""
         # With levels its plan is known when it is scheduled, before a block is past its prompt.
         is_known = self._levels is None
         mark = self._mark_of(request) if is_known else partial(self._later_mark, request)

@@ -139,6 +139,7 @@ class Report(TypedDict):
         guard: with the option: `Guard.report`.
         busy: with the option: the level of load at which the last sequence entered, and how many
             entered at each.
+        canary: with the option, as of the last sequence that came in: `Canary.report`.
         drafts: where tokens are drafted: `Drafter.report`.
         exits: where a method lets tokens exit: ``[num_layers]`` tokens, or with scope ``answer``
             requests, that stopped after each layer.
@@ -162,6 +163,7 @@ class Report(TypedDict):
     compiled: NotRequired[dict[str, float]]
     guard: NotRequired[dict[str, Any]]
     busy: NotRequired[dict[str, Any]]
+    canary: NotRequired[dict[str, Any]]
     drafts: NotRequired[dict[str, Any]]
     exits: NotRequired[list[int]]
 
@@ -202,6 +204,8 @@ def report(state: SkipState) -> Report:
         found["guard"] = state.guard.report()
     if state.levels:
         found["busy"] = {"level": state.level, "entered": [*state.levels]}
+    if state.canary:
+        found["canary"] = dict(state.canary)
     if state.planner.classifier.gates_attention:
         found["exits"] = counts.exits.tolist()
     return found

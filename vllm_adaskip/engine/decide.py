@@ -15,6 +15,7 @@ from cachetools import LRUCache
 from vllm_adaskip.classifiers import PromptStatistics, SkipPlan
 from vllm_adaskip.engine import compat
 from vllm_adaskip.engine.busy import LEVEL
+from vllm_adaskip.engine.canary import CANARY, READS, Canary
 from vllm_adaskip.engine.coalesce import Undrawn, coalesced
 from vllm_adaskip.engine.naming import planner_of
 from vllm_adaskip.engine.request import ADAPTER, Planner, Wanted
@@ -65,6 +66,7 @@ class SkipState:
         failures: sequences that run dense because the method failed to decide their plan.
         levels: with option ``busy``: sequences that entered at each level of load.
         level: at which the last one did.
+        canary: what the scheduler's canary had found when the last sequence came in.
 
     """
 
@@ -85,6 +87,7 @@ class SkipState:
         self.drafter: Drafter | None = None
         self.levels = [0] * (1 + len(planner.busy.levels)) if planner.busy else []
         self.level = 0
+        self.canary = Canary(planner.canary).report() if planner.canary else {}
         self._level_of: LRUCache[bytes, int] = LRUCache(_REMEMBERED)
 
     def enter(
@@ -108,7 +111,10 @@ class SkipState:
             allowed: token ids that it may draw, where it says so.
 
         """
-        if self.planner.busy is not None and not generated:
+        if self.canary:
+            extra_args = self._hear_canary(extra_args)
+        is_new = not generated and READS not in (extra_args or ())
+        if LEVEL in (extra_args or ()) and is_new:
             self._enter_level(extra_args, prompt)
         wanted = self.planner.wanted(extra_args)
         plan = self._known(wanted, extra_args, prompt, is_new=not generated)
@@ -124,12 +130,12 @@ class SkipState:
             row,
             plan,
             len(prompt),
-            is_new=not generated,
+            is_new=is_new,
             gated=gated,
             prompt=wanted.prompt,
             drafts=wanted.drafts,
         )
-        if isinstance(plan, SkipPlan) and not generated:
+        if isinstance(plan, SkipPlan) and is_new:
             self._count(row, plan, failed=wanted.by_method and plan is self.planner.dense)
         if not gated:
             return
@@ -140,10 +146,22 @@ class SkipState:
         ran = -1 if wanted.gate == "answer" else max(generated - 1, 0)
         self.table.counts.enter(row, _key(extra_args, prompt), ran)
 
+    def _hear_canary(self, extra_args: Mapping[str, Any] | None) -> Mapping[str, Any]:
+        """Take what the scheduler says of the canary; return the arguments without it.
+
+        A sequence that comes back after preemption says what held before.
+        """
+        own = dict(extra_args or {})
+        found = own.pop(CANARY, self.canary)
+        if found["answers"] >= self.canary["answers"]:
+            self.canary = found
+        return own
+
     def _enter_level(self, extra_args: Mapping[str, Any] | None, prompt: Sequence[int]) -> None:
         own = dict(extra_args or {})
-        self.level = own.pop(LEVEL, 0)
-        self.levels[self.level] += 1
+        self.level = own.pop(LEVEL)
+        if self.levels:
+            self.levels[self.level] += 1
         self._level_of[_key(own, prompt)] = self.level
 
     def plan_of(
@@ -154,10 +172,10 @@ class SkipState:
         None if its prompt was not read, or long ago, and if its tokens differ from each other. With
         levels of load it is that of the last such request.
         """
-        if self.planner.busy is not None:
-            level = self._level_of.get(_key(extra_args, prompt))
-            if level is None:
-                return None
+        level = self._level_of.get(_key(extra_args, prompt))
+        if level is None and self.planner.busy is not None:
+            return None
+        if level is not None:
             extra_args = self.planner.at_level(extra_args, level)
         wanted = self.planner.wanted(extra_args)
         plan = self._known(wanted, extra_args, prompt)

@@ -27,6 +27,7 @@ from vllm_adaskip.classifiers import (
 from vllm_adaskip.classifiers.hub import located
 from vllm_adaskip.classifiers.plan import reason, shown
 from vllm_adaskip.engine.busy import LEVEL, BusyPlans
+from vllm_adaskip.engine.canary import CanaryOptions
 from vllm_adaskip.engine.drafts import Draft
 from vllm_adaskip.engine.prompt_plan import TAIL, PromptPlan, as_tail, named_plan
 
@@ -46,6 +47,8 @@ KEYS = (
 )
 #: By which the scheduler tells workers a request's LoRA adapter, where requests may have any.
 ADAPTER = "_adaskip_adapter"
+#: How arguments begin that a scheduler alone writes; clients may not.
+INTERNAL = "_adaskip"
 UNKNOWN = "unknown"
 #: That are known, dense among them: each costs some seconds at start-up, on a GPU graphs too.
 MOST_PLANS = 8
@@ -133,8 +136,8 @@ class EngineFacts:
 
     ``profile``, a folder or hub id, is where a method finds its tensors, in every process.
     ``known_plans`` are plans that requests will name, in the form of `SkipPlan.parse`; ``prompt``
-    is what `PromptPlan.of_options` reads, ``speculate`` what `Draft.of_options` does, and ``busy``
-    is `BusyPlans`.
+    is what `PromptPlan.of_options` reads, ``speculate`` what `Draft.of_options` does, ``busy``
+    is `BusyPlans`, and ``canary`` `CanaryOptions`.
     """
 
     shape: DecoderShape
@@ -149,6 +152,7 @@ class EngineFacts:
     prompt: Mapping[str, Any] | None = None
     speculate: Mapping[str, Any] | None = None
     busy: Mapping[str, Any] | None = None
+    canary: Mapping[str, Any] | None = None
 
     def to_json(self) -> str:
         """Write the facts as JSON text."""
@@ -182,6 +186,11 @@ class Wanted:
     prompt: PromptPlan | None = None
     drafts: int = 0
 
+    @property
+    def may_leave_out(self) -> bool:
+        """Whether generated tokens may leave something out."""
+        return self.plan is None or not self.plan.is_dense or self.gate is not None
+
     def is_gated(self, one_answer: bool) -> bool:
         """Return whether that holds for a request, which asks for one token or not."""
         return self.gate == "token" or (self.gate == "answer" and one_answer)
@@ -199,6 +208,7 @@ class Planner:
         prompt: what prompts leave out whose request says nothing; None: nothing.
         draft: how the engine drafts; None: it does not.
         busy: what plans leave out by load; None: always the same.
+        canary: which answers are read again at full depth; None: none.
         dense: leaves out nothing. `decide` returns just this one where the method fails.
         refused: requests that `admit` has refused in this process, by `RequestError.reason`.
 
@@ -254,7 +264,12 @@ class Planner:
         self._has_failed = False
         self._default = self._decided(facts.budget)
         self.busy = None if facts.busy is None else BusyPlans.model_validate(dict(facts.busy))
-        self._levels = self._at_levels() if self.busy else []
+        self._levels = [Wanted(self.dense, 1.0), *(self._at_levels() if self.busy else ())]
+        if facts.canary is None:
+            self.canary = None
+        else:
+            self.canary = CanaryOptions.model_validate(dict(facts.canary))
+            self._check_canary()
         if self._has_failed:
             raise ValueError(f"method: {facts.method!r} decides nothing, as the log says above")
         self.known_plans = self._known_plans()
@@ -270,6 +285,9 @@ class Planner:
 
         """
         try:
+            for key in extra_args or ():
+                if isinstance(key, str) and key.startswith(INTERNAL):
+                    raise RequestError(key, f"unknown argument; allowed: {_listed()}")
             wanted = self.wanted(extra_args)
             if asks_for_prompt_logprobs and wanted.prompt is not None:
                 raise RequestError(
@@ -293,7 +311,7 @@ class Planner:
         args = RequestArgs.parse(extra_args)
         level = (extra_args or {}).get(LEVEL)
         wanted: Wanted
-        if self.busy is not None and level is not None and args.leaves_plan_open:
+        if level is not None and args.leaves_plan_open:
             wanted = self._levels[level]
         else:
             wanted = Wanted(self.dense, 1.0) if args.off else self._wanted(args)
@@ -315,7 +333,7 @@ class Planner:
                 f"{self.classifier.gate_scope!r}, as a budget does not bind what each token leaves "
                 "out; allowed: a method that decides once a sequence"
             )
-        found = [Wanted(self.dense, 1.0)]
+        found = []
         for level in self.busy.levels:
             try:
                 found.append(self._decided(level.budget))
@@ -327,6 +345,16 @@ class Planner:
                 "method, or a profile, that does"
             )
         return found
+
+    def _check_canary(self) -> None:
+        """Refuse a canary that would never have anything to read."""
+        open_to = [self._default, *self._levels]
+        if self.prompt is None and not any(each.may_leave_out for each in open_to):
+            raise ValueError(
+                f"canary: method {self.facts.method!r} leaves nothing out and prompts run "
+                "everything, so there is nothing to read; allowed: a method, a profile or prompt "
+                "that leaves something out, or no canary"
+            )
 
     def _drafts(self, asked: int | None) -> int:
         """Return how many tokens may be drafted: what a request says, or the server's."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Prometheus counters ``vllm:adaskip_*_total`` of one server process."""
+"""The Prometheus counters ``vllm:adaskip_*_total`` and gauges of one server process."""
 
 from __future__ import annotations
 
@@ -22,8 +22,20 @@ _WORKERS: Final[dict[str, tuple[str, str | None]]] = {
         "verdict",
     ),
     "load_level_requests": ("Sequences that entered at a level of load, 0: dense.", "level"),
+    "canary_answers": ("Answers under plans that the canary has read at full depth.", None),
     "exits": ("Tokens, or whole one-token answers, that a method stopped on their way up.", None),
 }
+#: What the canary says of the last answers it read: help text, and the label of a gauge's parts.
+_CANARY: Final[dict[str, tuple[str, str | None]]] = {
+    "agreement": ("Share of tokens of read answers that are the whole model's.", "part"),
+    "surprise": (
+        "Nats a token by which its own first choice is likelier to the whole model.",
+        "part",
+    ),
+    "off": ("1 where the canary has switched plans off.", None),
+}
+#: Of a mean and its interval.
+_PARTS: Final = ("mean", "low", "high")
 _REFUSED: Final = "Requests refused for their adaskip arguments, by the argument that was wrong."
 
 Figures = dict[tuple[str, str | None], int]
@@ -36,11 +48,14 @@ class ServerCounters:
     or which hand on to Ray.
     """
 
-    def __init__(self, counter: Callable[..., Any], model_name: str) -> None:
-        """Make the counters.
+    def __init__(
+        self, counter: Callable[..., Any], gauge: Callable[..., Any], model_name: str
+    ) -> None:
+        """Make the counters and gauges.
 
         Args:
             counter: as ``prometheus_client.Counter``: name, help text, names of labels.
+            gauge: as ``prometheus_client.Gauge``.
             model_name: the label that vLLM's own have.
 
         """
@@ -50,6 +65,15 @@ class ServerCounters:
                 f"vllm:adaskip_{name}", text, ["model_name", "engine", *([label] if label else [])]
             )
             for name, (text, label) in _WORKERS.items()
+        }
+        self._canary = {
+            name: gauge(
+                f"vllm:adaskip_canary_{name}",
+                text,
+                ["model_name", "engine", *([label] if label else [])],
+                multiprocess_mode="mostrecent",
+            )
+            for name, (text, label) in _CANARY.items()
         }
         self._refused = counter("vllm:adaskip_refused_requests", _REFUSED, ["model_name", "reason"])
         self._shown: dict[tuple[str, ...], int] = {}
@@ -65,6 +89,15 @@ class ServerCounters:
         for (name, value), total in figures(report).items():
             labels = [str(engine), *([value] if value else [])]
             self._raise(self._counters[name], (name, *labels), labels, total)
+        self._show_canary(engine, report.get("canary", {"off": False}))
+
+    def _show_canary(self, engine: int, canary: Mapping[str, Any]) -> None:
+        """Show `engine.canary.Canary.report`; of nothing read only that plans are on."""
+        own = self._model_name, str(engine)
+        self._canary["off"].labels(*own).set(int(canary["off"]))
+        for name in ("agreement", "surprise"):
+            for part, value in zip(_PARTS, canary.get(name, ()), strict=False):
+                self._canary[name].labels(*own, part).set(value)
 
     def show_refused(self, refused: Mapping[str, int]) -> None:
         """Show what this process's front end has refused by now, by `RequestError.reason`."""
@@ -97,6 +130,7 @@ def figures(report: Mapping[str, Any]) -> Figures:
             ("load_level_requests", str(level)): entered
             for level, entered in enumerate(report.get("busy", {}).get("entered", [0]))
         },
+        ("canary_answers", None): report.get("canary", {}).get("answers", 0),
         ("failed_decisions", None): report.get("failures", 0),
         ("exits", None): sum(report.get("exits", ())),
     }

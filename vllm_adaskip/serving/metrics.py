@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from vllm.logger import init_logger
 
-from vllm_adaskip.engine.compat.metrics import counter_class, speaks_for_workers, worker_reports
+from vllm_adaskip.engine.compat.metrics import metric_classes, speaks_for_workers, worker_reports
 from vllm_adaskip.engine.naming import planner_of
 from vllm_adaskip.serving.counters import ServerCounters
 
@@ -32,9 +32,9 @@ def start_metrics(client: EngineClient) -> asyncio.Task[None] | None:
     `vllm serve` does so by itself. Who builds a server of their own calls this once a process,
     and keeps what it gives, which runs until it is cancelled. None under ``--disable-log-stats``.
     """
-    if (counter := counter_class(client)) is None:
+    if (kinds := metric_classes(client)) is None:
         return None
-    counters = ServerCounters(counter, str(client.model_config.served_model_name))
+    counters = ServerCounters(*kinds, str(client.model_config.served_model_name))
     return asyncio.create_task(_show(client, counters))
 
 

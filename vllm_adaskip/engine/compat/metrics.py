@@ -1,19 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's counters, and how a server reaches the workers of all its engines."""
+"""vLLM's counters and gauges, and how a server reaches the workers of all its engines."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
 
 
-def counter_class(client: EngineClient) -> Any | None:
-    """Return the class of vLLM's own counters; None under ``--disable-log-stats``.
+class Kinds(NamedTuple):
+    """The classes of vLLM's own metrics, called as those of prometheus_client."""
 
-    That is prometheus_client's, or under Ray Serve one that hands on to Ray's metrics.
+    counter: Any
+    gauge: Any
+
+
+def metric_classes(client: EngineClient) -> Kinds | None:
+    """Return the classes of vLLM's own metrics; None under ``--disable-log-stats``.
+
+    These are prometheus_client's, or under Ray Serve such that hand on to Ray's metrics.
     Since 0.29. Remove when a stat logger may ask workers.
     """
     from vllm.v1.metrics.loggers import PrometheusStatLogger
@@ -21,7 +28,7 @@ def counter_class(client: EngineClient) -> Any | None:
     manager = getattr(client, "logger_manager", None)
     loggers = manager.stat_loggers if manager else ()
     found = (one for one in loggers if isinstance(one, PrometheusStatLogger))
-    return next((one._counter_cls for one in found), None)
+    return next((Kinds(one._counter_cls, one._gauge_cls) for one in found), None)
 
 
 def speaks_for_workers(client: EngineClient) -> bool:

@@ -79,7 +79,7 @@ class MarkedBlocks(Scheduler):
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         """Mark blocks with holes anew, so that not even their own sequence finds them."""
         super()._preempt_request(request, *args, **kwargs)
-        if hasattr(request._block_hasher, "is_marking") and not self.is_lasting(request):
+        if hasattr(request._block_hasher, "plain") and not self.is_lasting(request):
             del request.block_hashes[request.num_prompt_tokens // self.hash_block_size :]
             request.update_block_hashes()
 
@@ -126,7 +126,7 @@ def _marking(
         pairs = zip(hasher(request), ends, strict=False)
         return [_mixed(plain, marks(request, end)) for plain, end in pairs]
 
-    marked.is_marking = True  # type: ignore[attr-defined]
+    marked.plain = hasher  # type: ignore[attr-defined]
     return marked
 
 
