@@ -39,7 +39,7 @@ def test_the_command_line_loads_nothing_heavy_before_it_must() -> None:
 def test_every_entry_point_is_named_adaskip_and_loads() -> None:
     ours = distribution("vllm-adaskip").entry_points
     groups = {point.group for point in ours}
-    assert groups == {"console_scripts", "vllm.general_plugins", "vllm.endpoint_plugins"}
+    assert groups == {"console_scripts", "vllm.general_plugins"}
     for point in ours:
         assert point.name == "adaskip"
         assert callable(point.load())
