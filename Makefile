@@ -105,4 +105,4 @@ train: setup
 	$(BIN)/python -m vllm_adaskip.lab.testbed.train --out build/model
 
 clean:
-	rm -rf .venv .venv-0.29 build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-0.29 build *.egg-info deploy/lab-data/build deploy/lab-data/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
