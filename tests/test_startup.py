@@ -23,6 +23,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm_adaskip import DecoderShape, engine_args, startup
 from vllm_adaskip.classifiers.profile import ADAPTER
 from vllm_adaskip.config import AdaSkipConfig, ConfigError
+from vllm_adaskip.engine.compat import startup as compat_startup
 from vllm_adaskip.engine.naming import planner_of
 from vllm_adaskip.engine.request import Planner
 from vllm_adaskip.launch import UseAdaSkip
@@ -616,10 +617,8 @@ def test_an_option_named_plugin_stays_that_of_others(
     tiny_llama: str, monkeypatch: pytest.MonkeyPatch, made: Any
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr(
-        "vllm_adaskip.engine.compat.startup.logger.warning_once",
-        lambda text, *facts: said.append(text % facts),
-    )
+    compat_startup._warn_once.cache_clear()
+    monkeypatch.setattr(compat_startup.logger, "warning", said.append)
     parser = made(monkeypatch)
     assert said == []
     args = parser.parse_args(["--model", tiny_llama, "--plugin", "adaskip"])
@@ -627,6 +626,7 @@ def test_an_option_named_plugin_stays_that_of_others(
     stock = EngineArgs.from_cli_args(args)
     assert not isinstance(stock.hf_overrides, UseAdaSkip)
     arguments = ["--model", tiny_llama, "--additional-config", '{"adaskip": {}}']
+    made(monkeypatch).parse_args([])  # a second parser says it no more
     ours = parser.parse_args(arguments)
     assert isinstance(EngineArgs.from_cli_args(ours).hf_overrides, UseAdaSkip)
     assert len(said) == 1 and "leaves vLLM's arguments as they are" in said[0]

@@ -5,17 +5,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, wraps
+from logging import getLogger
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.logger import init_logger
 
 if TYPE_CHECKING:
     from argparse import Namespace
 
     from vllm.config import VllmConfig
 
-logger = init_logger("vllm.adaskip")
+logger = getLogger("vllm.adaskip")
 
 
 def register_config_hook(architecture: str, prepare: Callable[[VllmConfig], None]) -> None:
@@ -57,7 +57,7 @@ def extend_parser(
             try:
                 add_arguments(parser)
             except Exception as error:
-                logger.warning_once("vllm-adaskip leaves vLLM's arguments as they are: %s", error)
+                _warn_once(f"vllm-adaskip leaves vLLM's arguments as they are: {error}")
 
         def parse_known_args(args: Any = None, namespace: Any = None) -> Any:
             add_ours()
@@ -73,6 +73,11 @@ def extend_parser(
 
     add_cli_args._adaskip = True  # type: ignore[attr-defined]
     EngineArgs.add_cli_args = staticmethod(add_cli_args)
+
+
+@cache
+def _warn_once(text: str) -> None:
+    logger.warning(text)
 
 
 def check_engines(check: Callable[[VllmConfig], None]) -> None:
