@@ -14,7 +14,7 @@ import pytest
 from hypothesis import settings
 
 if TYPE_CHECKING:
-    from reference import Reference
+    from helpers.reference import Reference
 
 # Before vLLM is imported: engines run in this process, side by side, one thread each.
 os.environ.update(
@@ -62,7 +62,7 @@ TINY_SHAPE = (TINY_LAYERS, 2 * 128 * 32 * (4 + 2), 3 * 128 * 256)
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A random Llama of 8 layers, no tokenizer."""
-    from tiny import write_llama
+    from helpers.tiny import write_llama
 
     path = tmp_path_factory.mktemp("tiny") / "llama"
     return write_llama(path, layers=TINY_LAYERS, vocab_size=512, max_position_embeddings=512)
@@ -71,7 +71,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def few_layers(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A random Llama of `FEW_LAYERS`, for engines that compile each layer."""
-    from tiny import write_llama
+    from helpers.tiny import write_llama
 
     path = tmp_path_factory.mktemp("few") / "llama"
     return write_llama(path, layers=FEW_LAYERS, vocab_size=512, max_position_embeddings=512)
@@ -80,7 +80,7 @@ def few_layers(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def reference(tiny_llama: str) -> Reference:
     """What plans of `tiny_llama` mean."""
-    from reference import Reference
+    from helpers.reference import Reference
 
     return Reference(tiny_llama)
 

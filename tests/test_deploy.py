@@ -15,11 +15,11 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
-from readme import ROOT, blocks
+from helpers.readme import ROOT, blocks
 
 DOCKERFILE = ROOT / "deploy" / "Dockerfile"
 KUBERNETES = ROOT / "deploy" / "kubernetes"
-RAY_TESTS = [*(ROOT / "tests" / "ray").glob("*.py"), ROOT / "tests" / "ray_app.py"]
+RAY_TESTS = [*(ROOT / "tests" / "ray").glob("*.py"), ROOT / "tests" / "helpers" / "ray_app.py"]
 
 #: Of KubeRay's RayService (ray.io/v1), the fields that ours has, by their names and types in
 #: KubeRay's API reference; nothing else is allowed. Pod templates are checked as pods.

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from http_server import URL, serving
-from readme import ROOT
+from helpers.http_server import URL, serving
+from helpers.readme import ROOT
 
 from vllm_adaskip import __version__, bundled_model
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from readme import ENVIRONMENT, ROOT, block, blocks
+from helpers.readme import ENVIRONMENT, ROOT, block, blocks
 
 from vllm_adaskip.support import markdown
 

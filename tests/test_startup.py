@@ -13,8 +13,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from profiles import write_first
-from readme import ROOT, block, blocks
+from helpers.profiles import write_first
+from helpers.readme import ROOT, block, blocks
 from transformers import AutoConfig
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.exceptions import VLLMValidationError

@@ -10,10 +10,10 @@ from functools import partial
 from itertools import combinations
 from typing import Any
 
-from dashboard import dashboard, panels, queries, selectors
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
+from helpers.dashboard import dashboard, panels, queries, selectors
 from prometheus_client import CollectorRegistry, Counter
 
 from vllm_adaskip.serving.counters import ServerCounters

@@ -16,7 +16,8 @@ from types import MappingProxyType
 
 import httpx
 import pytest
-from readme import ENVIRONMENT, ROOT
+
+from helpers.readme import ENVIRONMENT, ROOT
 
 URL = "http://127.0.0.1:8000"
 
