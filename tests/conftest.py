@@ -7,6 +7,8 @@ import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,8 @@ os.environ.update(
 )
 sys.path.insert(0, str(Path(__file__).parent))
 
+from helpers.needs import needed
+
 # A busy machine is slow, and no test depends on when it looks.
 settings.register_profile("adaskip", deadline=None)
 settings.load_profile("adaskip")
@@ -44,6 +48,47 @@ LONGEST = (
     "test_compiled",
     "test_compiled_plans",
 )
+
+
+#: Files whose tests take minutes: many processes each, which want all cores.
+SLOW = ("test_tensor_parallel", "test_many_engines")
+#: What an environment for `make test-pure` may lack; the files that need it are left out there.
+HEAVY = ("torch", "transformers", "vllm")
+ABSENT = {name for name in HEAVY if find_spec(name) is None}
+
+
+@cache
+def kind(path: Path) -> str:
+    """Return the mark of a test file: pure if it can do without vLLM."""
+    if path.parent.name == "ray":
+        return "ray"
+    # The commands import what they need when they run.
+    needs_vllm = path.parent.name == "cli" or "vllm" in needed(path)
+    return "engine" if needs_vllm else "pure"
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Leave out what cannot be imported here, which `pytest_report_header` says."""
+    if ABSENT and collection_path.name.startswith("test_"):
+        lacks_vllm = kind(collection_path) != "pure" and "vllm" in ABSENT
+        return lacks_vllm or bool(ABSENT & needed(collection_path)) or None
+    return None
+
+
+def pytest_report_header() -> str:
+    """Say what is missing, so that nobody takes a part of the tests for all."""
+    return f"left out: files that need {', '.join(sorted(ABSENT))}" if ABSENT else ""
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark each test by what its file needs, and how long it takes.
+
+    A test that has vLLM in a process of its own, which no import shows, is marked where it stands.
+    """
+    if not item.get_closest_marker("engine"):
+        item.add_marker(kind(item.path))
+    if item.path.stem in SLOW:
+        item.add_marker("slow")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

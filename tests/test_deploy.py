@@ -127,6 +127,7 @@ def test_pods_run_without_root_and_rights() -> None:
         assert set(container["resources"]) == {"requests", "limits"}
 
 
+@pytest.mark.engine
 def test_the_server_s_command_is_one_that_vllm_reads() -> None:
     """With our argument, and our options checked, in a process of its own as `vllm` is."""
     deployment = manifests("server.yaml")[0]

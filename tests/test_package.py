@@ -64,6 +64,7 @@ def test_one_name_for_each_package_and_none_that_is_generic() -> None:
     )
 
 
+@pytest.mark.engine
 def test_registering_twice_changes_nothing_and_no_stock_architecture() -> None:
     code = """
 from vllm import ModelRegistry
@@ -199,6 +200,7 @@ for ask in missing:
     assert all((Path(profile) / "adaskip.json").is_file() for profile in (said[1], said[3]))
 
 
+@pytest.mark.engine
 def test_the_wheel_alone_starts_a_server(site: Path, tmp_path: Path) -> None:
     """For a model that is no business of the package; and its report is there."""
     model = shutil.copytree(bundled_model(), tmp_path / "model")

@@ -19,9 +19,6 @@ from vllm_adaskip import DecoderShape, bundled_model
 from vllm_adaskip.classifiers.ends import EndsOptions
 from vllm_adaskip.classifiers.similarity.method import Similarity
 
-#: Two ranks want both cores.
-pytestmark = pytest.mark.slow
-
 #: None: decided by the method, from the prompt or token by token.
 PLANS: list[Entries | None] = [[], [2, 3], ["attn:4", "mlp:5"], [0], None, ["mlp:0"], None, None]
 TOKENS = 10

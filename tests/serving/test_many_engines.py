@@ -11,9 +11,6 @@ import pytest
 from helpers.http_server import URL, serving
 from helpers.metrics_page import MetricsPage, scrape_until, wait_for_page
 
-#: Many processes, which take minutes to start.
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module", autouse=True)
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
