@@ -10,11 +10,12 @@ LARGE ?= --large
 # Length of `make soak`.
 MINUTES ?= 30
 
-.PHONY: help setup demo test test-slow test-0.29 test-0.33 test-ray ray-demo lint bench bench-guard bench-parts gpu-check soak train clean
+.PHONY: help setup demo test test-pure test-slow test-0.29 test-0.33 test-ray ray-demo lint bench bench-guard bench-parts gpu-check soak train clean
 
 help:
 	@echo "make demo   set up .venv and ask SmolLM2 eight questions, dense, under a plan, and healed"
 	@echo "make test   set up .venv and run the tests"
+	@echo "make test-pure  set up .venv-pure, without vLLM and torch, and run what does without them"
 	@echo "make test-slow  two ranks, two engines behind two front ends"
 	@echo "make test-0.29  set up .venv-0.29 and run what another vLLM release could break"
 	@echo "make test-0.33  the same with the newest release, which has no CPU build"
@@ -44,6 +45,15 @@ demo: .venv/.demo
 # and files come in the order of tests/conftest.py. Without those of test-slow.
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# datasets without the extra fit, whose peft brings torch.
+.venv-pure/.ready: pyproject.toml
+	$(PYTHON) -m venv .venv-pure
+	.venv-pure/bin/python -m pip install -e '.[dev,eval]' datasets
+	touch $@
+
+test-pure: .venv-pure/.ready
+	.venv-pure/bin/python -m pytest -m pure
 
 # One after the other: several processes each, on both cores.
 test-slow: setup
@@ -105,4 +115,4 @@ train: setup
 	$(BIN)/python -m vllm_adaskip.lab.testbed.train --out build/model
 
 clean:
-	rm -rf .venv .venv-0.29 build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-0.29 .venv-pure build *.egg-info deploy/lab-data/build deploy/lab-data/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -81,7 +81,7 @@ def find_gpu() -> str:
 
 def compared(device: str, eager: bool, backend: str) -> dict[str, Any]:
     """Compare tokens for each ``kv_fill``; print and return what was wrong."""
-    from reference import Reference
+    from helpers.reference import Reference
 
     from vllm_adaskip import bundled_model
 
@@ -101,7 +101,7 @@ def compared(device: str, eager: bool, backend: str) -> dict[str, Any]:
 
 def compare(reference: Any, kv_fill: str, eager: bool, backend: str) -> dict[str, dict[str, int]]:
     """Run batches on one engine; count sequences with a wrong token."""
-    from batches import greedy, random_plan, random_prompts
+    from helpers.batches import greedy, random_plan, random_prompts
 
     from vllm_adaskip import bundled_model
 

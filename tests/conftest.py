@@ -7,6 +7,8 @@ import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +16,7 @@ import pytest
 from hypothesis import settings
 
 if TYPE_CHECKING:
-    from reference import Reference
+    from helpers.reference import Reference
 
 # Before vLLM is imported: engines run in this process, side by side, one thread each.
 os.environ.update(
@@ -25,6 +27,8 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
 )
 sys.path.insert(0, str(Path(__file__).parent))
+
+from helpers.needs import needed
 
 # A busy machine is slow, and no test depends on when it looks.
 settings.register_profile("adaskip", deadline=None)
@@ -46,6 +50,47 @@ LONGEST = (
 )
 
 
+#: Files whose tests take minutes: many processes each, which want all cores.
+SLOW = ("test_tensor_parallel", "test_many_engines")
+#: What an environment for `make test-pure` may lack; the files that need it are left out there.
+HEAVY = ("torch", "transformers", "vllm")
+ABSENT = {name for name in HEAVY if find_spec(name) is None}
+
+
+@cache
+def kind(path: Path) -> str:
+    """Return the mark of a test file: pure if it can do without vLLM."""
+    if path.parent.name == "ray":
+        return "ray"
+    # The commands import what they need when they run.
+    needs_vllm = path.parent.name == "cli" or "vllm" in needed(path)
+    return "engine" if needs_vllm else "pure"
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Leave out what cannot be imported here, which `pytest_report_header` says."""
+    if ABSENT and collection_path.name.startswith("test_"):
+        lacks_vllm = kind(collection_path) != "pure" and "vllm" in ABSENT
+        return lacks_vllm or bool(ABSENT & needed(collection_path)) or None
+    return None
+
+
+def pytest_report_header() -> str:
+    """Say what is missing, so that nobody takes a part of the tests for all."""
+    return f"left out: files that need {', '.join(sorted(ABSENT))}" if ABSENT else ""
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark each test by what its file needs, and how long it takes.
+
+    A test that has vLLM in a process of its own, which no import shows, is marked where it stands.
+    """
+    if not item.get_closest_marker("engine"):
+        item.add_marker(kind(item.path))
+    if item.path.stem in SLOW:
+        item.add_marker("slow")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the files that take longest first; the others stay as they are."""
     place = {name: number for number, name in enumerate(LONGEST)}
@@ -62,7 +107,7 @@ TINY_SHAPE = (TINY_LAYERS, 2 * 128 * 32 * (4 + 2), 3 * 128 * 256)
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A random Llama of 8 layers, no tokenizer."""
-    from tiny import write_llama
+    from helpers.tiny import write_llama
 
     path = tmp_path_factory.mktemp("tiny") / "llama"
     return write_llama(path, layers=TINY_LAYERS, vocab_size=512, max_position_embeddings=512)
@@ -71,7 +116,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def few_layers(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A random Llama of `FEW_LAYERS`, for engines that compile each layer."""
-    from tiny import write_llama
+    from helpers.tiny import write_llama
 
     path = tmp_path_factory.mktemp("few") / "llama"
     return write_llama(path, layers=FEW_LAYERS, vocab_size=512, max_position_embeddings=512)
@@ -80,7 +125,7 @@ def few_layers(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def reference(tiny_llama: str) -> Reference:
     """What plans of `tiny_llama` mean."""
-    from reference import Reference
+    from helpers.reference import Reference
 
     return Reference(tiny_llama)
 

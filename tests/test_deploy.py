@@ -15,11 +15,11 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
-from readme import ROOT, blocks
+from helpers.readme import ROOT, blocks
 
 DOCKERFILE = ROOT / "deploy" / "Dockerfile"
 KUBERNETES = ROOT / "deploy" / "kubernetes"
-RAY_TESTS = [*(ROOT / "tests" / "ray").glob("*.py"), ROOT / "tests" / "ray_app.py"]
+RAY_TESTS = [*(ROOT / "tests" / "ray").glob("*.py"), ROOT / "tests" / "helpers" / "ray_app.py"]
 
 #: Of KubeRay's RayService (ray.io/v1), the fields that ours has, by their names and types in
 #: KubeRay's API reference; nothing else is allowed. Pod templates are checked as pods.
@@ -127,6 +127,7 @@ def test_pods_run_without_root_and_rights() -> None:
         assert set(container["resources"]) == {"requests", "limits"}
 
 
+@pytest.mark.engine
 def test_the_server_s_command_is_one_that_vllm_reads() -> None:
     """With our argument, and our options checked, in a process of its own as `vllm` is."""
     deployment = manifests("server.yaml")[0]

@@ -8,7 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from readme import ENVIRONMENT, ROOT, block, blocks
+import pytest
+from helpers.readme import ENVIRONMENT, ROOT, block, blocks
 
 from vllm_adaskip.support import markdown
 
@@ -35,6 +36,7 @@ def test_the_support_table_is_the_registry_s() -> None:
     assert readme[start : readme.index("\n\n", start) + 1] == markdown()
 
 
+@pytest.mark.engine
 def test_doctor_finds_all_well_where_the_tests_run() -> None:
     done = subprocess.run(
         ["bash", "-c", block("adaskip doctor")],
@@ -56,6 +58,7 @@ def test_doctor_finds_all_well_where_the_tests_run() -> None:
         assert word in done.stdout
 
 
+@pytest.mark.engine
 def test_the_offline_example_runs_and_reports(tmp_path: Path) -> None:
     (code,) = blocks("python")
     script = tmp_path / "example.py"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from readme import ENVIRONMENT, ROOT
+from helpers.readme import ENVIRONMENT, ROOT
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.entrypoints.launchers.cli_args import make_arg_parser

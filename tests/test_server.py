@@ -16,9 +16,9 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from http_server import URL, serving
-from metrics_page import MetricsPage, scrape_until, wait_for_page
-from readme import ENVIRONMENT, block
+from helpers.http_server import URL, serving
+from helpers.metrics_page import MetricsPage, scrape_until, wait_for_page
+from helpers.readme import ENVIRONMENT, block
 
 from vllm_adaskip.serving.metrics import PERIOD
 
@@ -91,7 +91,7 @@ def test_metrics_agree_with_the_report_and_count_refusals(server: str) -> None:
 
 
 def test_the_dashboards_metrics_stand_on_the_page(server: str) -> None:
-    from dashboard import selectors
+    from helpers.dashboard import selectors
 
     page = MetricsPage()
     for selector in selectors():

@@ -8,7 +8,7 @@ import struct
 from typing import Any
 
 import pytest
-from readme import ROOT
+from helpers.readme import ROOT
 
 PTX, CUBIN = 1, 2
 

@@ -8,14 +8,13 @@ import os
 import pickle
 import re
 import shlex
-from importlib.metadata import entry_points
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from profiles import write_first
-from readme import ROOT, block, blocks
+from helpers.profiles import write_first
+from helpers.readme import ROOT, block, blocks
 from transformers import AutoConfig
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.exceptions import VLLMValidationError
@@ -24,8 +23,10 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm_adaskip import DecoderShape, engine_args, startup
 from vllm_adaskip.classifiers.profile import ADAPTER
 from vllm_adaskip.config import AdaSkipConfig, ConfigError
+from vllm_adaskip.engine.compat import startup as compat_startup
 from vllm_adaskip.engine.naming import planner_of
 from vllm_adaskip.engine.request import Planner
+from vllm_adaskip.launch import UseAdaSkip
 from vllm_adaskip.startup import unsupported_accelerator
 
 OPTION = "--additional-config"
@@ -40,12 +41,6 @@ def from_command_line(*arguments: str) -> Any:
     parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
     args = parser.parse_args([*arguments, "--skip-tokenizer-init"])
     return AsyncEngineArgs.from_cli_args(args).create_engine_config()
-
-
-@pytest.fixture(autouse=True)
-def keep_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`--plugin` names the installed plugins in VLLM_PLUGINS; undo that after each test."""
-    monkeypatch.setenv("VLLM_PLUGINS", "adaskip")
 
 
 def test_an_engine_that_does_not_ask_is_left_alone(tiny_llama: str) -> None:
@@ -581,20 +576,62 @@ def test_an_allow_list_without_the_plugin_is_named(
         config(tiny_llama, **engine_args())
 
 
-def test_asking_lets_the_report_endpoint_load_and_keeps_the_other_plugins(
+def test_parsing_leaves_the_environment_as_it_is(
     tiny_llama: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("VLLM_PLUGINS")
-    from_command_line("--model", tiny_llama)
-    assert "VLLM_PLUGINS" not in os.environ
-    from_command_line("--model", tiny_llama, "--plugin", "adaskip")
-    allowed = set(os.environ["VLLM_PLUGINS"].split(","))
-    assert allowed >= {"adaskip", *entry_points(group="vllm.general_plugins").names}
+    """VLLM_PLUGINS would switch off plugins that are installed later, in whoever comes after."""
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    before = dict(os.environ)
+    AsyncEngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(
+        ["--model", tiny_llama, "--plugin", "adaskip"]
+    )
+    assert dict(os.environ) == before
 
 
-def test_the_allow_list_of_the_user_is_left_alone(tiny_llama: str) -> None:
-    from_command_line("--model", tiny_llama, "--plugin", "adaskip")
-    assert os.environ["VLLM_PLUGINS"] == "adaskip"
+def somebody_elses_plugin(parser: Any) -> Any:
+    parser.add_argument("--plugin", help="Somebody else's.")
+    return parser
+
+
+def before_ours(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """vLLM's own parser has the option."""
+    parser = FlexibleArgumentParser()
+    return EngineArgs.add_cli_args(somebody_elses_plugin(parser))
+
+
+def after_ours(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Another plugin adds it to what we return, or a server to what the engine's parser has."""
+    return somebody_elses_plugin(EngineArgs.add_cli_args(FlexibleArgumentParser()))
+
+
+def failing(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Groups of a parser work otherwise in some release to come."""
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    parser.add_argument("--plugin")
+    monkeypatch.setattr(parser, "add_argument_group", lambda: None)
+    return parser
+
+
+@pytest.mark.parametrize("made", [before_ours, after_ours, failing])
+def test_an_option_named_plugin_stays_that_of_others(
+    tiny_llama: str, monkeypatch: pytest.MonkeyPatch, made: Any
+) -> None:
+    said: list[str] = []
+    compat_startup._warn_once.cache_clear()
+    monkeypatch.setattr(compat_startup.logger, "warning", said.append)
+    parser = made(monkeypatch)
+    assert said == []
+    args = parser.parse_args(["--model", tiny_llama, "--plugin", "adaskip"])
+    assert args.plugin == "adaskip"
+    stock = EngineArgs.from_cli_args(args)
+    assert not isinstance(stock.hf_overrides, UseAdaSkip)
+    arguments = ["--model", tiny_llama, "--additional-config", '{"adaskip": {}}']
+    made(monkeypatch).parse_args([])  # a second parser says it no more
+    ours = parser.parse_args(arguments)
+    assert isinstance(EngineArgs.from_cli_args(ours).hf_overrides, UseAdaSkip)
+    assert len(said) == 1 and "leaves vLLM's arguments as they are" in said[0]
+    assert made is failing or "turn vllm-adaskip on by its options" in said[0]
+    assert made is failing or "vllm-adaskip" not in parser.format_help()
 
 
 def test_an_engine_that_nobody_feeds_is_refused(tiny_llama: str) -> None:

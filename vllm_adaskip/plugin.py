@@ -8,12 +8,14 @@ brings our options and does not ask for us is refused.
 
 from __future__ import annotations
 
-import os
-from argparse import Namespace
+from argparse import ArgumentError, Namespace
 from logging import getLogger
 from typing import Any
 
 NAME = "adaskip"
+#: Where `--plugin` stands among what was parsed: not as ``plugin``, which may be somebody else's.
+_PARSED = "adaskip_plugin"
+_REPORT = "vllm_adaskip.serving.report_endpoint.ReportMiddleware"
 
 
 def register() -> None:
@@ -43,14 +45,23 @@ def _register() -> None:
 
 
 def _add_arguments(parser: Any) -> None:
-    group = parser.add_argument_group("vllm-adaskip", "Layer skipping per sequence.")
-    group.add_argument(
-        "--plugin",
-        choices=[NAME],
-        default=None,
-        help="Serve with vllm-adaskip. Its options: --additional-config "
-        '\'{"adaskip": {"method": "static", "skip": [5, 6]}}\'.',
-    )
+    group = parser.add_argument_group("vllm-adaskip")  # which is not shown while it is empty
+    try:
+        group.add_argument(
+            "--plugin",
+            dest=_PARSED,
+            choices=[NAME],
+            default=None,
+            help="Serve with vllm-adaskip. Its options: "
+            '--additional-config \'{"adaskip": {"method": "static", "skip": [5, 6]}}\'.',
+        )
+    except ArgumentError as error:
+        raise ValueError(
+            f"{error}. The option is somebody else's here; turn vllm-adaskip on by its options, "
+            "as in --additional-config '{\"adaskip\": {}}', or by naming its architecture in "
+            "--hf-overrides"
+        ) from None
+    group.description = "Layer skipping per sequence."
 
 
 def _finish(args: Namespace) -> None:
@@ -59,7 +70,7 @@ def _finish(args: Namespace) -> None:
     from vllm_adaskip.launch import UseAdaSkip, speculative_config
 
     additional = getattr(args, "additional_config", None) or {}
-    if not asks(additional) and getattr(args, "plugin", None) != NAME:
+    if not asks(additional) and getattr(args, _PARSED, None) != NAME:
         return
     if getattr(args, "config", None):  # vLLM takes it away where it reads the file
         raise ValueError(f"--config={args.config} is not read; write --config {args.config}")
@@ -71,27 +82,16 @@ def _finish(args: Namespace) -> None:
         args.speculative_config = drafting
     if not isinstance(args.hf_overrides, UseAdaSkip):
         args.hf_overrides = UseAdaSkip(args.hf_overrides or None)
-    _allow_report_endpoint()
+    _add_report(args)
 
 
-def _allow_report_endpoint() -> None:
-    """Let vLLM load our endpoint, which it does only for plugins named in VLLM_PLUGINS.
+def _add_report(args: Namespace) -> None:
+    """Have this server answer ``GET /adaskip/report``, if it is one and not a batch.
 
-    That variable is one allow-list for every kind of plugin, so the other installed
-    plugins are named too; unless one of them brings an endpoint of its own, which is the
-    user's to allow.
+    By vLLM's own option ``--middleware``, which is of one server. Its endpoint plugins are loaded
+    only where VLLM_PLUGINS names them, and that decides on every plugin of whatever process it
+    comes to.
     """
-    from importlib.metadata import entry_points
-
-    if "VLLM_PLUGINS" in os.environ:
-        return
-    groups = ["general", "platform", "io_processor", "stat_logger", "endpoint"]
-    found = {group: entry_points(group=f"vllm.{group}_plugins").names for group in groups}
-    if found["endpoint"] - {NAME}:
-        getLogger("vllm").warning(
-            "GET /adaskip/report is off: other endpoint plugins are installed (%s). Name those "
-            "you want, and adaskip, in VLLM_PLUGINS.",
-            ", ".join(sorted(found["endpoint"] - {NAME})),
-        )
-        return
-    os.environ["VLLM_PLUGINS"] = ",".join(sorted(set().union(*found.values())))
+    theirs = getattr(args, "middleware", None)
+    if theirs is not None and _REPORT not in theirs:
+        args.middleware = [*theirs, _REPORT]

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.profiles import write_adainfer
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from profiles import write_adainfer
 from safetensors.numpy import load_file, save_file
 
 from vllm_adaskip import DecoderShape

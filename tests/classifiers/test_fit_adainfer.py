@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from made_up_exits import LAYERS, made_up
+from helpers.made_up_exits import LAYERS, made_up
 
 from vllm_adaskip.classifiers.adainfer.fit.base import ExitFit
 from vllm_adaskip.classifiers.adainfer.fit.cases import Bools, Cases

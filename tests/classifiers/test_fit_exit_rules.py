@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fit_models import own_answers, tiny
+from helpers.fit_models import own_answers, tiny
+from helpers.made_up_exits import LAYERS, made_up
 from hypothesis import given
 from hypothesis import strategies as st
-from made_up_exits import LAYERS, made_up
 
 from vllm_adaskip.classifiers.adainfer.fit.base import (
     FOLDS,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fit_models import VOCABULARY, own_answers, tiny
+from helpers.fit_models import VOCABULARY, own_answers, tiny
 
 from vllm_adaskip.classifiers.adainfer.fit.cases import Cases, Scope, exit_candidates, exit_cases
 from vllm_adaskip.classifiers.adainfer.fit.head import FinalHead

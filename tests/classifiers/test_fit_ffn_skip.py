@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fit_models import own_answers, tiny
+from helpers.fit_models import own_answers, tiny
+from helpers.reference import Reference
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import Reference
 
 from vllm_adaskip.classifiers import DecoderShape, PromptStatistics
 from vllm_adaskip.classifiers.ends import EndsOptions

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fit_models import own_answers, tiny, useless
+from helpers.fit_models import own_answers, tiny, useless
 
 from vllm_adaskip.classifiers.first.fit.codebook import plans_of
 from vllm_adaskip.classifiers.first.fit.fitted import CHECKPOINTS, fit_first

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from fit_models import own_answers, tiny
-from reference import Reference
+from helpers.fit_models import own_answers, tiny
+from helpers.reference import Reference
 
 from vllm_adaskip.classifiers.lora import Lora
 from vllm_adaskip.classifiers.plan import SkipPlan

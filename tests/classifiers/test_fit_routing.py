@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fit_models import own_answers, tiny
+from helpers.fit_models import own_answers, tiny
 from torch import nn
 
 from vllm_adaskip.classifiers import DecoderShape

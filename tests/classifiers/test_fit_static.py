@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from fit_models import own_answers, tiny
+from helpers.fit_models import own_answers, tiny
 from hypothesis import given
 from hypothesis import strategies as st
 

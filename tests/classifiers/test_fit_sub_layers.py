@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from fit_models import tiny
-from reference import Reference
+from helpers.fit_models import tiny
+from helpers.reference import Reference
 from torch import Tensor
 
 from vllm_adaskip.classifiers.plan import SkipPlan

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub import hub
+from helpers.hub import hub
 
 from vllm_adaskip.classifiers.hub import cell, located, readable
 from vllm_adaskip.classifiers.profile import FILE, Profile, ProfileError

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from profiles import write_lora
+from helpers.profiles import write_lora
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 

@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from readme import ENVIRONMENT
+from helpers.readme import ENVIRONMENT
 
 
 def run(command: str) -> subprocess.CompletedProcess[str]:

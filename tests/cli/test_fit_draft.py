@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from readme import ENVIRONMENT
+from helpers.readme import ENVIRONMENT
 from typer.testing import CliRunner
 
 from vllm_adaskip import bundled_model

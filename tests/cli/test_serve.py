@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +47,6 @@ def test_short_names_become_paths() -> None:
     assert serve_arguments(["--model", "bundled"]) == ["serve", *plugin, *named]
 
 
-@pytest.fixture(autouse=True)
-def keep_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`--plugin` names the installed plugins in VLLM_PLUGINS; undo that after each test."""
-    monkeypatch.setenv("VLLM_PLUGINS", "adaskip")
-
-
 def read_by_vllm(arguments: list[str]) -> Any:
     """What `vllm serve` makes of its arguments, with the model that it would load."""
     from vllm.entrypoints.cli.serve import ServeSubcommand
@@ -87,7 +82,19 @@ def test_vllm_reads_model_and_host_where_the_user_wrote_them(
             continue  # for vLLM the model stands first
         args = read_by_vllm(serve_arguments(order))
         assert (args.model, args.host, args.max_model_len) == (model, host, 99)
-        assert args.plugin == "adaskip"
+        assert args.adaskip_plugin == "adaskip"
+
+
+def test_what_it_starts_answers_for_a_report_and_a_stock_server_is_left_alone() -> None:
+    """By an option of that server: the variable of all plugins in a process is not touched."""
+    assert read_by_vllm(["serve", "m"]).middleware == []
+    before = dict(os.environ)  # after vLLM was imported, which has its own to set
+    ours = read_by_vllm(serve_arguments(["m", "--middleware", "their.middleware"]))
+    assert [name.rpartition(".")[2] for name in ours.middleware] == [
+        "middleware",
+        "ReportMiddleware",
+    ]
+    assert dict(os.environ) == before
 
 
 @pytest.mark.parametrize("text", [None, "- a list", "a: [", "\xff"])

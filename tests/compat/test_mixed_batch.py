@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import vllm
-from batches import Entries, greedy, sampling
-from reference import Reference
+from helpers.batches import Entries, greedy, sampling
+from helpers.reference import Reference
 
 import vllm_adaskip
 from vllm_adaskip import engine_args

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from batches import random_plan, random_prompts, sampling
 from conftest import TINY_LAYERS, TINY_SHAPE
-from profiles import write_adainfer
-from reference import Exit, Reference
+from helpers.batches import random_plan, random_prompts, sampling
+from helpers.profiles import write_adainfer
+from helpers.reference import Exit, Reference
 
 from vllm_adaskip import DecoderShape, SkipPlan, engine_args
 from vllm_adaskip.classifiers import METHODS

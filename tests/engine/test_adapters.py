@@ -13,12 +13,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import adapters
 import pytest
-from batches import Entries, logprobs_of, random_plan, random_prompts, sampling
 from conftest import TINY_LAYERS
-from families import CASES, LAYERS, Matrix
-from reference import Reference
+from helpers import adapters
+from helpers.batches import Entries, logprobs_of, random_plan, random_prompts, sampling
+from helpers.families import CASES, LAYERS, Matrix
+from helpers.reference import Reference
 
 from vllm_adaskip import engine_args
 from vllm_adaskip.support import UNADAPTED

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.v2_batches import ROWS, Plan, batch, request_data, v2_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from v2_batches import ROWS, Plan, batch, request_data, v2_config
 from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 

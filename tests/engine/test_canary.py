@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from batches import Entries, random_prompts, sampling, small_blocks
+from helpers.batches import Entries, random_prompts, sampling, small_blocks
+from helpers.reference import Reference
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import Reference
 
 from vllm_adaskip import engine_args, request
 from vllm_adaskip.config import AdaSkipConfig, ConfigError

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from batches import random_prompts, sampling
 from conftest import TINY_SHAPE
-from profiles import write_first
-from reference import Reference
+from helpers.batches import random_prompts, sampling
+from helpers.profiles import write_first
+from helpers.reference import Reference
 
 from vllm_adaskip import DecoderShape, SkipPlan, engine_args
 from vllm_adaskip.classifiers import Classifier

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from batches import Entries, greedy, random_plan, random_prompts
 from conftest import TINY_LAYERS, TINY_SHAPE
-from reference import Reference
+from helpers.batches import Entries, greedy, random_plan, random_prompts
+from helpers.reference import Reference
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vllm_adaskip import DecoderShape, engine_args

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from batches import Entries, greedy, random_prompts
 from conftest import TINY_LAYERS
-from reference import Reference
+from helpers.batches import Entries, greedy, random_prompts
+from helpers.reference import Reference
 
 from vllm_adaskip import engine_args
 from vllm_adaskip.classifiers import SkipPlan

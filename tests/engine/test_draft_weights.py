@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from batches import greedy, random_prompts
 from conftest import TINY_LAYERS
-from reference import Reference
+from helpers.batches import greedy, random_prompts
+from helpers.reference import Reference
+from helpers.tiny import write_llama
 from safetensors.torch import load_file, save_file
-from tiny import write_llama
 from transformers import AutoModelForCausalLM
 
 from vllm_adaskip import engine_args

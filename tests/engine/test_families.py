@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from batches import (
+from helpers.batches import (
     Entries,
     greedy,
     logprobs_of,
@@ -23,8 +23,8 @@ from batches import (
     run_with_changes,
     sampling,
 )
-from families import CASES, LAYERS, WARM_UP, Matrix
-from reference import Exit, MlpRule
+from helpers.families import CASES, LAYERS, WARM_UP, Matrix
+from helpers.reference import Exit, MlpRule
 
 from vllm_adaskip import DecoderShape, SkipPlan, engine_args, request
 from vllm_adaskip.config import AdaSkipConfig

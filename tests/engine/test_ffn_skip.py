@@ -16,9 +16,20 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from batches import random_plan, random_prompts, sampling
 from conftest import TINY_LAYERS, TINY_SHAPE
-from gated import ALWAYS, BLOCK, MIDDLE, NEVER, THRESHOLDS, Arguments, Gated, maker, mlps, varied
+from helpers.batches import random_plan, random_prompts, sampling
+from helpers.gated import (
+    ALWAYS,
+    BLOCK,
+    MIDDLE,
+    NEVER,
+    THRESHOLDS,
+    Arguments,
+    Gated,
+    maker,
+    mlps,
+    varied,
+)
 
 from vllm_adaskip import DecoderShape
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from batches import greedy, random_prompts
 from conftest import TINY_LAYERS, TINY_SHAPE
-from profiles import write_first, write_lora
-from reference import Reference
+from helpers.batches import greedy, random_prompts
+from helpers.profiles import write_first, write_lora
+from helpers.reference import Reference
 from safetensors.torch import load_file, save_file
 
 from vllm_adaskip import DecoderShape, SkipPlan, engine_args

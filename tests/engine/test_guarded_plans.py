@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from batches import Entries, greedy, random_prompts, sampling
 from conftest import TINY_LAYERS, TINY_SHAPE
-from reference import Reference
+from helpers.batches import Entries, greedy, random_prompts, sampling
+from helpers.reference import Reference
 
 from vllm_adaskip import DecoderShape, engine_args
 from vllm_adaskip.classifiers.ends import EndsOptions

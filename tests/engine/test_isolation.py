@@ -9,9 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from batches import Entries, greedy, logprobs_of, random_plan, random_prompts, sampling
 from conftest import TINY_LAYERS
-from reference import Reference
+from helpers.batches import Entries, greedy, logprobs_of, random_plan, random_prompts, sampling
+from helpers.reference import Reference
 
 from vllm_adaskip import engine_args
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 import torch
-from batches import Entries, greedy, random_plan, random_prompts, run_with_changes
 from conftest import TINY_LAYERS
-from reference import Reference
+from helpers.batches import Entries, greedy, random_plan, random_prompts, run_with_changes
+from helpers.reference import Reference
 
 from vllm_adaskip import engine_args
 

@@ -9,19 +9,19 @@ not check requests.
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import pytest
-from batches import random_plan, random_prompts
 from conftest import TINY_LAYERS, TINY_SHAPE
-from gated import Gated
-from reference import Exit, Reference
+from helpers.batches import random_plan, random_prompts
+from helpers.gated import Gated
+from helpers.reference import Exit, Reference
 
 from vllm_adaskip import DecoderShape
 from vllm_adaskip.config import AdaSkipConfig
@@ -82,10 +82,14 @@ JOBS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def ran(tiny_llama: str) -> dict[str, dict[str, Any]]:
     """What each job gave, all from one process."""
-    script = Path(__file__).parents[1] / "v2_engine.py"
     jobs = json.dumps([{"model": tiny_llama, **one} for one in JOBS.values()])
     done = subprocess.run(
-        [sys.executable, str(script)], input=jobs, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "helpers.v2_engine"],
+        env={**os.environ, "PYTHONPATH": ":".join(sys.path)},
+        input=jobs,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert not done.returncode, done.stderr[-4000:]
     return dict(zip(JOBS, json.loads(done.stdout.splitlines()[-1]), strict=True))

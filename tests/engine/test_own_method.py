@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from batches import Entries, greedy, random_prompts
 from conftest import TINY_SHAPE
-from reference import Reference
+from helpers.batches import Entries, greedy, random_prompts
+from helpers.reference import Reference
 
 import vllm_adaskip
 from vllm_adaskip import DecoderShape, engine_args

@@ -13,9 +13,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from batches import Entries, greedy, random_plan, sampling, small_blocks
 from conftest import TINY_LAYERS
-from reference import Reference
+from helpers.batches import Entries, greedy, random_plan, sampling, small_blocks
+from helpers.reference import Reference
 
 BLOCK = 32
 KV_FILLS = ["none", "copy", "project"]

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from batches import Entries, random_plan, random_prompts, sampling, small_blocks
 from conftest import TINY_LAYERS
-from reference import Reference
+from helpers.batches import Entries, random_plan, random_prompts, sampling, small_blocks
+from helpers.reference import Reference
 from vllm.exceptions import VLLMValidationError
 
 from vllm_adaskip import request

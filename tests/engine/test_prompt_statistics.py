@@ -16,10 +16,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from batches import greedy, random_prompts, sampling
 from conftest import TINY_SHAPE
-from profiles import write_first
-from reference import Reference
+from helpers.batches import greedy, random_prompts, sampling
+from helpers.profiles import write_first
+from helpers.reference import Reference
 
 from vllm_adaskip import DecoderShape, SkipPlan, engine_args
 from vllm_adaskip.config import AdaSkipConfig

@@ -14,11 +14,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import adapters
 import pytest
-import quantised
-from batches import Entries, greedy, logprobs_of, sampling
-from reference import Reference, distance
+from helpers import adapters, quantised
+from helpers.batches import Entries, greedy, logprobs_of, sampling
+from helpers.reference import Reference, distance
 from transformers import AutoTokenizer
 
 from vllm_adaskip import bundled_model, engine_args

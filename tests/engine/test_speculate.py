@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from batches import Entries, greedy, random_plan, random_prompts, sampling
 from conftest import TINY_LAYERS
-from reference import Reference
-from tiny import write_llama
+from helpers.batches import Entries, greedy, random_plan, random_prompts, sampling
+from helpers.reference import Reference
+from helpers.tiny import write_llama
 from vllm.exceptions import VLLMValidationError
 
 from vllm_adaskip import bundled_model, engine_args, request

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import quantised
 import torch
-from batches import Entries, random_plan, run_with_changes
-from families import CASES, LAYERS, Matrix
-from reference import Reference, distance
-from tiny import write_model
+from helpers import quantised
+from helpers.batches import Entries, random_plan, run_with_changes
+from helpers.families import CASES, LAYERS, Matrix
+from helpers.reference import Reference, distance
+from helpers.tiny import write_model
 
 from vllm_adaskip import engine_args
 from vllm_adaskip.support import QUANTISED

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from batches import Entries, greedy, random_prompts, sampling
-from families import Matrix
-from profiles import write_taught
-from reference import Reference
+from helpers.batches import Entries, greedy, random_prompts, sampling
+from helpers.families import Matrix
+from helpers.profiles import write_taught
+from helpers.reference import Reference
 from torch import nn
 from transformers import AutoModelForCausalLM
 

@@ -7,21 +7,17 @@ import os
 from pathlib import Path
 from typing import Any
 
-import adapters
 import pytest
-import quantised
-from batches import Entries, random_prompts
 from conftest import TINY_SHAPE
-from profiles import write_taught
-from reference import Exit, MlpRule, Reference
-from two_ranks import on_two_ranks
+from helpers import adapters, quantised
+from helpers.batches import Entries, random_prompts
+from helpers.profiles import write_taught
+from helpers.reference import Exit, MlpRule, Reference
+from helpers.two_ranks import on_two_ranks
 
 from vllm_adaskip import DecoderShape, bundled_model
 from vllm_adaskip.classifiers.ends import EndsOptions
 from vllm_adaskip.classifiers.similarity.method import Similarity
-
-#: Two ranks want both cores.
-pytestmark = pytest.mark.slow
 
 #: None: decided by the method, from the prompt or token by token.
 PLANS: list[Entries | None] = [[], [2, 3], ["attn:4", "mlp:5"], [0], None, ["mlp:0"], None, None]

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from v2_batches import BATCH_FIELDS, REQUEST_FIELDS, ROWS, batch, request_data, v2_config
+from helpers.v2_batches import BATCH_FIELDS, REQUEST_FIELDS, ROWS, batch, request_data, v2_config
 from vllm.config import VllmConfig
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.core.sched.output import NewRequestData

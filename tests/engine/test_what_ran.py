@@ -11,8 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from batches import random_prompts, sampling
-from gated import NEVER, Arguments, Gated, maker
+from helpers.batches import random_prompts, sampling
+from helpers.gated import NEVER, Arguments, Gated, maker
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from reference import Reference
+from helpers.reference import Reference
 from transformers import DynamicCache, LlamaForCausalLM
 
 from vllm_adaskip.lab.testbed import network, tasks, tokenizer

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from evaluation.letters import Letters
-from profiles import write_lora
-from reference import Reference
+from helpers.profiles import write_lora
+from helpers.reference import Reference
 from safetensors.torch import load_file, save_file
 from torture.judge import Judge
 from transformers import AutoTokenizer

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from evaluation.test_harness import write as write_task
-from reference import MlpRule, Reference
+from helpers.reference import MlpRule, Reference
 from transformers import AutoTokenizer
 
 from vllm_adaskip import DecoderShape, bundled_model

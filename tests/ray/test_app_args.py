@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import yaml
+from helpers.readme import ROOT
 from ray.serve.schema import ServeDeploySchema
-from readme import ROOT
 
 from deploy.ray.app_args import AppArgs
 from deploy.ray.batch_args import BatchArgs

@@ -13,8 +13,8 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from ray_app import PAGE, PLANS, shell
-from readme import ENVIRONMENT, ROOT, block
+from helpers.ray_app import PAGE, PLANS, shell
+from helpers.readme import ENVIRONMENT, ROOT, block
 
 from vllm_adaskip import engine_args
 from vllm_adaskip.bundled import bundled_model

@@ -17,9 +17,9 @@ import httpx
 import psutil
 import pytest
 import yaml
-from http_server import URL, serving
-from ray_app import PAGE, PLANS, TO_START, body, reports, shell, wait_for
-from readme import ROOT, block
+from helpers.http_server import URL, serving
+from helpers.ray_app import PAGE, PLANS, TO_START, body, reports, shell, wait_for
+from helpers.readme import ROOT, block
 
 from vllm_adaskip import engine_args
 from vllm_adaskip.bundled import bundled_model

@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 
 import psutil
-from http_server import serving
-from ray_app import PAGE, TO_START, reports, shell, wait_for
-from readme import block
+from helpers.http_server import serving
+from helpers.ray_app import PAGE, TO_START, reports, shell, wait_for
+from helpers.readme import block
 
 
 def test_the_page_s_first_commands(tmp_path: Path) -> None:

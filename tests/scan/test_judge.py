@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fit_models import tiny
+from helpers.fit_models import tiny
 
 from vllm_adaskip.classifiers.plan import SkipPlan
 from vllm_adaskip.lab.evaluation.results import WholeAnswer

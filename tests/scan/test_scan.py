@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fit_models import tiny, useless
+from helpers.fit_models import tiny, useless
 
 from vllm_adaskip.classifiers.plan import DecoderShape, SkipPlan
 from vllm_adaskip.classifiers.profile import Profile

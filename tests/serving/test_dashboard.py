@@ -11,10 +11,10 @@ from itertools import combinations
 from typing import Any
 
 import yaml
-from dashboard import RULES, dashboard, metrics_of, panels, queries, selectors
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
+from helpers.dashboard import RULES, dashboard, metrics_of, panels, queries, selectors
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from vllm_adaskip.serving.counters import ServerCounters

@@ -8,11 +8,8 @@ from typing import Any
 
 import httpx
 import pytest
-from http_server import URL, serving
-from metrics_page import MetricsPage, scrape_until, wait_for_page
-
-#: Many processes, which take minutes to start.
-pytestmark = pytest.mark.slow
+from helpers.http_server import URL, serving
+from helpers.metrics_page import MetricsPage, scrape_until, wait_for_page
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from tiny import write_llama
+from helpers.tiny import write_llama
 
 from vllm_adaskip import bundled_model, engine_args
 

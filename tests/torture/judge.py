@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from batches import PromptPlan
-from reference import Reference
+from helpers.batches import PromptPlan
+from helpers.reference import Reference
 from tokenizers import Tokenizer
 from torture.traffic import Request
 from transformers import DynamicCache

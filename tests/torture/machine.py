@@ -7,7 +7,7 @@ import random
 from dataclasses import replace
 from typing import Any
 
-from batches import Entries, PromptPlan, random_plan
+from helpers.batches import Entries, PromptPlan, random_plan
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule

@@ -23,9 +23,9 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from batches import Entries, PromptPlan, random_plan, random_prompts
+from helpers.batches import Entries, PromptPlan, random_plan, random_prompts
+from helpers.reference import Reference
 from hypothesis.stateful import run_state_machine_as_test
-from reference import Reference
 from torture.engines import ENGINES, LAYERS, VOCABULARY, engine_options, write_model
 from torture.judge import Judge
 from torture.machine import examples, machine

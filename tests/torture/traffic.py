@@ -7,7 +7,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from batches import Entries, PromptPlan
+from helpers.batches import Entries, PromptPlan
 
 from vllm_adaskip import request
 

@@ -21,7 +21,7 @@ from rich.table import Table
 from vllm_adaskip.bundled import bundled_model
 from vllm_adaskip.classifiers import SkipPlan
 from vllm_adaskip.classifiers.profile import Profile
-from vllm_adaskip.cli.run import in_this_process
+from vllm_adaskip.cli.run import in_this_process, plain_errors
 from vllm_adaskip.lab.models import get
 from vllm_adaskip.offline import request
 
@@ -82,7 +82,8 @@ def demo(
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else it compiles on one
     console = Console()
-    one = _subject(console)
+    with plain_errors():
+        one = _subject(console)
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
     with Progress(*columns, console=console) as progress:
         step = progress.add_task(f"compiling {one.name} in stock vLLM (a minute or two)")

@@ -48,7 +48,7 @@ def examine() -> Iterator[Finding]:
         _python,
         _vllm,
         _companions,
-        _entry_points,
+        _entry_point,
         _runner,
         _cpu,
         _families,
@@ -105,15 +105,15 @@ def _companions() -> Iterator[Finding]:
             )
 
 
-def _entry_points() -> Iterator[Finding]:
+def _entry_point() -> Iterator[Finding]:
     allowed = os.environ.get("VLLM_PLUGINS")
-    for group in ("vllm.general_plugins", "vllm.endpoint_plugins"):
-        ours = [point for point in metadata.entry_points(group=group) if point.name == "adaskip"]
-        found = ours[0].value if ours else "missing"
-        mend = "" if ours else "pip install vllm-adaskip (again)"
-        if allowed is not None and "adaskip" not in allowed.split(","):
-            mend = f"add adaskip to VLLM_PLUGINS, which is {allowed!r}"
-        yield Finding(group, found, mend)
+    group = "vllm.general_plugins"
+    ours = [point for point in metadata.entry_points(group=group) if point.name == "adaskip"]
+    found = ours[0].value if ours else "missing"
+    mend = "" if ours else "pip install vllm-adaskip (again)"
+    if allowed is not None and "adaskip" not in allowed.split(","):
+        mend = f"add adaskip to VLLM_PLUGINS, which is {allowed!r}"
+    yield Finding(group, found, mend)
 
 
 def _runner() -> Iterator[Finding]:
@@ -160,6 +160,7 @@ def _model() -> Iterator[Finding]:
     from vllm_adaskip.bundled import bundled_model
 
     try:
-        yield Finding("bundled model", bundled_model())
-    except FileNotFoundError as error:
-        yield Finding("bundled model", "missing", str(error))
+        found = bundled_model()
+    except FileNotFoundError as error:  # which a server for another model does without
+        found = str(error)
+    yield Finding("bundled model", found)

@@ -15,7 +15,7 @@ import typer
 from pydantic import BaseModel, ValidationError
 from rich.progress import Progress
 
-from vllm_adaskip.bundled import bundled_model
+from vllm_adaskip.bundled import is_bundled
 from vllm_adaskip.classifiers.base import MethodOptions
 from vllm_adaskip.classifiers.profile import FILE, Profile, fingerprint
 from vllm_adaskip.cli import run
@@ -88,7 +88,7 @@ def subject(
     # Read when torch and tqdm are imported. The bundled model is too small to share a step.
     os.environ.setdefault("TQDM_DISABLE", "1")
     path = model_path(model)
-    if path == bundled_model():
+    if is_bundled(path):
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     from vllm_adaskip.lab.data.examples import load_examples
 

@@ -23,7 +23,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from vllm_adaskip.bundled import bundled_model
+from vllm_adaskip.bundled import is_bundled
 from vllm_adaskip.lab.data.items import Item
 from vllm_adaskip.lab.data.sources import load_items
 from vllm_adaskip.lab.evaluation import settings as known
@@ -215,7 +215,7 @@ def named_columns(text: str) -> tuple[str, str] | None:
 def described(model: str, data: dict[str, Any], seed: int, **engine: Any) -> Manifest:
     """Describe the run that starts now, with no settings yet; ``engine``: vLLM's options."""
     path = model_path(model)
-    if path == bundled_model():  # too small to share a step among threads
+    if is_bundled(path):  # too small to share a step among threads
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     return new_manifest(
         command=" ".join(["adaskip", *sys.argv[1:]]),

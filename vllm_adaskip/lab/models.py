@@ -16,7 +16,7 @@ from errno import EDQUOT, ENOSPC
 from importlib import import_module
 from pathlib import Path
 
-from vllm_adaskip.bundled import bundled_model
+from vllm_adaskip.bundled import bundled_model, lab_data
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ MODELS = {
         room=600_000_000,
     )
 }
-#: Profiles that come with the package, by short names.
-PROFILES = {"smollm2-healed": Path(__file__).with_name("profiles") / "smollm2-healed"}
+#: Profiles of the laboratory's data, by short names.
+PROFILES = ["smollm2-healed"]
 #: What users may write for a model besides a path or a hub id.
 NAMES = ["bundled", *MODELS]
 
@@ -89,7 +89,7 @@ def model_path(name: str) -> str:
 def get(name: str) -> str:
     """Return the path of a model or of a profile; errors are those of `get_model`."""
     if name in PROFILES:
-        return str(PROFILES[name])
+        return str(lab_data("profiles") / name)
     if name not in NAMES:
         raise ValueError(f"no {name!r:.80}; allowed: {', '.join([*NAMES, *PROFILES])}")
     return get_model(name)

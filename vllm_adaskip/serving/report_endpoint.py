@@ -1,20 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Entry point ``vllm.endpoint_plugins``: ``GET /adaskip/report``, and counters on ``/metrics``."""
+"""``GET /adaskip/report``, and counters on ``/metrics``, of a server with ``--plugin adaskip``."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fastapi import APIRouter, FastAPI, HTTPException, Request
+from fastapi import APIRouter, Request
 
 from vllm_adaskip.engine.compat.metrics import worker_reports
 from vllm_adaskip.serving.metrics import start_metrics
 
 if TYPE_CHECKING:
-    from argparse import Namespace
-
-    from starlette.datastructures import State
-    from vllm.engine.protocol import EngineClient
+    from fastapi import FastAPI
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
 router = APIRouter()
 
@@ -22,31 +20,31 @@ router = APIRouter()
 @router.get("/adaskip/report")
 async def adaskip_report(request: Request) -> list[dict[str, Any]]:
     """One dict of cumulative counters a worker."""
-    client = request.app.state.adaskip_engine
-    if client is None:
-        raise HTTPException(404, "this server was started without --plugin adaskip")
-    reports = await worker_reports(client)
+    reports = await worker_reports(request.app.state.engine_client)
     return [worker for engine in reports.values() for worker in engine]
 
 
-class ReportEndpoint:
-    """Adds the route and the counters.
+class ReportMiddleware:
+    """Adds the route and the counters when the server comes up; requests pass through.
 
-    Both read what workers count; they take nothing from the client and run no code of it.
+    `vllm serve --middleware` takes it by name. Route and counters read what workers count; they
+    take nothing from the client and run no code of it.
     """
 
-    name = "adaskip"
-    required_tasks = ("generate",)
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
 
-    def attach_router(self, app: FastAPI) -> None:
-        """Add the route."""
-        app.include_router(router)
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on what comes; ``lifespan`` comes once, first of all."""
+        if scope["type"] == "lifespan":
+            start(scope["app"])
+        await self.app(scope, receive, send)
 
-    async def init_state(
-        self, engine_client: EngineClient | None, state: State, args: Namespace
-    ) -> None:
-        """Remember the engine, if it is one of ours, and count from now on."""
-        ours = "adaskip" in (getattr(args, "additional_config", None) or {})
-        state.adaskip_engine = engine_client if ours else None
-        if state.adaskip_engine is not None:
-            state.adaskip_metrics = start_metrics(state.adaskip_engine)
+
+def start(app: FastAPI) -> None:
+    """Add the route, and count from now on; not in a server that has no engine."""
+    client = getattr(app.state, "engine_client", None)
+    if client is None:
+        return
+    app.include_router(router)
+    app.state.adaskip_metrics = start_metrics(client)

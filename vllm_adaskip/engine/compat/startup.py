@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
+from logging import getLogger
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from argparse import Namespace
 
     from vllm.config import VllmConfig
+
+logger = getLogger("vllm.adaskip")
 
 
 def register_config_hook(architecture: str, prepare: Callable[[VllmConfig], None]) -> None:
@@ -33,6 +36,8 @@ def extend_parser(
 ) -> None:
     """Add arguments to vLLM's engine parser, and a last look at what was parsed.
 
+    Arguments are added just before the first parse, when vLLM and all other plugins have added
+    theirs. If one of them has the same name, theirs stays, and the log says so once.
     ``finish`` runs when all arguments are known, so that their order does not matter; its
     ValueError becomes the parser's usage error.
     Safe to call twice. Since 0.26. Remove when plugins may add engine arguments.
@@ -45,10 +50,17 @@ def extend_parser(
 
     def add_cli_args(parser: Any) -> Any:
         parser = build(parser)
-        add_arguments(parser)
         parse = parser.parse_known_args
 
+        @cache
+        def add_ours() -> None:
+            try:
+                add_arguments(parser)
+            except Exception as error:
+                _warn_once(f"vllm-adaskip leaves vLLM's arguments as they are: {error}")
+
         def parse_known_args(args: Any = None, namespace: Any = None) -> Any:
+            add_ours()
             namespace, rest = parse(args, namespace)
             try:
                 finish(namespace)
@@ -61,6 +73,11 @@ def extend_parser(
 
     add_cli_args._adaskip = True  # type: ignore[attr-defined]
     EngineArgs.add_cli_args = staticmethod(add_cli_args)
+
+
+@cache
+def _warn_once(text: str) -> None:
+    logger.warning(text)
 
 
 def check_engines(check: Callable[[VllmConfig], None]) -> None:

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import promql_parser
-from readme import ROOT
+
+from helpers.readme import ROOT
 
 PATH = ROOT / "deploy" / "grafana" / "adaskip.json"
 RULES = ROOT / "deploy" / "grafana" / "alerts.yaml"

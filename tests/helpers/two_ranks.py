@@ -16,7 +16,7 @@ from typing import Any
 
 SCRIPT = """
 import json, sys
-from batches import decisions, sampling
+from helpers.batches import decisions, sampling
 from vllm import LLM
 from vllm.lora.request import LoRARequest
 from vllm_adaskip import engine_args
@@ -62,7 +62,7 @@ def on_two_ranks(folder: Path, jobs: Mapping[str, Mapping[str, Any]]) -> dict[st
         cwd=folder,
         env={
             **os.environ,
-            "PYTHONPATH": f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}",
+            "PYTHONPATH": f"{Path(__file__).parents[1]}:{os.environ.get('PYTHONPATH', '')}",
             "VLLM_CPU_OMP_THREADS_BIND": "0|1",
             "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # of the function that looks at each rank
         },

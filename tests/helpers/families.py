@@ -13,9 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from reference import Reference
-from tiny import write_model
-
+from helpers.reference import Reference
+from helpers.tiny import write_model
 from vllm_adaskip import engine_args
 
 LAYERS = 6

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from batches import Entries
-from reference import Reference
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from helpers.batches import Entries
+from helpers.reference import Reference
 
 #: Input columns that share a scale in the 4-bit formats.
 GROUP = 32

@@ -3,7 +3,7 @@
 
 vLLM takes V2 for usable on a CPU where Triton has a backend named ``cpu``; the interpreter asks
 nothing of it. Both must be so before vLLM is imported, hence a process of its own:
-``python v2_engine.py < jobs.json``, a list of `run_job`'s keyword arguments; the last line
+``python -m helpers.v2_engine < jobs.json``, a list of `run_job`'s keyword arguments; the last line
 printed is the list of what it gave.
 """
 
@@ -28,10 +28,10 @@ def run_job(
 
     With ``graphs``, a tape takes the place of each CUDA graph.
     """
-    from tape import capture_on_tapes
     from vllm import LLM, SamplingParams
     from vllm.exceptions import VLLMValidationError
 
+    from helpers.tape import capture_on_tapes
     from vllm_adaskip import engine_args
 
     llm = LLM(

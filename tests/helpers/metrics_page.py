@@ -8,9 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 import httpx
-from http_server import URL
 from prometheus_client.parser import text_string_to_metric_families
 
+from helpers.http_server import URL
 from vllm_adaskip.serving.metrics import PERIOD
 
 KINDS = (("attention", "attn_run"), ("mlp", "mlp_run"))

@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from batches import sampling
 from conftest import TINY_LAYERS, TINY_SHAPE
-from reference import MlpRule, Reference
 
+from helpers.batches import sampling
+from helpers.reference import MlpRule, Reference
 from vllm_adaskip import DecoderShape, SkipPlan, engine_args
 from vllm_adaskip.classifiers.ffn_skip.method import FfnSkip, FfnSkipOptions
 

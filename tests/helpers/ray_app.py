@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from readme import ENVIRONMENT, ROOT, block
+from helpers.readme import ENVIRONMENT, ROOT, block
 
 PAGE = "docs/deploy.md"
 #: Ray reports nothing to anybody, and its token is the tests' own.

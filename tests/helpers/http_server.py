@@ -9,38 +9,48 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 import httpx
 import pytest
-from readme import ENVIRONMENT, ROOT
+
+from helpers.readme import ENVIRONMENT, ROOT
 
 URL = "http://127.0.0.1:8000"
 
 
 @contextmanager
 def serving(
-    command: str, log: Path, ready: str | None = "/health"
+    command: str,
+    log: Path,
+    ready: str | None = "/health",
+    *,
+    cwd: Path = ROOT,
+    more: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Start it, wait until it answers there (or not at all), and stop it as Ctrl-C would.
 
+    ``more``: of its environment.
     Servers listen on the port that the docs name, so processes that share the tests take turns.
     """
     with (Path(tempfile.gettempdir()) / "adaskip-tests.lock").open("w") as turn:
         fcntl.flock(turn, fcntl.LOCK_EX)
-        with _started(command, log, ready) as process:
+        with _started(command, log, ready, cwd, {**ENVIRONMENT, **more}) as process:
             yield process
 
 
 @contextmanager
-def _started(command: str, log: Path, ready: str | None) -> Iterator[subprocess.Popen[bytes]]:
+def _started(
+    command: str, log: Path, ready: str | None, cwd: Path, environment: Mapping[str, str]
+) -> Iterator[subprocess.Popen[bytes]]:
     with log.open("w") as out:
         process = subprocess.Popen(
             ["bash", "-c", f"exec {command}"],
-            cwd=ROOT,
-            env=ENVIRONMENT,
+            cwd=cwd,
+            env=environment,
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,

@@ -14,9 +14,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from decoders import DECODERS, LlamaDecoder, OptDecoder
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from helpers.decoders import DECODERS, LlamaDecoder, OptDecoder
 from vllm_adaskip import SkipPlan
 from vllm_adaskip.classifiers import Classifier, Lens, PromptStatistics, Stream
 

@@ -8,7 +8,7 @@ import re
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 #: As in a user's shell: `vllm`, `adaskip` and `python` of the environment that runs the
 #: tests, and vLLM with processes of its own.
 ENVIRONMENT = {
