@@ -80,11 +80,13 @@ class Affinity(Generic[Replica]):
 
         return min((one for one in loads if loads[one] <= limit), key=cost)
 
-    def start(self, request: str, plan: str, replica: Replica) -> None:
-        """Note that a request goes to a replica; said again, it has gone to another."""
+    def start(self, request: str, plan: str, replica: Replica) -> bool:
+        """Note that a request goes to a replica; return whether it was not known before."""
+        is_new = request not in self._sent
         self.end(request)
         self._sent[request] = plan, replica
         self._running[replica][plan] += 1
+        return is_new
 
     def moved(self, request: str, replica: Replica) -> None:
         """Note where a request has gone in the end, unless it is done by now."""

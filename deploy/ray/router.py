@@ -27,7 +27,10 @@ class AffinityRouter(RequestRouter):
         candidate_replicas: list[RunningReplica],
         pending_request: PendingRequest | None = None,
     ) -> list[list[RunningReplica]]:
-        """Return the plan's replica, and all others for the case that it does not answer."""
+        """Return the plan's replica; from the second time on all others too, should it be silent.
+
+        Ray asks a replica that it has not heard of for ten seconds, and waits a tenth of a second.
+        """
         if pending_request is None or not candidate_replicas:
             return [candidate_replicas]
         pending_request.routing_context.should_backoff = True
@@ -35,10 +38,10 @@ class AffinityRouter(RequestRouter):
         by_name = {one.replica_id.unique_id: one for one in candidate_replicas}
         name = self._affinity.choose(plan, {key: self._load(one) for key, one in by_name.items()})
         request = pending_request.metadata.internal_request_id
-        self._affinity.start(request, plan, name)
+        is_first = self._affinity.start(request, plan, name)
         pending_request.future.add_done_callback(partial(self._end_cancelled, request))
         first = by_name.pop(name)
-        return [[first], list(by_name.values())]
+        return [[first]] if is_first else [[first], list(by_name.values())]
 
     def on_request_routed(
         self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any
@@ -51,9 +54,12 @@ class AffinityRouter(RequestRouter):
         self._affinity.end(internal_request_id)
 
     def _load(self, replica: RunningReplica) -> int:
-        """Return how many requests a replica has, as it said last, or as this router knows."""
-        said = self.replica_queue_len_cache.get(replica.replica_id)
-        return self._affinity.under_way(replica.replica_id.unique_id) if said is None else said
+        """Return how many requests a replica has: as it said last, or more, as some are chosen for.
+
+        What it said is forgotten after ten seconds, and does not hold requests not sent yet.
+        """
+        said = self.replica_queue_len_cache.get(replica.replica_id) or 0
+        return max(said, self._affinity.under_way(replica.replica_id.unique_id))
 
     def _end_cancelled(self, request: str, future: Any) -> None:
         if future.cancelled():  # before it was sent, of which Ray tells nobody

@@ -236,10 +236,8 @@ async def _router() -> None:
         return PendingRequest([FakeBody({"adaskip_skip": skip})], {}, metadata)
 
     async def place(request: PendingRequest) -> str:
-        first, rest = await router.choose_replicas(replicas, request)
-        assert len(first) == 1 and len(rest) == 2
-        assert {one.replica_id.unique_id for one in [*first, *rest]} == {"r0", "r1", "r2"}
-        return str(first[0].replica_id.unique_id)
+        ((first,),) = await router.choose_replicas(replicas, request)
+        return str(first.replica_id.unique_id)
 
     x = [pending(number, [5, 6] if number % 2 else [6, 5]) for number in range(4)]
     y = pending(4, [7])
@@ -261,3 +259,7 @@ async def _router() -> None:
     router.on_request_routed(x[1], ReplicaID(third, deployment), None)  # said too late
     assert [affinity.under_way(one) for one in (home, other, third)] == [1, 1, 2]
     assert await router.choose_replicas(replicas, None) == [replicas]
+    # Asked once more, as the replica did not answer: it is tried again, and then the others.
+    (first,), rest = await router.choose_replicas(replicas, x[3])
+    assert {one.replica_id.unique_id for one in [first, *rest]} == {"r0", "r1", "r2"}
+    assert sum(affinity.under_way(one) for one in ("r0", "r1", "r2")) == 4
