@@ -20,7 +20,7 @@ help:
 	@echo "make test-0.29  set up .venv-0.29 and run what another vLLM release could break"
 	@echo "make test-0.33  the same with the newest release, which has no CPU build"
 	@echo "make test-ray  the same with Ray, and run what needs it: two replicas, an offline job"
-	@echo "make ray-demo  the bundled model on Ray Serve, two replicas under a mixed load"
+	@echo "make ray-demo  the bundled model on Ray Serve, a mixed load, plan affinity off and on"
 	@echo "make lint   ruff, mypy, import-linter"
 	@echo "make bench  adaskip bench: stock vLLM, the plugin and deleted layers side by side"
 	@echo "make bench-guard  a fast subset of it, whose ratios must not fall"

@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import Field, model_validator
+from ray.serve.config import RequestRouterConfig
 from ray.serve.llm import LLMConfig
 
 from deploy.ray.replica_args import ReplicaArgs
@@ -18,6 +21,8 @@ class AppArgs(ReplicaArgs):
         max_replicas: how many there may be under load.
         target_ongoing_requests: requests a replica should have at a time; above that Ray Serve
             adds replicas, below it takes them away.
+        affinity: whether requests that skip alike go to the same replica, as far as its load
+            allows; otherwise Ray Serve spreads them, whatever they skip.
 
     """
 
@@ -25,6 +30,7 @@ class AppArgs(ReplicaArgs):
     min_replicas: int = Field(default=1, ge=1)
     max_replicas: int = Field(default=1, ge=1)
     target_ongoing_requests: int = Field(default=16, ge=1)
+    affinity: bool = False
 
     @model_validator(mode="after")
     def _enough_replicas(self) -> AppArgs:
@@ -62,7 +68,15 @@ class AppArgs(ReplicaArgs):
                 "health_check_timeout_s": 10,
                 # The replica only passes requests on; what it costs are the engine's workers.
                 "ray_actor_options": {"num_cpus": 0},
+                **self._router,
             },
         )
         config.get_engine_config()  # reads the engine's options, and keeps what it read
         return config
+
+    @property
+    def _router(self) -> dict[str, Any]:
+        if not self.affinity:
+            return {}
+        router = RequestRouterConfig(request_router_class="deploy.ray.router.AffinityRouter")
+        return {"request_router_config": router}

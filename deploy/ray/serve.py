@@ -12,7 +12,7 @@ from typing import Any
 import ray
 from ray import serve
 from ray.serve.deployment import Application
-from ray.serve.llm import build_openai_app
+from ray.serve.llm import LLMConfig, build_openai_app
 from ray.serve.llm.deployment import LLMServer
 
 from deploy.ray.app_args import AppArgs
@@ -82,9 +82,13 @@ def app(args: Mapping[str, Any]) -> Application:
 
     """
     settings = AppArgs.model_validate(dict(args))
-    config = settings.llm_config()
-    config.server_cls = AdaSkipServer
     _say_what_is_missing(settings)
+    return application(settings.llm_config())
+
+
+def application(config: LLMConfig) -> Application:
+    """Build the app of our replicas, with Ray's OpenAI endpoint before them."""
+    config.server_cls = AdaSkipServer
     # The ingress only passes requests on, too.
     ingress = {"ray_actor_options": {"num_cpus": 0}}
     return build_openai_app({"llm_configs": [config], "ingress_deployment_config": ingress})

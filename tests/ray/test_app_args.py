@@ -29,6 +29,8 @@ GPU: dict[str, Any] = {
         ({"max_replicas": 0}, ["max_replicas", "0", "greater"]),
         ({"min_replicas": 3, "max_replicas": 2}, ["max_replicas: 2", "min_replicas, 3"]),
         ({"max_replicas": "2"}, ["max_replicas", "'2'", "integer"]),
+        ({"afinity": True}, ["afinity", "did you mean affinity"]),
+        ({"affinity": "on"}, ["affinity", "'on'", "boolean"]),
         ({"adaskip": {"method": "x"}}, ["adaskip.method", "'x'", "static"]),
         ({"adaskip": {"profile": "/nowhere"}}, ["adaskip.profile", "/nowhere"]),
         ({"tensor_parallel_size": 2}, ["tensor_parallel_size: 2", "gpu", "replicas"]),
@@ -110,6 +112,13 @@ def test_serve_yaml_autoscales_on_loopback() -> None:
     assert app.import_path == "deploy.ray.serve:app"
     scaling = AppArgs.model_validate(app.args).llm_config().deployment_config["autoscaling_config"]
     assert scaling == {"min_replicas": 2, "max_replicas": 3, "target_ongoing_requests": 16}
+
+
+def test_plans_choose_replicas_only_where_that_is_asked_for() -> None:
+    assert "request_router_config" not in AppArgs().llm_config().deployment_config
+    config = AppArgs(affinity=True).llm_config().deployment_config["request_router_config"]
+    assert config.request_router_class == "deploy.ray.router.AffinityRouter"
+    assert config.get_request_router_class().__name__ == "AffinityRouter"
 
 
 def test_what_kuberay_gets_is_a_serve_config_of_ours_for_the_pods_it_asks_for() -> None:

@@ -8,7 +8,6 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,59 +15,32 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-import yaml
-from helpers.http_server import URL, serving
-from helpers.ray_app import PAGE, PLANS, TO_START, body, reports, shell, wait_for
-from helpers.readme import ROOT, block
+from helpers.ray_app import (
+    COMPLETIONS,
+    PLANS,
+    TO_START,
+    answered,
+    body,
+    deployed,
+    questions,
+    reports,
+    send,
+    stream,
+    wait_for,
+)
 
 from vllm_adaskip import engine_args
 from vllm_adaskip.bundled import bundled_model
 from vllm_adaskip.classifiers import SkipPlan
-from vllm_adaskip.lab.testbed.tasks import TASKS, samples
 
 LAYERS = 12
-COMPLETIONS = f"{URL}/v1/completions"
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[psutil.Process]:
-    """Start Ray and deploy the app, in float32 so that answers can be compared."""
-    folder = tmp_path_factory.mktemp("serve")
-    config = yaml.safe_load((ROOT / "deploy/ray/serve.yaml").read_text())
-    config["applications"][0]["args"]["max_replicas"] = 2
-    config["applications"][0]["args"]["engine_kwargs"]["dtype"] = "float32"
-    (folder / "serve.yaml").write_text(yaml.safe_dump(config))
-    start = block("PYTHONPATH=$PWD ray start", PAGE).strip()
-    deploy = block("serve deploy", PAGE).strip()
-    deploy = deploy.replace("deploy/ray/serve.yaml", str(folder / "serve.yaml"))
-    shell(block("export RAY_AUTH_MODE", PAGE))
-    started: list[psutil.Process] = []
-    try:
-        with serving(f"env {start}", folder / "log", ready=None) as process:
-            try:
-                wait_for(lambda: shell(deploy), TO_START)
-                wait_for(lambda: len(reports()) == 2, TO_START)
-                yield psutil.Process(process.pid)
-            finally:
-                started = psutil.Process(process.pid).children(recursive=True)
-    finally:
-        for one in started:  # whatever of Ray outlives it would be joined by the next test
-            with suppress(psutil.NoSuchProcess):
-                one.kill()
-        # Ray notes where it was, and others would follow; `ray stop` is for all of them.
-        Path("/tmp/ray/ray_current_cluster").unlink(missing_ok=True)
-
-
-def questions(each: int) -> list[str]:
-    return [one.prompt for task in TASKS for one in samples(task, "test", 5, each)]
-
-
-async def send(bodies: list[dict[str, Any]]) -> list[Any]:
-    """Send all at once; an answer or an error for each."""
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(limits=limits, timeout=300) as client:
-        sent = [client.post(COMPLETIONS, json=one) for one in bodies]
-        return await asyncio.gather(*sent, return_exceptions=True)
+    """Start Ray and deploy the app."""
+    with deployed(tmp_path_factory.mktemp("serve")) as process:
+        yield process
 
 
 def counts(kind: str) -> list[int]:
@@ -161,19 +133,6 @@ def test_a_profile_s_name_and_other_bad_arguments_are_http_400(
     assert httpx.post(COMPLETIONS, json=body("sum", [5])).status_code == 200
 
 
-async def stream(client: httpx.AsyncClient, prompt: str) -> str:
-    """Return how a streamed answer ended: ``done``, or an error that the client sees."""
-    request = body(prompt, [5], stream=True, max_tokens=300, ignore_eos=True)
-    last = ""
-    try:
-        async with client.stream("POST", COMPLETIONS, json=request) as reply:
-            async for line in reply.aiter_lines():
-                last = line or last
-    except httpx.TransportError as error:
-        return f"error: {error!r}"
-    return "done" if last == "data: [DONE]" else f"error: {last}"
-
-
 @dataclass
 class Incident:
     """What clients saw of a kill in the middle of long answers.
@@ -204,10 +163,6 @@ async def see(kill: Callable[[], None]) -> Incident:
             await asyncio.sleep(0.5)
         seconds = time.monotonic() - start
         return Incident(await answers, list(await asyncio.gather(*streams)), seconds)
-
-
-def answered(reply: httpx.Response | Exception) -> bool:
-    return isinstance(reply, httpx.Response) and reply.status_code == 200
 
 
 def test_a_killed_worker_loses_no_request_silently_and_is_replaced(
