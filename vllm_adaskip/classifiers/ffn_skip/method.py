@@ -26,7 +26,7 @@ class FfnSkipOptions(CalibratedOptions):
         scope: ``sequence``: the prompt decides once, decoding pays nothing; ``token``: each
             generated token decides for itself on its way through the layers, as published.
         threshold: leave out where the similarity is at least this. The paper gives no value;
-            it sets how much is skipped, and differs by model; ``adaskip fit ffn-skip`` finds
+            it sets how much is skipped, and differs by model; ``fit ffn-skip`` finds
             it, for one scope and one middle.
         max_skip: most MLPs that one sequence, or one token, may leave out (the paper's k);
             none: all in the middle.
