@@ -10,6 +10,7 @@ from typing import Any
 
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
+from pymdownx.slugs import slugify
 
 sys.path.insert(0, str(Path(__file__).parent))
 import options
@@ -25,7 +26,8 @@ LINK = re.compile(r"\]\(([^)#\s]+)(#[^)\s]*)?\)")
 
 
 def on_config(config: Any) -> None:
-    """Stop where the tables of options are not what the models say."""
+    """Name anchors as GitHub does; stop where the tables of options are not the models'."""
+    config.mdx_configs["toc"]["slugify"] = slugify(case="lower")
     page = options.PAGE.read_text()
     if options.rewritten(page) != page:
         raise PluginError("docs/options.md is out of date; run: python deploy/site/options.py")
