@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
-from textwrap import dedent
+from textwrap import indent
 
 import pytest
 from readme import ENVIRONMENT, ROOT, block, blocks
@@ -113,10 +113,13 @@ def test_doctor_finds_all_well_where_the_tests_run() -> None:
         assert word in done.stdout
 
 
+def test_the_readmes_program_is_of_the_offline_example() -> None:
+    (code,), (excerpt,) = blocks("python", OFFLINE), blocks("python")
+    assert indent(excerpt, "    ") in code
+
+
 def test_the_offline_example_runs_and_reports(tmp_path: Path) -> None:
     (code,) = blocks("python", OFFLINE)
-    (excerpt,) = blocks("python")
-    assert dedent(code[code.index("    llm =") :]).startswith(excerpt)
     script = tmp_path / "example.py"
     script.write_text(code)
     done = subprocess.run(
