@@ -10,7 +10,7 @@ LARGE ?= --large
 # Length of `make soak`.
 MINUTES ?= 30
 
-.PHONY: help setup demo test test-pure test-slow test-0.29 test-0.33 test-ray ray-demo lint bench bench-guard bench-parts gpu-check soak train clean
+.PHONY: help setup demo test test-pure test-slow test-0.29 test-0.33 test-ray ray-demo lint docs bench bench-guard bench-parts gpu-check soak train clean
 
 help:
 	@echo "make demo   set up .venv and ask SmolLM2 eight questions, dense, under a plan, and healed"
@@ -22,6 +22,7 @@ help:
 	@echo "make test-ray  the same with Ray, and run what needs it: two replicas, an offline job"
 	@echo "make ray-demo  the bundled model on Ray Serve, a mixed load, plan affinity off and on"
 	@echo "make lint   ruff, mypy, import-linter"
+	@echo "make docs   set up .venv-docs, build the pages as a site, and check their links"
 	@echo "make bench  adaskip bench: stock vLLM, the plugin and deleted layers side by side"
 	@echo "make bench-guard  a fast subset of it, whose ratios must not fall"
 	@echo "make bench-parts  K/V fills; reading prompts; early exit; shortened prompts"
@@ -92,6 +93,15 @@ lint: .venv/.ray
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# In an environment of its own, as it needs neither torch nor vLLM. All warnings are errors.
+.venv-docs/.ready: pyproject.toml
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install -q -e '.[docs]'
+	touch $@
+
+docs: .venv-docs/.ready
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+
 bench: setup
 	$(BIN)/adaskip bench
 
@@ -115,4 +125,4 @@ train: setup
 	$(BIN)/python -m vllm_adaskip.lab.testbed.train --out build/model
 
 clean:
-	rm -rf .venv .venv-0.29 .venv-pure build *.egg-info deploy/lab-data/build deploy/lab-data/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-0.29 .venv-docs .venv-pure build *.egg-info deploy/lab-data/build deploy/lab-data/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vllm serve --plugin adaskip` as the README starts it: compiled, over HTTP."""
+"""`vllm serve --plugin adaskip` as docs/serve.md starts it: compiled, over HTTP."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ from helpers.readme import ENVIRONMENT, block
 
 from vllm_adaskip.serving.metrics import PERIOD
 
+PAGE = "docs/serve.md"
 LAYERS = 12
 REFUSED = "refused_requests"
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Start the server with the README's own command; give the path of its log."""
+    """Start the server with the page's own command; return the path of its log."""
     log = tmp_path_factory.mktemp("server") / "log"
-    with serving(block("vllm serve"), log):
+    with serving(block("vllm serve", PAGE), log):
         yield str(log)
     assert "never retrieved" not in log.read_text()
 
@@ -52,10 +53,10 @@ def complete(prompt: str, xargs: dict[str, Any] | None = None, **more: Any) -> h
     return httpx.post(f"{URL}/v1/completions", json={**body, "vllm_xargs": xargs}, timeout=60)
 
 
-def test_the_readmes_completion_skips_what_it_names(server: str) -> None:
+def test_the_pages_completion_skips_what_it_names(server: str) -> None:
     before = report()
-    answer = json.loads(shell(block("curl -s http://127.0.0.1:8000/v1/completions")))
-    (after,) = json.loads(shell(block("curl -s http://127.0.0.1:8000/adaskip/report")))
+    answer = json.loads(shell(block("curl -s http://127.0.0.1:8000/v1/completions", PAGE)))
+    (after,) = json.loads(shell(block("curl -s http://127.0.0.1:8000/adaskip/report", PAGE)))
     generated = answer["usage"]["completion_tokens"] - 1  # the first comes from the prompt
     assert generated > 0 and after["decode_tokens"] - before["decode_tokens"] == generated
     for kind, skipped in (("attn_run", {5, 6, 7}), ("mlp_run", {5, 6})):

@@ -544,8 +544,8 @@ def test_the_form_of_the_docs_reads_the_options(tiny_llama: str) -> None:
     assert planner_of(found).facts.method == "exit" and "V1Feeder" in feeder
 
 
-def test_the_command_of_the_readme_for_lm_eval_runs_our_class(tiny_llama: str) -> None:
-    (command,) = [text for text in blocks("text") if text.startswith("lm_eval")]
+def test_the_pages_command_for_lm_eval_runs_our_class(tiny_llama: str) -> None:
+    (command,) = [text for text in blocks("text", "docs/offline.md") if text.startswith("lm_eval")]
     model_args = json.loads(shlex.split(command)[-1])
     del model_args["pretrained"]
     model_args["additional_config"]["adaskip"]["layers"] = 4  # the tiny model has eight

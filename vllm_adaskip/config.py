@@ -68,31 +68,30 @@ class AdaSkipConfig(BaseModel):
     """Frozen and validated; a method's own options stand beside the common ones.
 
     Attributes:
-        method: which classifier decides plans, ``none`` by default; one of `METHODS`, or
-            ``module:Class`` of your own, see docs/write-a-method.md.
+        method: who decides the plan of a request that names none: one of `METHODS`, or
+            ``module:Class`` of your own (docs/write-a-method.md).
         budget: largest share of decoder compute a decided plan may keep, in (0, 1].
         kv_fill: what is written into the KV cache where a generated token leaves out an
-            attention sub-layer.
-        profile: folder or hub id of a `Profile`, which brings method, its options and budget;
-            what is set beside it goes before it.
-        coalesce: how far a decided plan may leave what the prompt asks for, so that the sequences
-            of a batch share plans; in [0, 1], 0: not at all. See docs/coalesce.md.
-        guard: let no sequence follow a plan that a method decided and that does not pay on this
-            machine, as measured at start-up and while serving; a plan that a request names is
-            always followed. On the CPU alone. See docs/performance.md.
+            attention sub-layer (docs/kv-cache.md).
+        profile: folder or hub id of what ``adaskip fit``, ``scan`` or ``tune`` wrote for this
+            model: a method, its options and a budget. Options that are set beside it override it.
+        coalesce: how far (0 to 1) a plan may be degraded so that sequences in a batch can share
+            it; 0: never (docs/coalesce.md).
+        guard: run a sequence dense if its decided plan would be slower on this machine, as measured
+            at start-up and while serving; a plan that a request names is always followed. On the
+            CPU alone (docs/performance.md).
         known_plans: plans that requests will name, each in the form of ``adaskip_skip``. Steps in
             which all sequences follow one of them are compiled on a CPU, and get CUDA graphs on a
-            GPU, at start-up.
-        prompt: what the tokens of prompts leave out, but for the last ones; see `PromptOptions` and
-            docs/prompts.md.
-        busy: leave out what plans do only while the engine is busy, by levels of load; see
-            `BusyPlans` and docs/load.md.
+            GPU (docs/gpu.md), at start-up.
+        prompt: what the tokens of prompts leave out, but for the last ones (docs/prompts.md).
+        busy: follow plans only while the engine is busy, and leave out more as load grows
+            (docs/load.md).
         canary: read a share of finished answers under plans again at full depth, and switch plans
-            off where they are worse than a bound; see `CanaryOptions` and docs/load.md.
+            off where they are worse than a bound (docs/load.md).
         speculate: draft tokens with a part of the layers, and verify them with the whole model, or
-            the request's plan; changes no answer. See `DraftOptions` and docs/lossless.md.
+            under the request's plan; changes no answer (docs/lossless.md).
         untested_accelerator: serve on an accelerator on which nobody has run this yet; an
-            NVIDIA GPU with vLLM 0.32 does not need it.
+            NVIDIA GPU with vLLM 0.32 does not need it (docs/gpu.md).
 
     """
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What works with what: families, kinds of plans, KV fills, weights and adapters, as one table.
 
-``python -m vllm_adaskip.support`` prints it as it stands in the README.
+``python -m vllm_adaskip.support`` prints it as it stands in docs/families.md.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def matrix(tmp_path_factory: pytest.TempPathFactory, engine: Callable[..., Any])
 
 
 def test_every_family_has_a_case_and_every_kind_its_plans() -> None:
-    """What the README promises is what is run here."""
+    """What docs/families.md promises is what is run here."""
     assert {case.architecture for case in CASES.values()} == set(FAMILIES)
     assert set(WRITTEN) == set(PLAN_KINDS)
     run = {(CASES[name].architecture, kind, fill) for name, kind, fill in CELLS}

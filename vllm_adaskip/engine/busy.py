@@ -32,7 +32,14 @@ class Load(NamedTuple):
 
 
 class Thresholds(BaseModel):
-    """Some or all of `Load`."""
+    """Some or all of `Load`.
+
+    Attributes:
+        waiting: requests that wait to be scheduled.
+        running: requests that are scheduled.
+        kv_use: share of the K/V blocks that are taken.
+
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -83,7 +90,7 @@ class BusyPlans(BaseModel):
     """The server's option ``busy``.
 
     Attributes:
-        levels: from the first that is entered on; each keeps less than the one before.
+        levels: levels of load, the lowest first; each keeps less than the one before.
         dwell: seconds for which a level stays at least.
 
     """

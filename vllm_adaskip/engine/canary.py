@@ -23,8 +23,8 @@ class CanaryOptions(BaseModel):
 
     Attributes:
         share: of finished answers under plans, that which is read again at full depth.
-        max_surprise: plans are switched off above it; nats a token; None: never.
-        min_agreement: plans are switched off below it; a share of tokens; None: never.
+        max_surprise: plans are switched off above it; nats a token; absent: never.
+        min_agreement: plans are switched off below it; a share of tokens; absent: never.
         answers: read answers that are judged together, and of which figures are shown.
 
     """

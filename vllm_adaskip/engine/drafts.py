@@ -45,12 +45,12 @@ class DraftOptions(BaseModel):
     Attributes:
         exit: first layers that draft; the others are left out.
         skip: what drafts leave out, in the form of ``adaskip_skip``.
-        profile: folder or hub id of layers trained to draft (`DraftProfile`); one of the three is
-            needed.
-        tokens: that are drafted at most before they are verified.
+        profile: folder or hub id of layers trained to draft; one of ``exit``, ``skip`` and
+            ``profile`` is needed.
+        tokens: most tokens that are drafted before they are verified.
         vocabulary: first token ids that drafts may have, of which alone the LM head is computed;
-            None: all. Tokenizers that merge pairs give frequent tokens small ids.
-        adapt: draft fewer tokens, or none, where it does not pay; False: always ``tokens``.
+            all by default. Tokenizers that merge pairs give frequent tokens small ids.
+        adapt: draft fewer tokens, or none, where it does not pay; ``false``: always ``tokens``.
 
     """
 

@@ -23,8 +23,8 @@ class BusyOptions(BaseModel):
     """From when to when prompts are shortened.
 
     Attributes:
-        enter: prompts that wait or are being read when it begins.
-        leave: the same when it ends; fewer, so that it does not flap.
+        enter: shortening begins when so many prompts wait or are being read.
+        leave: it ends when so many are left; fewer than ``enter``, so that it does not flap.
 
     """
 
@@ -58,11 +58,12 @@ class PromptOptions(BaseModel):
     """The server's option ``prompt``.
 
     Attributes:
-        exit: layers that a prompt's tokens run; the others are left out.
-        skip: what they leave out, in the form of ``adaskip_skip``; one of the two is needed.
+        exit: first layers, which a prompt's tokens run; they leave out the others.
+        skip: what a prompt's tokens leave out, in the form of ``adaskip_skip``;
+            one of ``exit`` and ``skip`` is needed.
         tail: last tokens of a prompt that run everything.
-        shortest: tokens of the shortest prompt that this is for, written ``from``.
-        busy: while how many prompts wait or are being read; None: always.
+        shortest: tokens of the shortest prompt that is shortened, written ``from``.
+        busy: shorten prompts only while many prompts wait or are being read; always by default.
 
     """
 

@@ -26,8 +26,8 @@ class FfnSkipOptions(CalibratedOptions):
         scope: ``sequence``: the prompt decides once, decoding pays nothing; ``token``: each
             generated token decides for itself on its way through the layers, as published.
         threshold: leave out where the similarity is at least this. The paper gives no value;
-            it sets how much is skipped, and differs by model; `fit_ffn_skip` finds it, for one
-            scope and one middle.
+            it sets how much is skipped, and differs by model; ``fit ffn-skip`` finds
+            it, for one scope and one middle.
         max_skip: most MLPs that one sequence, or one token, may leave out (the paper's k);
             none: all in the middle.
         warm_up: generated tokens of each sequence before any decides for itself; scope

@@ -36,7 +36,8 @@ class FirstOptions(CalibratedOptions):
     Attributes:
         reduce: ``mean`` of ``rho`` over the prompt's tokens, ``fraction`` of tokens whose ``rho``
             is at least 0.5, or ``rho`` of the ``last`` token.
-        threshold: on that score. A budget moves it up until the plan meets the budget.
+        threshold: layers whose score is below it are left out. A budget moves it up until the plan
+            meets the budget.
         codebook: plans that decisions snap to, as lists of layers; none: any plan.
 
     """

@@ -15,8 +15,8 @@ class StaticOptions(MethodOptions):
     """Plans, in the form of `SkipPlan.parse`.
 
     Attributes:
-        skip: what everybody leaves out.
-        ladder: other plans, one of which is taken where a budget asks for less or allows more.
+        skip: what all sequences leave out, in the form of ``adaskip_skip``.
+        ladder: other plans; a budget picks the plan that keeps most within it.
 
     """
 
