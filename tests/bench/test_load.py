@@ -40,6 +40,8 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         return {
             "num_layers": 3,
             "decode_tokens": 10 * turns,
+            "prompt_tokens": 8 * turns,
+            "shortened_tokens": 6 * turns,
             "attn_run": [10 * turns, 5 * turns, 10 * turns],
             "mlp_run": [10 * turns, 0, 10 * turns],
             "busy": {"level": 1, "entered": [turns, 2 * turns]},
@@ -72,7 +74,8 @@ def test_variants_take_turns_and_points_say_what_each_gave(
         1,
     )
     assert one.first_token[0] == pytest.approx(150) and one.per_token[0] == pytest.approx(30)
-    assert one.ran == pytest.approx(45 / 60) and one.levels == [1, 2]
+    assert one.ran == pytest.approx(45 / 60) and one.shortened == pytest.approx(6 / 8)
+    assert one.levels == [1, 2]
     draw(found, ASKED.objective, tmp_path / "load.png")
     assert (tmp_path / "load.png").stat().st_size > 10_000
 

@@ -30,6 +30,9 @@ def load(
     budget: Annotated[
         float, typer.Option(min=0.01, max=1, help="Of the requests that always follow a plan.")
     ] = 1.0,
+    prompt_exit: Annotated[
+        int, typer.Option(min=0, help="Layers that their prompts run; 0: all.")
+    ] = 0,
     data: run.Questions = "",
     columns: run.Columns = "",
     apply_chat_template: run.ApplyChatTemplate = False,
@@ -62,9 +65,10 @@ def load(
         out.mkdir(parents=True, exist_ok=True)
         prompts = out / "prompts.jsonl"
         prompts.write_text("".join(json.dumps({"prompt": one.prompt}) + "\n" for one in items))
-        variants: dict[str, dict[str, Any] | None] = {
-            "dense": {"adaskip": "off"}, "always": {"adaskip_budget": budget}, "as served": None,
-        }  # fmt: skip
+        always: dict[str, Any] = {"adaskip_budget": budget}
+        if prompt_exit:
+            always["adaskip_prompt_exit"] = prompt_exit
+        variants = {"dense": {"adaskip": "off"}, "always": always, "as served": None}
         objective = Objective(first_token, per_token)
         asked = Asked(server.url, server.model, path, prompts, tokens, seconds, objective)
         with saying(console) as say:
@@ -73,13 +77,14 @@ def load(
         (out / "load.json").write_text(json.dumps([asdict(one) for one in found], indent=1) + "\n")
         draw(found, objective, out / "load.png")
     title = f"good: first token within {first_token:g} ms, {per_token:g} ms a token after it"
-    names = "good /s", "answered /s", "failed", "first token, 50 % / 95 %", "a token", "ran"
+    times = "first token, 50 % / 95 %", "a token"
+    names = "good /s", "answered /s", "failed", *times, "ran", "prompts shortened"
     table = Table("offered /s", "requests", *names, "levels", box=SIMPLE_HEAD, title=title)
     for one in sorted(found, key=lambda each: each.rate):
-        times = [f"{part[0]:.0f} / {part[1]:.0f} ms" for part in (one.first_token, one.per_token)]
+        late = [f"{part[0]:.0f} / {part[1]:.0f} ms" for part in (one.first_token, one.per_token)]
         table.add_row(
             f"{one.rate:g}", one.variant, f"{one.good:.2f}", f"{one.served:.2f}", str(one.failed),
-            *times, f"{one.ran:.0%}",
+            *late, f"{one.ran:.0%}", f"{one.shortened:.0%}",
             " / ".join(map(str, one.levels)),
         )  # fmt: skip
     console.print(table)

@@ -18,6 +18,8 @@ from typing import Any
 import httpx
 import numpy as np
 
+#: Of the server's report.
+_COUNTED = ("decode_tokens", "prompt_tokens", "shortened_tokens")
 #: Requests that are sent before the first rate, and not counted.
 WARM_UP = 8
 
@@ -66,6 +68,7 @@ class Point:
         first_token: milliseconds, 50th, 95th and 99th percentile.
         per_token: the same of the time a token after the first.
         ran: share of the sub-layers that generated tokens ran.
+        shortened: share of the prompts' tokens that ran under a prompt plan.
         levels: sequences that entered at each level of load.
 
     """
@@ -78,6 +81,7 @@ class Point:
     first_token: tuple[float, float, float]
     per_token: tuple[float, float, float]
     ran: float
+    shortened: float
     levels: list[int]
 
 
@@ -157,7 +161,8 @@ def _point(
     before: Mapping[str, Any],
     after: Mapping[str, Any],
 ) -> Point:
-    tokens = after["decode_tokens"] - before["decode_tokens"]
+    grown = {key: after[key] - before[key] for key in _COUNTED}
+    tokens = grown["decode_tokens"]
     ran = sum(sum(after[key]) - sum(before[key]) for key in ("attn_run", "mlp_run"))
     entered = (each.get("busy", {}).get("entered", []) for each in (after, before))
     times = [
@@ -178,6 +183,7 @@ def _point(
         first_token,  # type: ignore[arg-type]
         per_token,  # type: ignore[arg-type]
         ran / (2 * after["num_layers"] * tokens) if tokens else 1.0,
+        grown["shortened_tokens"] / max(1, grown["prompt_tokens"]),
         [late - early for late, early in zip(*entered, strict=True)],
     )
 
@@ -191,7 +197,9 @@ def draw(found: Sequence[Point], objective: Objective, path: Path) -> None:
     parts: list[tuple[str, Callable[[Point], float]]] = [
         ("answered within the objective, requests/s", lambda one: one.good),
         ("first token, 95th percentile, ms", lambda one: one.first_token[1]),
-        ("sub-layers that generated tokens ran", lambda one: one.ran),
+        ("sub-layers that generated tokens ran", lambda one: one.ran)
+        if all(one.shortened == 0 for one in found)
+        else ("prompt tokens that ran under a plan", lambda one: one.shortened),
     ]
     for axes, (what, value) in zip(panels, parts, strict=True):
         for variant in dict.fromkeys(one.variant for one in found):
