@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -15,6 +16,9 @@ from rich.table import Table
 
 from vllm_adaskip.cli import run
 from vllm_adaskip.cli.bench import saying
+
+if TYPE_CHECKING:
+    from vllm_adaskip.lab.bench.load import Objective, Point
 
 
 def load(
@@ -76,16 +80,30 @@ def load(
             found = measure(asked, variants, sorted({*rate}), out, done)
         (out / "load.json").write_text(json.dumps([asdict(one) for one in found], indent=1) + "\n")
         draw(found, objective, out / "load.png")
-    title = f"good: first token within {first_token:g} ms, {per_token:g} ms a token after it"
-    times = "first token, 50 % / 95 %", "a token"
-    names = "good /s", "answered /s", "failed", *times, "ran", "prompts shortened"
-    table = Table("offered /s", "requests", *names, "levels", box=SIMPLE_HEAD, title=title)
+    _show(console, found, objective)
+    console.print(f"Written: {out / 'load.json'}, load.png, and an answer file for each row")
+
+
+def _show(console: Console, found: Sequence[Point], objective: Objective) -> None:
+    """Print a row for each rate and variant, narrow enough for a terminal of 80 columns."""
+    title = (
+        f"Requests/s; good: first token within {objective.first_token:g} ms, "
+        f"{objective.per_token:g} ms a token after it. Times: median / 95 %."
+    )
+    has_levels = any(one.levels for one in found)
+    names = ["sent", "requests", "good", "answered", "first token, ms", "a token, ms", "ran"]
+    columns = [*names, "shortened", *["levels"] * has_levels]
+    table = Table(*columns, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title=title)
     for one in sorted(found, key=lambda each: each.rate):
-        late = [f"{part[0]:.0f} / {part[1]:.0f} ms" for part in (one.first_token, one.per_token)]
+        late = [f"{part[0]:.0f} / {part[1]:.0f}" for part in (one.first_token, one.per_token)]
+        levels = ["/".join(map(str, one.levels))] * has_levels
         table.add_row(
-            f"{one.rate:g}", one.variant, f"{one.good:.2f}", f"{one.served:.2f}", str(one.failed),
-            *late, f"{one.ran:.0%}", f"{one.shortened:.0%}",
-            " / ".join(map(str, one.levels)),
+            f"{one.rate:g}", one.variant, f"{one.good:.2f}", f"{one.served:.2f}",
+            *late, f"{one.ran:.0%}", f"{one.shortened:.0%}", *levels,
         )  # fmt: skip
     console.print(table)
-    console.print(f"Written: {out / 'load.json'}, load.png, and an answer file for each row")
+    console.print(
+        "ran: sub-layers that generated tokens ran; shortened: prompts' tokens under a prompt plan."
+    )
+    if failed := sum(one.failed for one in found):
+        console.print(f"{failed} requests failed; vllm bench serve's files say which.")
