@@ -18,6 +18,7 @@ from helpers.batches import Entries, random_prompts, sampling, small_blocks
 from helpers.reference import Reference
 from hypothesis import given
 from hypothesis import strategies as st
+from vllm.exceptions import VLLMValidationError
 
 from vllm_adaskip import engine_args, request
 from vllm_adaskip.config import AdaSkipConfig, ConfigError
@@ -225,5 +226,7 @@ def test_readings_wait_while_requests_do_and_nothing_is_lost_in_preemption(
 def test_clients_cannot_write_what_the_scheduler_writes(make: Callable[..., Any]) -> None:
     llm = make("copy", {**STATIC, "canary": ALL})
     for key, value in [("_adaskip_level", 7), ("_adaskip_canary", {}), ("_adaskip_adapter", "a")]:
-        with pytest.raises(ValueError, match="unknown argument; allowed: adaskip, adaskip_skip"):
+        with pytest.raises(
+            VLLMValidationError, match="unknown argument; allowed: adaskip, adaskip_skip"
+        ):
             run(llm, [[1, 2]], [{key: value}])

@@ -16,6 +16,8 @@ import pytest
 from helpers.readme import ROOT, block
 from typer.testing import CliRunner
 
+PAGE = "docs/deploy.md"
+
 
 @pytest.fixture(scope="module")
 def simulation() -> ModuleType:
@@ -74,7 +76,7 @@ def test_measured_steps_are_kept_and_lines_between_them(simulation: ModuleType) 
 
 
 def test_the_table_and_the_file(simulation: ModuleType, tmp_path: Path) -> None:
-    command = block("python benchmarks/affinity.py simulate", "docs/deploy.md")
+    command = block("python benchmarks/affinity.py simulate", PAGE)
     _, _, what, costs, out = shlex.split(command)
     few = ["--replicas", "2", "--plans", "2", "--requests", "20"]
     out = str(tmp_path / out)
