@@ -130,5 +130,5 @@ async def stream(client: httpx.AsyncClient, prompt: str) -> str:
 
 
 def answered(reply: httpx.Response | Exception) -> bool:
-    """Tell whether that is an answer, and no error."""
+    """Return whether that is an answer, and no error."""
     return isinstance(reply, httpx.Response) and reply.status_code == 200

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from statistics import fmean, stdev
 from typing import Any, Final, NamedTuple
 
@@ -54,6 +55,11 @@ class Reading(NamedTuple):
 
     agreement: float
     surprise: float
+
+    @classmethod
+    def of(cls, gaps: Sequence[float]) -> Reading:
+        """Return it of how much likelier than each token the first choice is; at least one."""
+        return cls(sum(gap <= 0 for gap in gaps) / len(gaps), sum(gaps) / len(gaps))
 
 
 class Mean(NamedTuple):

@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from logging import getLogger
 from random import Random
-from statistics import fmean
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
@@ -55,10 +54,11 @@ class WatchingScheduler(RereadingScheduler):
     def add_request(self, request: Request) -> None:
         """Add a request as vLLM does; a share of them is watched."""
         super().add_request(request)
-        if self._canary is not None and self._planner.canary is not None:
-            is_client = self.answer_begins(request) is None
-            if is_client and self._random.random() < self._planner.canary.share:
-                self._watched[request.request_id] = request
+        options = self._planner.canary
+        if options is None or self.answer_begins(request) is not None:
+            return
+        if self._random.random() < options.share:
+            self._watched[request.request_id] = request
 
     def finish_requests(self, *args: Any, **kwargs: Any) -> Any:
         """Finish as vLLM does; a stop string ends a request this way, too."""
@@ -73,11 +73,12 @@ class WatchingScheduler(RereadingScheduler):
         return outputs
 
     def _look(self) -> None:
-        assert self._canary is not None or not self._watched
+        if self._canary is None:
+            return
         for name in [name for name, one in self._watched.items() if one.is_finished()]:
             if self._is_readable(request := self._watched.pop(name)):
                 self._unread.append((monotonic(), request))
-        while self._canary is not None and len(self._unread) > MOST_WAITING:
+        while len(self._unread) > MOST_WAITING:
             self._unread.popleft()
             self._canary.dropped += 1
         if self._unread and not self.is_reading:
@@ -105,9 +106,7 @@ class WatchingScheduler(RereadingScheduler):
     def was_read(self, gaps: Sequence[float]) -> None:
         """Judge, see `Canary`."""
         assert self._canary is not None
-        if gaps and self._canary.read(
-            Reading(sum(gap <= 0 for gap in gaps) / len(gaps), fmean(gaps))
-        ):
+        if gaps and self._canary.read(Reading.of(gaps)):
             logger.error(
                 "vllm-adaskip: the canary has switched plans off, until the engine starts anew; "
                 "requests that name a plan still follow it: %s, allowed: %s",

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_adaskip.engine.canary import Reading
 from vllm_adaskip.lab.data.items import Item
 from vllm_adaskip.lab.data.metrics import CHOICE, PERPLEXITY
 from vllm_adaskip.lab.evaluation.engine import FORCED, Engine
@@ -125,5 +126,4 @@ def measured(steps: Sequence[Mapping[int, Any]], answer: Sequence[int]) -> dict[
     ]
     if not gaps:
         return {"agreement": None, "surprise": None}
-    agreement = sum(gap <= 0 for gap in gaps) / len(gaps)
-    return {"agreement": agreement, "surprise": sum(gaps) / len(gaps)}
+    return Reading.of(gaps)._asdict()
