@@ -61,6 +61,9 @@ def _started(
         if ready is not None:
             _wait_until_up(process, log, ready)
         yield process
+    except BaseException:
+        print(log.read_text()[-3000:])  # shown beside what failed
+        raise
     finally:
         _stop(process)
 

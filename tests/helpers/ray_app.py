@@ -50,6 +50,23 @@ def reports() -> list[dict[str, Any]]:
     return [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
 
 
+def replicas() -> int:
+    """Return how many replicas are up, by Ray's dashboard: who waits would slow them by more."""
+    headers = {"Authorization": f"Bearer {ENVIRONMENT['RAY_AUTH_TOKEN']}"}
+    url = "http://127.0.0.1:8265/api/serve/applications/"
+    try:
+        apps = httpx.get(url, headers=headers, timeout=30).json()["applications"]
+    except (httpx.TransportError, ValueError, KeyError):
+        return 0
+    return sum(
+        replica["state"] == "RUNNING"
+        for app in apps.values()
+        for name, deployment in app["deployments"].items()
+        if name.startswith("AdaSkipServer:")
+        for replica in deployment["replicas"]
+    )
+
+
 #: Seconds that replicas may take to start; a busy machine was seen to need over four minutes.
 TO_START = 600
 
@@ -65,7 +82,6 @@ def wait_for(what: Callable[[], Any], seconds: float) -> float:
         except AssertionError as error:
             trouble = str(error)
         assert time.monotonic() - start < seconds, trouble[-3000:]
-        # What is asked may be a process of its own, which would slow down what it waits for.
         time.sleep(2)
 
 
@@ -91,7 +107,7 @@ def deployed(folder: Path, **args: Any) -> Iterator[psutil.Process]:
         with serving(f"env {start}", folder / "log", ready=None) as process:
             try:
                 wait_for(lambda: shell(deploy), TO_START)
-                wait_for(lambda: len(reports()) == 2, TO_START)
+                wait_for(lambda: replicas() == 2, TO_START)
                 yield psutil.Process(process.pid)
             finally:
                 started = psutil.Process(process.pid).children(recursive=True)

@@ -5,20 +5,18 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
 import httpx
 import psutil
-import pytest
 from helpers.ray_app import (
     COMPLETIONS,
     TO_START,
     answered,
     body,
-    deployed,
     questions,
+    replicas,
     reports,
     send,
     stream,
@@ -27,12 +25,6 @@ from helpers.ray_app import (
 
 #: The first two are one plan.
 SKIPS: list[list[int | str]] = [[5, 6], [6, 5], [3, 4, 7]]
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[psutil.Process]:
-    with deployed(tmp_path_factory.mktemp("affinity"), affinity=True) as process:
-        yield process
 
 
 def asked() -> dict[str, list[int]]:
@@ -82,15 +74,15 @@ def test_a_killed_replica_loses_no_request_silently_and_its_plans_move(
     cluster: psutil.Process,
 ) -> None:
     before = asked()
-    replicas = [
+    actors = [
         process
         for process in cluster.children(recursive=True)
         if "ServeReplica:adaskip:AdaSkipServer" in " ".join(process.cmdline())
     ]
-    assert len(replicas) == 2
-    engines = replicas[0].children(recursive=True)
+    assert len(actors) == 2
+    engines = actors[0].children(recursive=True)
     try:
-        replies = asyncio.run(asyncio.wait_for(see(replicas[0]), TO_START))
+        replies = asyncio.run(asyncio.wait_for(see(actors[0]), TO_START))
     finally:
         for one in engines:  # they may outlive it
             with suppress(psutil.NoSuchProcess):
@@ -110,7 +102,7 @@ def test_a_killed_replica_loses_no_request_silently_and_its_plans_move(
     (left,) = now.keys() & before.keys()
     for old, new in zip(before[left], now[left], strict=True):
         assert new >= old + 4
-    wait_for(lambda: len(reports()) == 2, TO_START)
+    wait_for(lambda: replicas() == 2, TO_START)
     assert all(map(answered, asyncio.run(send(load()))))
 
 

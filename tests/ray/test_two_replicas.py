@@ -6,8 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,8 @@ from helpers.ray_app import (
     TO_START,
     answered,
     body,
-    deployed,
     questions,
+    replicas,
     reports,
     send,
     stream,
@@ -34,13 +33,6 @@ from vllm_adaskip.bundled import bundled_model
 from vllm_adaskip.classifiers import SkipPlan
 
 LAYERS = 12
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[psutil.Process]:
-    """Start Ray and deploy the app."""
-    with deployed(tmp_path_factory.mktemp("serve")) as process:
-        yield process
 
 
 def counts(kind: str) -> list[int]:
@@ -140,13 +132,11 @@ class Incident:
     Attributes:
         answers: of requests that were under way.
         streams: how each streamed answer that was under way ended.
-        seconds: from the kill until new requests were all answered.
 
     """
 
     answers: list[httpx.Response | Exception]
     streams: list[str]
-    seconds: float
 
 
 async def see(kill: Callable[[], None]) -> Incident:
@@ -158,11 +148,9 @@ async def see(kill: Callable[[], None]) -> Incident:
         await asyncio.sleep(2)
         assert not answers.done() and not any(one.done() for one in streams)
         kill()
-        start = time.monotonic()
         while not all(map(answered, await send([body(one, [5, 6]) for one in questions(1)]))):
             await asyncio.sleep(0.5)
-        seconds = time.monotonic() - start
-        return Incident(await answers, list(await asyncio.gather(*streams)), seconds)
+        return Incident(await answers, list(await asyncio.gather(*streams)))
 
 
 def test_a_killed_worker_loses_no_request_silently_and_is_replaced(
@@ -177,7 +165,6 @@ def test_a_killed_worker_loses_no_request_silently_and_is_replaced(
     assert len(workers) == 2
     seen = asyncio.run(asyncio.wait_for(see(workers[0].kill), TO_START))
 
-    assert seen.seconds < 120
     kept = [one for one in seen.answers if answered(one)]
     assert kept and all(one.json()["usage"]["completion_tokens"] == 300 for one in kept)
     lost = [one for one in seen.answers if not answered(one)]
@@ -188,11 +175,7 @@ def test_a_killed_worker_loses_no_request_silently_and_is_replaced(
     assert "done" in seen.streams
     assert all(one == "done" or "EngineDead" in one for one in seen.streams)
 
-    def is_whole() -> bool:
-        now = {one["replica"] for one in reports()}
-        return len(now) == 2 and now != old
-
-    wait_for(is_whole, TO_START)
+    wait_for(lambda: replicas() == 2 and {one["replica"] for one in reports()} != old, TO_START)
     replies = asyncio.run(send([body(prompt, [5, 6]) for prompt in questions(6)]))
     assert all(map(answered, replies))
     (new,) = [one for one in reports() if one["replica"] not in old]
