@@ -153,6 +153,26 @@ def _parts(samples: list[Any]) -> list[list[Any]]:
     return [samples[at : at + 8] for at in range(0, len(samples), 8)]
 
 
+@pytest.mark.parametrize("rung", [MIDDLE, READING], ids=["answers", "prompts"])
+def test_a_batch_that_is_too_large_is_trained_in_parts_to_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rung: Rung
+) -> None:
+    settings = SMALL.model_copy(update={"steps": 5})
+    at_once = healed(tmp_path / "at once", rung, settings=settings)
+    monkeypatch.setattr(training, "_PAIRS", 3 * 8**2)
+    parts = training.in_parts(known_answers(tiny("llama", LAYERS))[:8])
+    assert sum(map(len, parts)) == 8 and max(map(len, parts)) < 8
+    in_parts = healed(tmp_path / "in parts", rung, settings=settings)
+    for name, values in at_once.curve.items():
+        assert in_parts.curve[name] == pytest.approx(values, rel=0.02, abs=0.01)
+
+
+def test_no_sample_is_too_long_for_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "_PAIRS", 10)
+    samples = own_answers(tiny("llama", LAYERS), 3)
+    assert [len(part) for part in training.in_parts(samples)] == [1, 1, 1]
+
+
 def test_a_stopped_training_goes_on_to_the_same_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
