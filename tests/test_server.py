@@ -141,6 +141,21 @@ def test_chat_takes_plans_too(server: str) -> None:
     assert ran == [0 if layer == 3 else 5 for layer in range(LAYERS)]
 
 
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+def test_an_answer_says_what_its_request_got(server: str, path: str) -> None:
+    chat = {"messages": [{"role": "user", "content": "sum"}]}
+    asked = {"prompt": "sum : 1"} if path == "completions" else chat
+    body = {"model": "bundled", "max_tokens": 3, **asked}
+
+    def told(**xargs: Any) -> Any:
+        answer = httpx.post(f"{URL}/v1/{path}", json={**body, "vllm_xargs": xargs}, timeout=60)
+        return answer.json()["kv_transfer_params"]
+
+    assert told(adaskip_skip=[5, "attn:7"]) is None
+    found = told(adaskip_skip=[5, "attn:7"], adaskip_show_plan="on")["adaskip"]
+    assert found["skip"] == [5, "attn:7"] and 0.8 < found["compute"] < 0.95
+
+
 @pytest.mark.parametrize(
     ("xargs", "words"),
     [

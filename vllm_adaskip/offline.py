@@ -24,6 +24,7 @@ def request(
     prompt_skip: Sequence[int | str] | None = None,
     prompt_tail: int | None = None,
     draft: int | None = None,
+    show_plan: bool = False,
 ) -> dict[str, Any]:
     """Return a request's arguments: for ``SamplingParams.extra_args``, or ``vllm_xargs`` over HTTP.
 
@@ -36,6 +37,7 @@ def request(
         prompt_skip: what they leave out, in the form of ``skip``; one of the two at most.
         prompt_tail: last tokens of the prompt that run everything, 16 by default.
         draft: tokens that may be drafted at once, 0 for none; the server's number by default.
+        show_plan: say in the output's ``kv_transfer_params`` what the request got.
 
     Raises:
         ValueError: a budget, a tail or an entry that is not allowed, ``prompt_exit`` together with
@@ -53,6 +55,7 @@ def request(
         "adaskip_prompt_skip": None if prompt_skip is None else [*prompt_skip],
         "adaskip_prompt_tail": prompt_tail,
         "adaskip_draft": draft,
+        "adaskip_show_plan": "on" if show_plan else None,
     }
     arguments = {key: value for key, value in given.items() if value is not None}
     RequestArgs.parse(arguments)

@@ -105,7 +105,7 @@ def prepare(vllm_config: VllmConfig) -> None:
         logger.warning(  # asked for: where nobody says anything it is None until later
             "vllm-adaskip: --async-scheduling is switched off, as everywhere on the CPU backend"
         )
-    if _needs_scheduler(vllm_config, config):
+    if not vllm_config.scheduler_config.scheduler_cls or _needs_scheduler(vllm_config, config):
         _name_scheduler(vllm_config)
     options = "".join(f", {key} {_shown(value)}" for key, value in config.method_options.items())
     logger.info(

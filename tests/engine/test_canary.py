@@ -50,6 +50,18 @@ def test_plans_go_off_at_the_end_of_a_group_alone_and_stay_off(
     assert one.answers == len(readings)
 
 
+@given(readings=st.lists(READINGS, max_size=30), more=st.lists(READINGS, max_size=30))
+def test_what_begins_anew_judges_as_if_nothing_had_been(
+    readings: list[Reading], more: list[Reading]
+) -> None:
+    one, other = canary(min_agreement=0.5), canary(min_agreement=0.5)
+    for each in readings:
+        one.read(each)
+    one.begin_anew()
+    assert [one.read(each) for each in more] == [other.read(each) for each in more]
+    assert one.report() == {**other.report(), "answers": len(readings) + len(more)}
+
+
 def test_a_bound_is_broken_by_a_group_whose_whole_interval_lies_beyond_it() -> None:
     unsure = [Reading(0.5 + 0.4 * (-1) ** at, 0.4) for at in range(10)]
     bad = [Reading(0.5 + 0.01 * (-1) ** at, 0.4 + 0.01 * at) for at in range(10)]
@@ -196,6 +208,22 @@ def test_plans_are_off_when_the_bound_is_broken_and_named_plans_are_followed(
     asked = [(None, prompts[0]), (own[1], prompts[1])]
     assert llm.collective_rpc("adaskip_plans", args=(asked,))[0] == [[], [1]]
     assert drain(llm)["answers"] == 10  # dense answers are not read
+
+
+def test_plans_are_on_again_once_the_prefix_cache_is_reset(
+    make: Callable[..., Any], reference: Reference
+) -> None:
+    llm = make("copy", {**STATIC, "canary": NEVER})
+    prompts = random_prompts(8, 20)
+    run(llm, prompts[:10])
+    before = drain(llm)
+    assert before["off"]
+    llm.reset_prefix_cache()
+    assert run(llm, prompts[10:]) == [
+        reference.generate(prompt, PLAN, TOKENS, kv_fill="copy")[0] for prompt in prompts[10:]
+    ]
+    after = drain(llm)  # and goes on judging
+    assert after["off"] and after["answers"] == before["answers"] + 10
 
 
 def test_prompts_run_whole_when_plans_are_off(

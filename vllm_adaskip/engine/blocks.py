@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 from vllm_adaskip.classifiers import SkipPlan
 from vllm_adaskip.engine.busy import Levels, Load
 from vllm_adaskip.engine.compat.scheduler import AsyncScheduler, Mark, MarkedBlocks, PromptMark
+from vllm_adaskip.engine.compat.showing import ShowingScheduler
 from vllm_adaskip.engine.prompt_plan import Busy, PromptOptions
-from vllm_adaskip.engine.request import ADAPTER, Planner, is_one_answer
+from vllm_adaskip.engine.request import ADAPTER, Planner, RequestArgs, is_one_answer
 from vllm_adaskip.engine.watch import WatchingScheduler
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def prompt_mark(
     return partial(plan.mark, full_from)
 
 
-class MarkingScheduler(MarkedBlocks, WatchingScheduler):
+class MarkingScheduler(MarkedBlocks, ShowingScheduler, WatchingScheduler):
     """Named in one engine's ``scheduler_cls`` option, where `startup` says that it is needed."""
 
     def __init__(self, *args: Any, vllm_config: VllmConfig, **kwargs: Any) -> None:
@@ -113,6 +114,8 @@ class MarkingScheduler(MarkedBlocks, WatchingScheduler):
             if self._levels is not None:
                 self._open[request.request_id] = request
             self._grade([request])
+            if RequestArgs.parse(params.extra_args).shows_plan:
+                self.show(request)
         super().add_request(request)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
@@ -171,6 +174,11 @@ class MarkingScheduler(MarkedBlocks, WatchingScheduler):
         assert request.sampling_params is not None
         arguments = request.sampling_params.extra_args
         return block_mark(self._planner, arguments, request.num_prompt_tokens)
+
+    def shown_of(self, request: Request) -> Mapping[str, Any]:
+        """Return what its client is shown, see `Planner.shown`."""
+        assert request.sampling_params is not None
+        return self._planner.shown(request.sampling_params.extra_args)
 
     def is_lasting(self, request: Request) -> bool:
         """Return whether a preempted request may find the blocks with its mark again."""

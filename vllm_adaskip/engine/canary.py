@@ -87,7 +87,7 @@ class Canary:
     A bound is broken where a group's whole interval lies beyond it.
 
     Attributes:
-        is_off: whether plans are switched off; until the engine starts anew.
+        is_off: whether plans are switched off; until it begins anew.
         answers: that were read.
         dropped: answers that were not, as too many waited.
 
@@ -96,8 +96,14 @@ class Canary:
     def __init__(self, options: CanaryOptions) -> None:
         self._options = options
         self._last: deque[Reading] = deque(maxlen=options.answers)
-        self.is_off = False
         self.answers = self.dropped = 0
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """Forget what was read, but for the counts; plans are on again."""
+        self._last.clear()
+        self._begun = self.answers
+        self.is_off = False
         self._figures: dict[str, list[float]] = {}
 
     def read(self, reading: Reading) -> bool:
@@ -106,7 +112,7 @@ class Canary:
         self.answers += 1
         agreement, surprise = (Mean.of([*part]) for part in zip(*self._last, strict=True))
         self._figures = {"agreement": agreement.shown(), "surprise": surprise.shown()}
-        if self.is_off or self.answers % self._options.answers:
+        if self.is_off or (self.answers - self._begun) % self._options.answers:
             return False
         self.is_off = self._is_broken(agreement, surprise)
         return self.is_off

@@ -44,7 +44,10 @@ KEYS = (
     "adaskip_prompt_skip",
     "adaskip_prompt_tail",
     "adaskip_draft",
+    "adaskip_show_plan",
 )
+#: What goes with ``"adaskip": "off"``.
+_WITH_OFF = {"adaskip", "adaskip_draft", "adaskip_show_plan"}
 #: By which the scheduler tells workers a request's LoRA adapter, where requests may have any.
 ADAPTER = "_adaskip_adapter"
 #: How arguments begin that a scheduler alone writes; clients may not.
@@ -81,6 +84,7 @@ class RequestArgs:
     prompt_skip: object | None = None
     prompt_tail: int | None = None
     draft: int | None = None
+    shows_plan: bool = False
 
     @property
     def leaves_plan_open(self) -> bool:
@@ -102,11 +106,10 @@ class RequestArgs:
         for key in ours:
             if key not in KEYS:
                 raise RequestError(key, f"unknown argument{_nearest(key)}; allowed: {_listed()}")
-        switch = ours.get("adaskip", "on")
-        if switch not in ("on", "off"):
-            raise RequestError("adaskip", f"{shown(switch)} is not allowed; allowed: 'on', 'off'")
-        others = " and ".join(sorted(ours.keys() - {"adaskip", "adaskip_draft"}))
-        if switch == "off" and others:
+        is_on = _switch("adaskip", ours.get("adaskip", "on"))
+        shows_plan = _switch("adaskip_show_plan", ours.get("adaskip_show_plan", "off"))
+        others = " and ".join(sorted(ours.keys() - _WITH_OFF))
+        if not is_on and others:
             raise RequestError("adaskip", f"'off' means dense and does not go with {others}")
         exit, skip, tail = (ours.get(f"adaskip_prompt_{name}") for name in ("exit", "skip", "tail"))
         if exit is not None and skip is not None:
@@ -119,7 +122,9 @@ class RequestArgs:
             raise RequestError("adaskip_prompt_tail", str(error)) from None
         budget = _budget(ours.get("adaskip_budget"))
         draft = _draft(ours.get("adaskip_draft"))
-        return cls(switch == "off", ours.get("adaskip_skip"), budget, exit, skip, own_tail, draft)
+        return cls(
+            not is_on, ours.get("adaskip_skip"), budget, exit, skip, own_tail, draft, shows_plan
+        )
 
 
 def is_one_answer(params: SamplingParams) -> bool:
@@ -320,6 +325,29 @@ class Planner:
             return wanted
         return replace(wanted, prompt=prompt, drafts=drafts)
 
+    def shown(self, extra_args: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Return what a request gets, for its client, as far as is known before its prompt is read.
+
+        Returns:
+            ``skip``, the plan, in the form of `SkipPlan.entries`; None where the method decides
+            it with the prompt before it, or the guard or a gate has a say. Beside it ``compute``,
+            the share of decoder compute that it keeps; ``level``, of load, with option ``busy``;
+            ``prompt_skip`` and ``prompt_tail`` where the prompt leaves something out.
+
+        """
+        wanted, level = self.wanted(extra_args), (extra_args or {}).get(LEVEL)
+        is_settled = wanted.gate is None and not (wanted.by_method and self.facts.guard)
+        plan = wanted.plan if is_settled else None
+        found: dict[str, Any] = {"skip": None if plan is None else plan.entries()}
+        if plan is not None:
+            found["compute"] = round(plan.share(self.facts.shape), 4)
+        if self.busy is not None and level is not None:
+            found["level"] = level
+        if wanted.prompt is not None:
+            found["prompt_skip"] = wanted.prompt.plan.entries()
+            found["prompt_tail"] = wanted.prompt.tail
+        return found
+
     def at_level(self, extra_args: Mapping[str, Any] | None, level: int) -> Mapping[str, Any]:
         """Return a request's arguments with the level of load that holds for it."""
         return {**(extra_args or {}), LEVEL: level}
@@ -493,6 +521,12 @@ def _nearest(key: str) -> str:
 
 def _listed() -> str:
     return ", ".join(KEYS)
+
+
+def _switch(key: str, value: object) -> bool:
+    if value not in ("on", "off"):
+        raise RequestError(key, f"{shown(value)} is not allowed; allowed: 'on', 'off'")
+    return value == "on"
 
 
 def _draft(value: object) -> int | None:

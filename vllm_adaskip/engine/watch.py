@@ -60,6 +60,21 @@ class WatchingScheduler(RereadingScheduler):
         if self._random.random() < options.share:
             self._watched[request.request_id] = request
 
+    def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
+        """Reset as vLLM does, and let the canary begin anew: its plans are on again.
+
+        Whoever puts other weights into a running engine does so, of which old readings say nothing;
+        and nobody has another way to reach a scheduler.
+        """
+        if self._canary is not None:
+            if self._canary.is_off:
+                logger.warning("vllm-adaskip: plans are on again; the canary begins anew")
+            self._canary.begin_anew()
+            self._watched.clear()
+            self._unread.clear()
+        found: bool = super().reset_prefix_cache(*args, **kwargs)
+        return found
+
     def finish_requests(self, *args: Any, **kwargs: Any) -> Any:
         """Finish as vLLM does; a stop string ends a request this way, too."""
         found = super().finish_requests(*args, **kwargs)
@@ -108,7 +123,7 @@ class WatchingScheduler(RereadingScheduler):
         assert self._canary is not None
         if gaps and self._canary.read(Reading.of(gaps)):
             logger.error(
-                "vllm-adaskip: the canary has switched plans off, until the engine starts anew; "
+                "vllm-adaskip: the canary has switched plans off, until the prefix cache is reset; "
                 "requests that name a plan still follow it: %s, allowed: %s",
                 self._canary.report(),
                 self._planner.canary,
