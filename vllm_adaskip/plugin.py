@@ -78,7 +78,7 @@ def _finish(args: Namespace) -> None:
     args.additional_config = {NAME: {}, **additional}
     if drafting is not None:
         if theirs := getattr(args, "speculative_config", None):
-            raise ValueError(f"adaskip.speculate and --speculative-config {theirs}: leave one out")
+            raise ValueError(f"adaskip.draft and --speculative-config {theirs}: leave one out")
         args.speculative_config = drafting
     if not isinstance(args.hf_overrides, UseAdaSkip):
         args.hf_overrides = UseAdaSkip(args.hf_overrides or None)

@@ -217,7 +217,7 @@ def as_request(row: dict[str, Any]) -> dict[str, Any]:
         "sampling_params": {
             "max_tokens": row["max_tokens"],
             "temperature": row["temperature"],
-            "extra_args": {key: row[key] for key in ("adaskip_skip", "adaskip_budget")},
+            "extra_args": {key: row[key] for key in ("adaskip_skip", "adaskip_max_compute")},
         },
     }
 

@@ -178,7 +178,7 @@ class Matrix:
         """With each fill another way to decide for requests that bring no plan."""
         method: dict[str, Any] = {}  # nobody; by the prompt; by each token
         if kv_fill == "copy" and not CASES[name].forgets:
-            method = {"method": "similarity"}
+            method = {"method": "adaskip"}
         elif kv_fill == "project":
             threshold = CASES[name].threshold
             method = {"method": "ffn-skip", "scope": "token", "threshold": threshold}

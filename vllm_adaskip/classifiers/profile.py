@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from vllm_adaskip import old_names
 from vllm_adaskip.classifiers.plan import shown
 
 File = TypeVar("File", bound=BaseModel)
@@ -95,7 +96,7 @@ class Profile(BaseModel):
 
     Attributes:
         method: the server's method; ``options`` are its own, and cannot name another.
-        budget: largest share of decoder compute a decided plan may keep.
+        max_compute: largest share of decoder compute a decided plan may keep.
         guard: whether a server follows its plans only where they pay, see `AdaSkipConfig`.
         prompt: what prompts leave out, as the server's option ``prompt``; empty: nothing.
         adapter: whose tokens the LoRA adapter is for, if there is one.
@@ -109,13 +110,23 @@ class Profile(BaseModel):
     format: int = Field(default=FORMAT, ge=FORMAT, le=FORMAT)
     method: str
     options: dict[str, Any] = {}
-    budget: float = Field(default=1.0, gt=0, le=1)
+    max_compute: float = Field(default=1.0, gt=0, le=1)
     guard: bool = False
     prompt: dict[str, Any] = {}
     adapter: Adapted = "merged"
     model: str
     fingerprint: str
     metrics: dict[str, float | int | str] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_new_names(cls, given: Any) -> Any:
+        return old_names.renamed(given, old_names.PROFILE) if isinstance(given, Mapping) else given
+
+    @field_validator("method")
+    @classmethod
+    def _method_by_new_name(cls, method: str) -> str:
+        return old_names.method(method)
 
     @field_validator("options")
     @classmethod

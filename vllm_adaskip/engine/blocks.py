@@ -56,7 +56,7 @@ def block_mark(
         return unfindable  # what it runs depends on the batch, so nothing we know here tells it
     if plan is None:
         # A coalesced plan also depends on the batch.
-        holes = kv_fill == "none" or planner.facts.coalesce > 0
+        holes = kv_fill == "none" or planner.facts.coalesce_regret > 0
         identity = f"budget {wanted.budget!r}"
     elif plan.is_dense and not is_gated and not planner.classifier.reads_whole_prompts:
         return None

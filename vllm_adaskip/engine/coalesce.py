@@ -57,7 +57,7 @@ def coalesced(
         live: ``[rows, 2 * num_layers]``, what the sequences leave out that have a plan already.
         classifier: its codebook's plans are candidates, and its regrets decide.
         shape: the model's.
-        limit: largest regret that is allowed, the option `coalesce`.
+        limit: largest regret that is allowed, the option `coalesce_regret`.
 
     """
     plans = _candidates([*(one.own for one in sequences), *classifier.codebook], live)

@@ -44,7 +44,7 @@ class SkipState:
 
     The memo makes a plan a function of prompt and options (purity) also where a prompt's
     statistics differ in their last bits because it was computed in other chunks, and gives a
-    preempted sequence the plan under which its first tokens were generated. With `coalesce`
+    preempted sequence the plan under which its first tokens were generated. With `coalesce_regret`
     there is no purity, and the memo alone does the latter.
 
     Attributes:
@@ -266,14 +266,14 @@ class SkipState:
         planner = self.planner
         plans = {each: planner.decide(each.budget, prompt) for each, prompt in new.items()}
         own = {each: plan for each, plan in plans.items() if plan is not planner.dense}  # a failure
-        if not planner.facts.coalesce or not own:
+        if not planner.facts.coalesce_regret or not own:
             return plans
         drawn = coalesced(
             [Undrawn(plan, each.budget, new[each]) for each, plan in own.items()],
             self.table.followed,
             planner.classifier,
             planner.facts.shape,
-            planner.facts.coalesce,
+            planner.facts.coalesce_regret,
         )
         self.coalesced += sum(map(ne, own.values(), drawn))
         return {**plans, **dict(zip(own, drawn, strict=True))}

@@ -270,7 +270,7 @@ class SkippingDecoder(nn.Module):
         """
         stack = self.stack_of(self.model)
         if stack is not self.model or not hasattr(stack, "norm"):
-            raise ValueError("speculate: a profile's layers are for models laid out as Llama")
+            raise ValueError("draft: a profile's layers are for models laid out as Llama")
         layers = [copied(layer, self.attention_of(layer)) for layer in stack.layers[:first]]
         model = copy(stack)
         model._modules = {

@@ -109,7 +109,7 @@ def _at_equal_compute(
     """Return what leaves out attention too, with as much compute kept as without the MLPs."""
     less = target * shape.mlp_parameters / shape.layer_parameters
     yield Setting(
-        name=f"AdaSkip -{target:.0%}", family="AdaSkip", method="similarity", budget=1 - less
+        name=f"AdaSkip -{target:.0%}", family="AdaSkip", method="adaskip", budget=1 - less
     )
     if count := round(less * shape.num_layers):
         skip = [*greedy_layers[:count]]

@@ -90,7 +90,7 @@ def check(settings: Sequence[Setting], shape: DecoderShape) -> None:
     """Refuse, before an engine starts, a setting that it would refuse (`ValueError`)."""
     for one in settings:
         if one.skip is None:
-            options = {**one.options, "method": one.method, "budget": one.budget}
+            options = {**one.options, "method": one.method, "max_compute": one.budget}
             try:
                 AdaSkipConfig.parse(options).facts(shape)
             except ConfigError as error:
