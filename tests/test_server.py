@@ -152,6 +152,7 @@ def test_chat_takes_plans_too(server: str) -> None:
         ({"adaskip": "maybe"}, ["'maybe'", "'on', 'off'"]),
         ({"adaskip_max_compute": 2}, ["adaskip_max_compute", "2", "(0, 1]"]),
         ({"adaskip_max_compute": 0.5}, ["adaskip_max_compute", "method 'none'"]),
+        ({"adaskip_budget": 0.5}, ["adaskip_max_compute", "method 'none'"]),
     ],
 )
 def test_a_bad_argument_is_http_400_and_says_what_is_allowed(
