@@ -36,7 +36,7 @@ def asks(additional_config: object) -> bool:
     """Return whether an engine's ``additional_config`` has options of ours.
 
     Raises:
-        ConfigError: they stand under a name that is nearly ``adaskip``, where nobody reads them.
+        ConfigError: they stand under a name that is nearly ``adaskip``, where nothing reads them.
 
     """
     if not isinstance(additional_config, Mapping):

@@ -22,7 +22,7 @@ def register() -> None:
     """Name our architectures, their config hook and ``--plugin``; safe to call again.
 
     An error in here would stop every vLLM process on the machine, also those that do not
-    ask for us. So it is logged, and who does ask finds no ``--plugin`` and no architecture.
+    ask for us. So it is logged, and an engine that asks finds no ``--plugin`` and no architecture.
     """
     try:
         _register()

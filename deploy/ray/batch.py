@@ -118,7 +118,7 @@ class Job:
 
     @property
     def missing(self) -> int:
-        """Rows that nobody has answered yet."""
+        """Rows without an answer so far."""
         return sum(part.missing for part in self.under_way.values())
 
     def _add(

@@ -48,7 +48,7 @@ class ProfileError(ValueError):
 
 
 def refuse_special(path: Path) -> None:
-    """Refuse a pipe or a device (`ProfileError`): whoever opens or reads it may wait for ever."""
+    """Refuse a pipe or a device (`ProfileError`): to open or read it may take for ever."""
     if path.exists() and not path.is_file():
         raise ProfileError(f"{path}: no regular file; a profile is a folder of regular files")
 
@@ -131,7 +131,7 @@ class Profile(BaseModel):
     @field_validator("options")
     @classmethod
     def _are_no_operators(cls, options: dict[str, Any]) -> dict[str, Any]:
-        """Refuse what only who starts a server may say (`ValueError`): above all, what is code."""
+        """Refuse what only a server's operator may say (`ValueError`): above all, what is code."""
         for key in sorted(_OPERATORS & options.keys()):
             raise ValueError(f"{key!r} ({shown(options[key])}) is not allowed here")
         return options

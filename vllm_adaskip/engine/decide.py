@@ -58,7 +58,7 @@ class SkipState:
         replay: of the forward that comes next, what runs it as a graph; None: there is none.
         graphs: the engine's graphs; None: it has none.
         compiled: its compiled plans, on a CPU; None: it compiles none.
-        pulled: feeds the table where nobody tells of the batch; None: somebody does.
+        pulled: feeds the table where the runner does not report its batch; None: it does.
         drafter: drafts tokens; None: the engine does not.
         plans: sequences that entered, by plan: ``dense``, ``skipping``, or ``gated`` where the
             method may leave out more, token by token. Sequences that wait for a plan are in none.
@@ -288,10 +288,10 @@ def shared_state(vllm_config: VllmConfig) -> SkipState:
     """Return the state that the feeder and the model of an engine share.
 
     The V1 runner makes its feeder before its model. Under V2, and with drafts, the model comes
-    first, and the feeder with it or later, so whoever asks first makes the state.
+    first, and the feeder with it or later, so the first of them that asks makes the state.
 
     Raises:
-        RuntimeError: nobody feeds plans to this engine, which would be silently dense.
+        RuntimeError: nothing feeds plans to this engine, which would be silently dense.
 
     """
     state = compat.shared(vllm_config)
@@ -310,7 +310,7 @@ def shared_state(vllm_config: VllmConfig) -> SkipState:
 
 
 def _key(extra_args: Mapping[str, Any] | None, prompt: Sequence[int]) -> bytes:
-    """Tell requests apart, by arguments of others too."""
+    """Return what tells requests apart: prompt and all arguments, those of others too."""
     return _digest(prompt, repr(sorted((extra_args or {}).items(), key=repr)))
 
 

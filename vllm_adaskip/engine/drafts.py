@@ -152,7 +152,7 @@ class Calibration:
     def learn(self, confidence: Sequence[float], accepted: int) -> None:
         """Take a row's drafts that were verified, in order, of which the first were accepted.
 
-        Of those behind the first that was not, nobody knows.
+        Of drafts behind the first that was not accepted, nothing is known.
         """
         bins = self._bins(np.array(confidence[: accepted + 1]))
         kept = (1 - FORGET) ** len(bins)

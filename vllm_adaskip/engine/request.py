@@ -128,7 +128,7 @@ class RequestArgs:
 
 
 def is_one_answer(params: SamplingParams) -> bool:
-    """Tell whether a request is done with one token, and wants to know no more than that.
+    """Return whether a request is done with one token, and wants to know no more than that.
 
     Log-probabilities of the prompt would have to come from layers that an answer may leave out.
     """

@@ -33,7 +33,7 @@ def at_random(num_layers: int, left_out: int, seed: int) -> list[int | str]:
 
 
 def early_exit(num_layers: int, left_out: int) -> list[int | str]:
-    """Run the first layers only (early exit at one depth for everybody)."""
+    """Run the first layers only (early exit at one depth for all)."""
     return [*range(num_layers - left_out, num_layers)]
 
 
