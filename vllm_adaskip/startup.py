@@ -129,8 +129,8 @@ def prepare(vllm_config: VllmConfig) -> None:
         logger.warning("vllm-adaskip: guard measures no adapters; here every plan is followed")
     if config.coalesce_regret:
         logger.info(
-            "vllm-adaskip: coalesce_regret %g, so a plan depends on who is in the batch when it is "
-            "decided, and the same request may get another plan another time (docs/coalesce.md)",
+            "vllm-adaskip: coalesce_regret %g, so a plan depends on the sequences in the batch "
+            "when it is decided; the same request may get another plan later (docs/coalesce.md)",
             config.coalesce_regret,
         )
 

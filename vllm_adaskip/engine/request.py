@@ -264,8 +264,8 @@ class Planner:
         if self.draft is not None and facts.coalesce_regret:
             raise ValueError(
                 f"draft: not allowed with coalesce_regret {facts.coalesce_regret:g}, under which a "
-                "plan depends on who is in the batch, and so on how fast others draft; allowed: "
-                "coalesce_regret 0"
+                "plan depends on the sequences in the batch, and so on how fast others draft; "
+                "allowed: coalesce_regret 0"
             )
         self._has_failed = False
         self._default = self._decided(facts.max_compute)
