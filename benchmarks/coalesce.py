@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What sharing plans in a batch wins and costs: throughput against quality, from 0 to 1.
 
-The bundled model under `first` and `similarity`, within one budget. Quality is exact match on
+The bundled model under `first` and `adaskip`, within one budget. Quality is exact match on
 held-out questions of all tasks, mixed, in batches of the timed size. Throughput is that of a batch
 of other questions, prefill and decisions included, against the same batch dense, which takes turns
 with it in the same engine, other questions in each round. See docs/coalesce.md.
@@ -42,7 +42,7 @@ from vllm_adaskip.lab.evaluation.settings import DENSE
 
 METHODS: dict[str, dict[str, Any]] = {
     "first": {"profile": bundled_profile("first")},
-    "similarity": {},
+    "adaskip": {},
 }
 ANSWER = 12  # tokens at most, as in `adaskip eval` of these tasks
 TASKS = 9
@@ -50,7 +50,7 @@ TASKS = 9
 
 @dataclass(frozen=True)
 class Point:
-    """One method at one value of `coalesce`.
+    """One method at one value of `coalesce_regret`.
 
     Attributes:
         exact: share of questions answered right, of 1; ``loss`` to dense with its 95 % interval.
@@ -74,8 +74,8 @@ class Point:
 def main(
     rounds: Annotated[int, typer.Option(min=2, help="timed, of each setting")] = 9,
     questions: Annotated[int, typer.Option(min=1, help="of each of the nine tasks")] = 60,
-    budget: Annotated[float, typer.Option(help="share of compute to keep at most")] = 0.5,
-    values: Annotated[str, typer.Option(help="of coalesce")] = "0,0.1,0.25,0.5,0.75,1",
+    max_compute: Annotated[float, typer.Option(help="share of compute to keep at most")] = 0.5,
+    values: Annotated[str, typer.Option(help="of coalesce_regret")] = "0,0.1,0.25,0.5,0.75,1",
     tokens: Annotated[int, typer.Option(min=2, help="of each timed sequence")] = 64,
     out: Annotated[Path, typer.Option(help="folder for results and plot")] = Path("coalesce"),
 ) -> None:
@@ -91,17 +91,17 @@ def main(
         engine = Engine(
             bundled_model(),
             name,
-            {**METHODS[name], "budget": budget, "coalesce": value},
+            {**METHODS[name], "max_compute": max_compute, "coalesce_regret": value},
             enforce_eager=True,
             max_model_len=256,
             max_num_seqs=CHUNK,
             distributed_executor_backend="uni",
         )
         dense = dense or answers(engine, DENSE, items)
-        points.append(measured(engine, name, value, budget, items, dense, batches, tokens))
+        points.append(measured(engine, name, value, max_compute, items, dense, batches, tokens))
         engine.close()
     out.mkdir(parents=True, exist_ok=True)
-    facts = {"budget": budget, "batch": CHUNK, "tokens": tokens, "questions": len(items)}
+    facts = {"budget": max_compute, "batch": CHUNK, "tokens": tokens, "questions": len(items)}
     facts |= {"dense_exact": float(np.mean([one.score for one in dense]))}
     found = {**facts, "points": [asdict(one) for one in points]}
     (out / "coalesce.json").write_text(json.dumps(found, indent=1) + "\n")
@@ -196,7 +196,7 @@ def looked_at(
 def table(points: Sequence[Point], facts: dict[str, Any]) -> Table:
     """Lay out all figures."""
     found = Table(
-        "method", "coalesce", "compute skipped", "plans a step", "weights a step", "exact match",
+        "method", "regret", "compute skipped", "plans a step", "weights a step", "exact match",
         "loss to dense, points", "throughput against dense",
         title=f"budget {facts['budget']:g}, batch {facts['batch']}, {facts['questions']} questions "
         f"(dense: {facts['dense_exact']:.1%} right); loss with 95 % interval, throughput: median "

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What stopping inside prefill saves: time of a batch of one-token requests against dense.
 
-Everybody stops after the same layer, once because the server says so (``exit``), once because a
+All requests stop after the same layer, once because the server says so (``exit``), once because a
 look at the prediction there says so (``adainfer``, whose look costs a norm and the LM head). Dense
 requests take turns with them in the same engine. Ideally as large a share of the time falls away
 as of the layers. On the bundled model, and at the shape of Llama-3.2-1B with random weights.

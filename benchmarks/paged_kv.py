@@ -23,7 +23,7 @@ from vllm_adaskip.lab.bench.engines import alone
 
 alone()  # before torch is loaded, which reads the number of threads then
 
-#: Layers that everybody leaves out, of the bundled model's 12.
+#: Layers that all sequences leave out, of the bundled model's 12.
 SKIP = [3, 4, 5, 6, 7, 8]
 BATCHES = (1, 16, 64)
 DECODED = 48
@@ -76,7 +76,7 @@ def fill_table(engines: dict[str, Any], rounds: int) -> Table:
 
 
 def decode(llm: Any, batch: int, skip: list[int]) -> float:
-    """Return the seconds of one decode step of one batch, everybody under one plan."""
+    """Return the seconds of one decode step of one batch, all under one plan."""
     from vllm import SamplingParams
 
     def run(tokens: int) -> float:

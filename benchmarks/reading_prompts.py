@@ -49,7 +49,7 @@ def main(
             models.append((shape, "Llama-3.2-1B's shape, 2048", 1))
         for model, name, prompts in models:
             for method, options in (
-                ("similarity", {"method": "similarity"}),
+                ("adaskip", {"method": "adaskip"}),
                 ("ffn-skip", {"method": "ffn-skip"}),
                 ("first, linear", {"profile": untrained_first(Path(folder) / "linear", model)}),
                 (
@@ -79,7 +79,7 @@ def shares(
         max_num_batched_tokens=4096,
         enable_prefix_caching=False,
         distributed_executor_backend="uni",
-        **engine_args(budget=0.75, **options),
+        **engine_args(max_compute=0.75, **options),
     )
     spent: dict[str, float] = {}
     llm.apply_model(lambda model: watch(model.adaskip.reader, spent))

@@ -2,8 +2,8 @@
 """How good early exits by token would be if deeper K/V were always exact.
 
 EE-LLM and others run tokens that stopped through the deeper layers later, with the next token that
-goes there, so that nobody reads K/V that are not the model's own. The engine does not do that. What
-it would bring in quality is seen here, with transformers in float32, one question at a time: each
+goes there, so that no token reads K/V that are not the model's own. The engine does not. What it
+would bring in quality is seen here, with transformers in float32, one question at a time: each
 token runs all layers, and its prediction is taken from where AdaInfer's rule stops.
 
     python benchmarks/recompute.py PROFILE [PROFILE ...]    # of scope token

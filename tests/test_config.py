@@ -11,23 +11,23 @@ SHAPE = DecoderShape(8, attention_parameters=1, mlp_parameters=3)
 
 def test_defaults_decide_nothing() -> None:
     config = AdaSkipConfig.parse({})
-    assert (config.method, config.budget, config.method_options) == ("none", 1.0, {})
+    assert (config.method, config.max_compute, config.method_options) == ("none", 1.0, {})
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         (["static"], ["['static']", "JSON object"]),
-        ({"method": "statik"}, ["method", "'statik'", "none, similarity, static"]),
+        ({"method": "statik"}, ["method", "'statik'", "first, none, static"]),
         ({"method": 3}, ["method", "3"]),
         ({"mehtod": "static"}, ["mehtod", "did you mean 'method'"]),
-        ({"budget": 0}, ["budget", "0", "greater than 0"]),
-        ({"budget": 1.5}, ["budget", "1.5"]),
-        ({"budget": "0.5"}, ["budget", "'0.5'"]),
-        ({"coalesce": 1.5}, ["coalesce", "1.5", "less than or equal to 1"]),
-        ({"coalesce": -0.1}, ["coalesce", "-0.1"]),
-        ({"coalesce": float("nan")}, ["coalesce", "nan"]),
-        ({"coalesce": True}, ["coalesce", "True"]),
+        ({"max_compute": 0}, ["max_compute", "0", "greater than 0"]),
+        ({"max_compute": 1.5}, ["max_compute", "1.5"]),
+        ({"max_compute": "0.5"}, ["max_compute", "'0.5'"]),
+        ({"coalesce_regret": 1.5}, ["coalesce_regret", "1.5", "less than or equal to 1"]),
+        ({"coalesce_regret": -0.1}, ["coalesce_regret", "-0.1"]),
+        ({"coalesce_regret": float("nan")}, ["coalesce_regret", "nan"]),
+        ({"coalesce_regret": True}, ["coalesce_regret", "True"]),
         ({"guard": "yes"}, ["guard", "'yes'", "boolean"]),
         ({"guard": 1}, ["guard", "1"]),
         ({"kv_fill": "paste"}, ["kv_fill", "'paste'", "'copy', 'project' or 'none'"]),
@@ -63,9 +63,12 @@ def test_refuses_with_the_key_the_value_and_what_is_allowed(options: Any, words:
         ({"prompt": {"exit": 9}}, ["prompt: 9", "1 to 8"]),
         ({"prompt": {"skip": [8]}}, ["prompt: 8", "layers 0 to 7"]),
         ({"method": "static", "skip": list(range(8))}, ["all 16 sub-layers"]),
-        ({"method": "static", "skip": [1], "budget": 0.5}, ["0.5", "keeps 0.875"]),
-        ({"budget": 0.5}, ["0.5", "'none' skips nothing"]),
-        ({"coalesce": 0.5}, ["coalesce", "0.5", "method 'none'", "'first', 'similarity'"]),
+        ({"method": "static", "skip": [1], "max_compute": 0.5}, ["0.5", "keeps 0.875"]),
+        ({"max_compute": 0.5}, ["0.5", "'none' skips nothing"]),
+        (
+            {"coalesce_regret": 0.5},
+            ["coalesce_regret", "0.5", "method 'none'", "'adaskip', 'first'"],
+        ),
     ],
 )
 def test_refuses_what_does_not_fit_the_model(options: dict[str, Any], words: list[str]) -> None:

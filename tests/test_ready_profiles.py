@@ -96,6 +96,6 @@ def test_it_skips_by_itself_and_not_where_it_is_off(ready: Ready) -> None:
 
 
 def test_a_budget_is_kept_or_refused(ready: Ready) -> None:
-    assert ready.complete(SUM, 8, adaskip_budget=0.8)
+    assert ready.complete(SUM, 8, adaskip_max_compute=0.8)
     with pytest.raises(VLLMValidationError, match="cannot be met"):
-        ready.complete(SUM, 8, adaskip_budget=0.001)
+        ready.complete(SUM, 8, adaskip_max_compute=0.001)

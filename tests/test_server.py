@@ -66,10 +66,8 @@ def test_the_pages_completion_skips_what_it_names(server: str) -> None:
 
 def test_the_start_says_what_is_in_force(server: str) -> None:
     log = Path(server).read_text()
-    assert (
-        "vllm-adaskip: AdaSkipLlamaForCausalLM, method none, profile none, budget 1, kv_fill none"
-        in log
-    )
+    method = "AdaSkipLlamaForCausalLM, method none, profile none, max_compute 1, kv_fill none"
+    assert f"vllm-adaskip: {method}" in log
 
 
 def test_metrics_agree_with_the_report_and_count_refusals(server: str) -> None:
@@ -167,8 +165,9 @@ def test_an_answer_says_what_its_request_got(server: str, path: str) -> None:
         ({"adaskip_skip": [5.5]}, ["5.5"]),
         ({"adaskip_skp": [5]}, ["adaskip_skp", "did you mean adaskip_skip"]),
         ({"adaskip": "maybe"}, ["'maybe'", "'on', 'off'"]),
-        ({"adaskip_budget": 2}, ["adaskip_budget", "2", "(0, 1]"]),
-        ({"adaskip_budget": 0.5}, ["adaskip_budget", "method 'none'"]),
+        ({"adaskip_max_compute": 2}, ["adaskip_max_compute", "2", "(0, 1]"]),
+        ({"adaskip_max_compute": 0.5}, ["adaskip_max_compute", "method 'none'"]),
+        ({"adaskip_budget": 0.5}, ["adaskip_max_compute", "method 'none'"]),
     ],
 )
 def test_a_bad_argument_is_http_400_and_says_what_is_allowed(

@@ -104,9 +104,12 @@ def test_the_log_says_that_shared_plans_depend_on_the_batch(
         "vllm_adaskip.startup.logger.info", lambda text, *facts: said.append(text % facts)
     )
     for coalesce in (0, 0.25):
-        config(tiny_llama, **engine_args(method="similarity", budget=0.6, coalesce=coalesce))
-    told = [text for text in said if "coalesce" in text]
-    assert len(told) == 1 and "0.25" in told[0] and "depends on who is in the batch" in told[0]
+        config(
+            tiny_llama, **engine_args(method="adaskip", max_compute=0.6, coalesce_regret=coalesce)
+        )
+    told = [text for text in said if "coalesce_regret" in text]
+    (text,) = told
+    assert "0.25" in text and "depends on the sequences in the batch" in text
 
 
 @pytest.mark.parametrize("asked", [True, False, None])
@@ -138,7 +141,7 @@ def test_the_log_says_where_asynchronous_scheduling_is_switched_off(
         ),
         (
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
-            ["--speculative-config with method 'ngram'", "adaskip.speculate"],
+            ["--speculative-config with method 'ngram'", "adaskip.draft"],
         ),
         (
             {"worker_extension_cls": "somebody.elses.Extension"},
@@ -174,7 +177,7 @@ def test_a_set_up_we_cannot_serve_is_refused_with_the_option_to_change(
         ({"logits_processors": ["some.module:Theirs"]}, ["--logits-processors"]),
         (
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
-            ["adaskip.speculate sets --speculative-config by itself"],
+            ["adaskip.draft sets --speculative-config by itself"],
         ),
     ],
 )
@@ -182,13 +185,13 @@ def test_what_does_not_go_with_drafts_is_refused(
     tiny_llama: str, kwargs: dict[str, Any], words: list[str]
 ) -> None:
     with pytest.raises(ValueError) as refusal:
-        config(tiny_llama, **{**engine_args(speculate={"exit": 2}), **kwargs})
+        config(tiny_llama, **{**engine_args(draft={"exit": 2}), **kwargs})
     for word in words:
         assert word in str(refusal.value)
 
 
 def test_drafts_need_the_options_that_go_with_them(tiny_llama: str) -> None:
-    options = engine_args(speculate={"exit": 2})
+    options = engine_args(draft={"exit": 2})
     del options["speculative_config"]
     with pytest.raises(
         ValueError, match=r"start with --plugin adaskip or vllm_adaskip\.engine_args"
@@ -197,7 +200,7 @@ def test_drafts_need_the_options_that_go_with_them(tiny_llama: str) -> None:
 
 
 def test_an_engine_that_drafts_names_what_it_needs(tiny_llama: str) -> None:
-    found = config(tiny_llama, **engine_args(speculate={"exit": 2, "tokens": 3}))
+    found = config(tiny_llama, **engine_args(draft={"exit": 2, "tokens": 3}))
     assert found.speculative_config.method == "custom_class"
     assert found.speculative_config.num_speculative_tokens == 3
     assert found.speculative_config.model.startswith("vllm_adaskip.engine.drafter.SelfDraft_")

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from vllm_adaskip import old_names
 from vllm_adaskip.classifiers import METHODS, DecoderShape, method_of
 from vllm_adaskip.classifiers.hub import located
 from vllm_adaskip.classifiers.methods import is_path
@@ -35,7 +36,7 @@ def asks(additional_config: object) -> bool:
     """Return whether an engine's ``additional_config`` has options of ours.
 
     Raises:
-        ConfigError: they stand under a name that is nearly ``adaskip``, where nobody reads them.
+        ConfigError: they stand under a name that is nearly ``adaskip``, where nothing reads them.
 
     """
     if not isinstance(additional_config, Mapping):
@@ -70,13 +71,13 @@ class AdaSkipConfig(BaseModel):
     Attributes:
         method: who decides the plan of a request that names none: one of `METHODS`, or
             ``module:Class`` of your own (docs/write-a-method.md).
-        budget: largest share of decoder compute a decided plan may keep, in (0, 1].
+        max_compute: largest share of decoder compute a decided plan may keep, in (0, 1].
         kv_fill: what is written into the KV cache where a generated token leaves out an
             attention sub-layer (docs/kv-cache.md).
         profile: folder or hub id of what ``adaskip fit``, ``scan`` or ``tune`` wrote for this
             model: a method, its options and a budget. Options that are set beside it override it.
-        coalesce: how far (0 to 1) a plan may be degraded so that sequences in a batch can share
-            it; 0: never (docs/coalesce.md).
+        coalesce_regret: how far (0 to 1) a plan may be degraded so that sequences in a batch can
+            share it; 0: never (docs/coalesce.md).
         guard: run a sequence dense if its decided plan would be slower on this machine, as measured
             at start-up and while serving; a plan that a request names is always followed. On the
             CPU alone (docs/performance.md).
@@ -88,7 +89,7 @@ class AdaSkipConfig(BaseModel):
             (docs/load.md).
         canary: read a share of finished answers under plans again at full depth, and switch plans
             off where they are worse than a bound (docs/load.md).
-        speculate: draft tokens with a part of the layers, and verify them with the whole model, or
+        draft: draft tokens with a part of the layers, and verify them with the whole model, or
             under the request's plan; changes no answer (docs/lossless.md).
         untested_accelerator: serve on an accelerator on which nobody has run this yet; an
             NVIDIA GPU with vLLM 0.32 does not need it (docs/gpu.md).
@@ -98,23 +99,24 @@ class AdaSkipConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="allow", strict=True)
 
     method: str = "none"
-    budget: float = Field(default=1.0, gt=0, le=1)
+    max_compute: float = Field(default=1.0, gt=0, le=1)
     kv_fill: Literal["copy", "project", "none"] = "none"
     profile: str | None = None
-    coalesce: float = Field(default=0.0, ge=0, le=1)
+    coalesce_regret: float = Field(default=0.0, ge=0, le=1)
     guard: bool = False
     known_plans: list[list[int | str]] = []
     prompt: PromptOptions | None = None
     busy: BusyPlans | None = None
     canary: CanaryOptions | None = None
-    speculate: DraftOptions | None = None
+    draft: DraftOptions | None = None
     untested_accelerator: bool = False
 
     @field_validator("method")
     @classmethod
     def _method_exists(cls, method: str) -> str:
         own = method_of(method).Options.model_fields
-        if taken := sorted(cls.model_fields.keys() & own.keys()):
+        theirs = cls.model_fields.keys() | old_names.NEW[old_names.SERVER].keys()
+        if taken := sorted(theirs & own.keys()):
             raise ValueError(f"its option {', '.join(taken)} has the name of a server's; rename it")
         return method
 
@@ -128,7 +130,7 @@ class AdaSkipConfig(BaseModel):
         """
         if not isinstance(options, Mapping):
             raise ConfigError(f"adaskip: {options!r:.80} is not allowed; allowed: a JSON object")
-        options = _with_profile(options)
+        options = _with_profile(_by_new_names(options))
         try:
             config = cls.model_validate(dict(options))
             method_of(config.method).Options.model_validate(config.method_options)
@@ -148,7 +150,8 @@ class AdaSkipConfig(BaseModel):
             raise ConfigError(f"additional_config: {shown(additional_config)} is no JSON object")
         asks(additional_config)
         methods = (method.Options.model_fields for method in METHODS.values())
-        if misplaced := sorted({*cls.model_fields}.union(*methods) & additional_config.keys()):
+        ours = {*cls.model_fields, *old_names.NEW[old_names.SERVER]}.union(*methods)
+        if misplaced := sorted(ours & additional_config.keys()):
             raise ConfigError(
                 f"additional_config: nobody reads {', '.join(misplaced)} there; options of ours "
                 f'stand one level deeper: {{"{LEVEL}": {{"{misplaced[0]}": ...}}}}'
@@ -162,8 +165,8 @@ class AdaSkipConfig(BaseModel):
 
     def check_model(self, hf_config: Mapping[str, Any]) -> None:
         """Refuse a profile that was made for another model (`ConfigError`)."""
-        draft = None if self.speculate is None else self.speculate.profile
-        kinds = ("profile", self.profile, Profile), ("speculate.profile", draft, DraftProfile)
+        draft = None if self.draft is None else self.draft.profile
+        kinds = ("profile", self.profile, Profile), ("draft.profile", draft, DraftProfile)
         for option, name, kind in kinds:
             if name is not None:
                 try:
@@ -183,14 +186,14 @@ class AdaSkipConfig(BaseModel):
             shape,
             method=self.method,
             method_options=self.method_options,
-            budget=self.budget,
+            max_compute=self.max_compute,
             kv_fill=self.kv_fill,
             profile=self.profile,
-            coalesce=self.coalesce,
+            coalesce_regret=self.coalesce_regret,
             guard=self.guard,
             known_plans=self.known_plans,
             prompt=None if self.prompt is None else self.prompt.model_dump(by_alias=True),
-            speculate=None if self.speculate is None else self.speculate.model_dump(),
+            draft=None if self.draft is None else self.draft.model_dump(),
             busy=None if self.busy is None else self.busy.model_dump(),
             canary=None if self.canary is None else self.canary.model_dump(),
         )
@@ -199,6 +202,16 @@ class AdaSkipConfig(BaseModel):
         except ValueError as error:
             raise ConfigError(f"adaskip: {error}") from None
         return facts
+
+
+def _by_new_names(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    try:
+        found = old_names.renamed(options, old_names.SERVER)
+    except ValueError as error:
+        raise ConfigError(f"adaskip: {error}") from None
+    if isinstance(method := found.get("method"), str):
+        found["method"] = old_names.method(method)
+    return found
 
 
 def _with_profile(options: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -225,9 +238,9 @@ def _with_profile(options: Mapping[str, Any]) -> Mapping[str, Any]:
             f"for method {profile.method!r}; leave one out"
         )
     brought = {
-        **profile.options,
+        **_by_new_names(profile.options),
         "method": method,
-        "budget": profile.budget,
+        "max_compute": profile.max_compute,
         "guard": profile.guard,
         "prompt": profile.prompt or None,
     }
@@ -256,7 +269,7 @@ def _explain(error: ValidationError, options: Mapping[str, Any]) -> str:
 _NESTED = {
     "prompt": "exit, skip, tail, from, busy",
     "prompt.busy": "enter, leave",
-    "speculate": ", ".join(DraftOptions.model_fields),
+    "draft": ", ".join(DraftOptions.model_fields),
     "busy": ", ".join(BusyPlans.model_fields),
     "canary": ", ".join(CanaryOptions.model_fields),
     "busy.levels": ", ".join(Level.model_fields),

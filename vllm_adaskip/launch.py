@@ -87,11 +87,11 @@ def engine_args(
 
 
 def speculative_config(config: AdaSkipConfig) -> dict[str, Any] | None:
-    """Return vLLM's ``speculative_config`` of an engine with option ``speculate``; else None."""
-    if config.speculate is None:
+    """Return vLLM's ``speculative_config`` of an engine with option ``draft``; else None."""
+    if config.draft is None:
         return None
     return {
         "method": "custom_class",
         "model": DRAFTER,
-        "num_speculative_tokens": config.speculate.tokens,
+        "num_speculative_tokens": config.draft.tokens,
     }

@@ -22,7 +22,7 @@ def register() -> None:
     """Name our architectures, their config hook and ``--plugin``; safe to call again.
 
     An error in here would stop every vLLM process on the machine, also those that do not
-    ask for us. So it is logged, and who does ask finds no ``--plugin`` and no architecture.
+    ask for us. So it is logged, and an engine that asks finds no ``--plugin`` and no architecture.
     """
     try:
         _register()
@@ -78,7 +78,7 @@ def _finish(args: Namespace) -> None:
     args.additional_config = {NAME: {}, **additional}
     if drafting is not None:
         if theirs := getattr(args, "speculative_config", None):
-            raise ValueError(f"adaskip.speculate and --speculative-config {theirs}: leave one out")
+            raise ValueError(f"adaskip.draft and --speculative-config {theirs}: leave one out")
         args.speculative_config = drafting
     if not isinstance(args.hf_overrides, UseAdaSkip):
         args.hf_overrides = UseAdaSkip(args.hf_overrides or None)

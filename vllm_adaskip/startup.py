@@ -97,7 +97,7 @@ def prepare(vllm_config: VllmConfig) -> None:
         check=naming.class_path(f"{_ENGINE}.v2", "RequestCheck", facts),
     )
     vllm_config.parallel_config.worker_extension_cls = _WORKER_EXTENSION
-    if config.speculate is not None:
+    if config.draft is not None:
         drafter = naming.class_path(f"{_ENGINE}.drafter", "SelfDraft", facts)
         vllm_config.speculative_config.model = drafter.replace(":", ".")
         vllm_config.parallel_config.worker_cls = _DRAFTING_WORKER
@@ -109,12 +109,12 @@ def prepare(vllm_config: VllmConfig) -> None:
         _name_scheduler(vllm_config)
     options = "".join(f", {key} {_shown(value)}" for key, value in config.method_options.items())
     logger.info(
-        "vllm-adaskip: %s, method %s%s, profile %s, budget %g, kv_fill %s",
+        "vllm-adaskip: %s, method %s%s, profile %s, max_compute %g, kv_fill %s",
         family.architecture,
         config.method,
         options,
         config.profile or "none",
-        config.budget,
+        config.max_compute,
         config.kv_fill,
     )
     if model.quantization in _ON_ACCELERATORS:
@@ -127,11 +127,11 @@ def prepare(vllm_config: VllmConfig) -> None:
         logger.warning("vllm-adaskip: guard measures on CPUs alone; here every plan is followed")
     elif config.guard and vllm_config.lora_config is not None:
         logger.warning("vllm-adaskip: guard measures no adapters; here every plan is followed")
-    if config.coalesce:
+    if config.coalesce_regret:
         logger.info(
-            "vllm-adaskip: coalesce %g, so a plan depends on who is in the batch when it is "
-            "decided, and the same request may get another plan another time (docs/coalesce.md)",
-            config.coalesce,
+            "vllm-adaskip: coalesce_regret %g, so a plan depends on the sequences in the batch "
+            "when it is decided; the same request may get another plan later (docs/coalesce.md)",
+            config.coalesce_regret,
         )
 
 
@@ -147,7 +147,7 @@ def _needs_scheduler(vllm_config: VllmConfig, config: AdaSkipConfig) -> bool:
     adapters = vllm_config.lora_config is not None
     shortens = config.prompt is not None and config.prompt.busy is not None
     by_load = shortens or config.busy is not None or config.canary is not None
-    drafts = config.speculate is not None
+    drafts = config.draft is not None
     return vllm_config.cache_config.enable_prefix_caching or adapters or by_load or drafts
 
 
@@ -216,32 +216,32 @@ def _unsupported(vllm_config: VllmConfig, config: AdaSkipConfig) -> Iterator[str
 def _undraftable(vllm_config: VllmConfig, config: AdaSkipConfig) -> Iterator[str]:
     """Say what does not go with drafts, ours or those of others."""
     theirs = vllm_config.speculative_config
-    if config.speculate is None:
+    if config.draft is None:
         if theirs is not None:
             yield (
                 f"--speculative-config with method {theirs.method!r} is not supported; remove it, "
-                "or draft with the model's own layers: adaskip.speculate (docs/lossless.md)"
+                "or draft with the model's own layers: adaskip.draft (docs/lossless.md)"
             )
         return
     if theirs is None or theirs.model != naming.DRAFTER:
         yield (
-            "adaskip.speculate sets --speculative-config by itself; start with --plugin adaskip "
+            "adaskip.draft sets --speculative-config by itself; start with --plugin adaskip "
             "or vllm_adaskip.engine_args(), and name no speculative method beside it"
         )
     if not find_spec("vllm.triton_utils.dispatcher"):
-        yield "drafts need vLLM 0.32 or later; remove adaskip.speculate"
+        yield "drafts need vLLM 0.32 or later; remove adaskip.draft"
     if not current_platform.is_cpu():
-        yield "drafts have been made on CPUs alone; remove adaskip.speculate"
+        yield "drafts have been made on CPUs alone; remove adaskip.draft"
     if vllm_config.use_v2_model_runner:
         yield "drafts need the V1 runner; set VLLM_USE_V2_MODEL_RUNNER to 0"
     if vllm_config.model_config.logits_processors:
         yield "vLLM allows no logits processors beside drafts; remove --logits-processors"
     if vllm_config.lora_config is not None:
         yield "drafts with LoRA adapters have not been run; remove --enable-lora"
-    if config.speculate.profile and (found := vllm_config.model_config.quantization):
+    if config.draft.profile and (found := vllm_config.model_config.quantization):
         yield (
             f"a draft's layers are not quantised, and the model is ({found}); remove "
-            "adaskip.speculate.profile, or use the unquantised checkpoint"
+            "adaskip.draft.profile, or use the unquantised checkpoint"
         )
     worker = vllm_config.parallel_config.worker_cls
     if worker not in ("auto", _DRAFTING_WORKER):

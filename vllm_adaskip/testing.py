@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an engine relies on in a method, to be checked in the tests of whoever writes one."""
+"""What an engine relies on in a method, to be checked in the tests of that method."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from collections.abc import Hashable, Mapping
 from hashlib import blake2b
 from typing import Any, Generic, TypeVar
 
+from vllm_adaskip import old_names
 from vllm_adaskip.classifiers import PlanError, SkipPlan
 
 #: Requests by which a replica may be ahead of the least loaded one and still get another for the
@@ -32,7 +33,10 @@ def plan_of(xargs: Mapping[str, Any] | None) -> str:
     It is the plan that the request names, in one form whatever the order of its entries, or else
     its budget, or `OPEN`. So is that of arguments that the engine will refuse, wherever it runs.
     """
-    xargs = xargs or {}
+    try:
+        xargs = old_names.renamed(xargs or {}, old_names.ARGUMENT)
+    except ValueError:
+        return OPEN
     if xargs.get("adaskip") == "off":
         return str(SkipPlan(_LAYERS))
     if (skip := xargs.get("adaskip_skip")) is not None:
@@ -40,9 +44,9 @@ def plan_of(xargs: Mapping[str, Any] | None) -> str:
             return str(SkipPlan.parse(skip, _LAYERS))
         except PlanError:
             return OPEN
-    budget = xargs.get("adaskip_budget")
-    named = isinstance(budget, int | float) and 0 < budget <= 1
-    return f"budget {budget:g}" if named else OPEN
+    kept = xargs.get("adaskip_max_compute")
+    named = isinstance(kept, int | float) and 0 < kept <= 1
+    return f"max_compute {kept:g}" if named else OPEN
 
 
 def most(least: int) -> int:

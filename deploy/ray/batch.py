@@ -118,7 +118,7 @@ class Job:
 
     @property
     def missing(self) -> int:
-        """Rows that nobody has answered yet."""
+        """Rows without an answer so far."""
         return sum(part.missing for part in self.under_way.values())
 
     def _add(
@@ -217,7 +217,7 @@ def as_request(row: dict[str, Any]) -> dict[str, Any]:
         "sampling_params": {
             "max_tokens": row["max_tokens"],
             "temperature": row["temperature"],
-            "extra_args": {key: row[key] for key in ("adaskip_skip", "adaskip_budget")},
+            "extra_args": {key: row[key] for key in ("adaskip_skip", "adaskip_max_compute")},
         },
     }
 

@@ -53,7 +53,7 @@ class Parts:
         return self.folder / f"part-{part:06d}.jsonl"
 
     def is_done(self, part: int) -> bool:
-        """Tell whether a part is complete."""
+        """Return whether a part is complete."""
         return self.path(part).exists()
 
     def write(self, part: int, rows: Sequence[Mapping[str, Any]]) -> None:

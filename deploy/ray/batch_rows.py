@@ -26,7 +26,7 @@ SCHEMA = pa.schema(
         ("row", pa.int64()),
         ("prompt", pa.string()),
         ("adaskip_skip", pa.list_(pa.string())),
-        ("adaskip_budget", pa.float64()),
+        ("adaskip_max_compute", pa.float64()),
         ("max_tokens", pa.int64()),
         ("temperature", pa.float64()),
     ]
@@ -128,7 +128,7 @@ class RowCheck:
         except ValueError as error:
             raise RowError(str(error)) from None
         if not args.off and args.skip is None:
-            return {"adaskip_skip": None, "adaskip_budget": args.budget}
+            return {"adaskip_skip": None, "adaskip_max_compute": args.budget}
         assert plan is not None
         mask = plan.mask().reshape(-1, 2)
         left_out = [
@@ -137,7 +137,7 @@ class RowCheck:
             for kind, skipped in zip(("attn", "mlp"), pair, strict=True)
             if skipped
         ]
-        return {"adaskip_skip": left_out, "adaskip_budget": args.budget}
+        return {"adaskip_skip": left_out, "adaskip_max_compute": args.budget}
 
 
 def _number(

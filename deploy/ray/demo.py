@@ -188,7 +188,7 @@ def replicas_table(side: str, rounds: list[Round]) -> Table:
 
 
 def plans_table(side: str, rounds: list[Round]) -> Table:
-    """Show who was asked for which plan, and how many answers under it were right."""
+    """Show which replica was asked for which plan, and how many of its answers were right."""
     replicas = [one["replica"] for one in rounds[0].after]
     table = Table("plan", *replicas, "right", box=SIMPLE_HEAD)
     table.title = f"affinity {side}: requests by plan"

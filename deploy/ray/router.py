@@ -62,7 +62,7 @@ class AffinityRouter(RequestRouter):
         return max(said, self._affinity.under_way(replica.replica_id.unique_id))
 
     def _end_cancelled(self, request: str, future: Any) -> None:
-        if future.cancelled():  # before it was sent, of which Ray tells nobody
+        if future.cancelled():  # before it was sent, which Ray does not report
             self._affinity.end(request)
 
 

@@ -32,7 +32,7 @@ MODELS: dict[str, type[BaseModel]] = {
     "busy.levels": Level,
     "busy.levels.enter": Thresholds,
     "canary": CanaryOptions,
-    "speculate": DraftOptions,
+    "draft": DraftOptions,
     **{name: method.Options for name, method in METHODS.items() if method.Options.model_fields},
 }
 BOUNDS = {

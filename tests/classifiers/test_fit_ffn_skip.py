@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_adaskip.classifiers import DecoderShape, PromptStatistics
+from vllm_adaskip.classifiers.adaskip.method import AdaSkip
 from vllm_adaskip.classifiers.ends import EndsOptions
 from vllm_adaskip.classifiers.ffn_skip.fit import (
     FfnSkipSettings,
@@ -21,7 +22,6 @@ from vllm_adaskip.classifiers.ffn_skip.fit import (
     mlps_left_out,
 )
 from vllm_adaskip.classifiers.ffn_skip.method import FfnSkip, FfnSkipOptions
-from vllm_adaskip.classifiers.similarity.method import Similarity
 from vllm_adaskip.lab.evaluation.sweep import Sample
 from vllm_adaskip.lab.fitting.similarity import Similarities, similarities
 
@@ -132,7 +132,7 @@ def test_prompts_are_measured_as_a_server_reads_them(tiny_llama: str) -> None:
     samples = [Sample("", [5, 300, 17, 42, 99, 7, 8], 2), Sample("", [9, 8, 300, 4], 1)]
     done: list[int] = []
     found = similarities(reference.model, samples, 2, done.append)
-    method = Similarity(DecoderShape(8, 1, 1), EndsOptions())
+    method = AdaSkip(DecoderShape(8, 1, 1), EndsOptions())
     for one, got in zip(samples, found.prompts, strict=True):
         want = reference.observe(one.ids[: -one.answer], method).mean
         assert np.allclose(got, want, atol=1e-5)

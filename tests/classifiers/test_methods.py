@@ -14,11 +14,11 @@ from vllm_adaskip.classifiers import (
     PromptStatistics,
     SkipPlan,
 )
+from vllm_adaskip.classifiers.adaskip.method import AdaSkip
 from vllm_adaskip.classifiers.early_exit import EarlyExit, EarlyExitOptions
 from vllm_adaskip.classifiers.ends import EndsOptions
 from vllm_adaskip.classifiers.first.routers import Routers
 from vllm_adaskip.classifiers.regret import regrets
-from vllm_adaskip.classifiers.similarity.method import Similarity
 from vllm_adaskip.classifiers.static.method import Static, StaticOptions
 from vllm_adaskip.testing import HIDDEN, SHAPE, a_prompt, check_observer, check_plans, check_regrets
 
@@ -29,7 +29,7 @@ EXAMPLES: dict[str, dict[str, object]] = {
     "ffn-skip": {},
     "first": {"codebook": [[1], [1, 2]]},
     "none": {},
-    "similarity": {},
+    "adaskip": {},
     "static": {"skip": [1, "attn:2"]},
 }
 
@@ -88,7 +88,7 @@ def test_regret_goes_from_the_own_plan_to_the_worst_of_its_size(made: Made) -> N
     mean = np.array([0.99, 0.99, 0.9, 0.8, 0.6, 0.4, 0.99, 0.99])
     plans = [SkipPlan.parse(one, 4) for one in ([1], [2], ["attn:1", "attn:2"], ["mlp:1"])]
     left_out = np.array([plan.mask() for plan in plans])
-    found = made("similarity").regrets(plans[0], left_out, PromptStatistics(3, mean, mean))
+    found = made("adaskip").regrets(plans[0], left_out, PromptStatistics(3, mean, mean))
     # Missing to 1: 0.1 + 0.2 at layer 1, 0.4 + 0.6 at layer 2.
     np.testing.assert_allclose(found, [0, 1, 0.2 / 0.7, 0])
     scores = np.array([0.5, 0.2, 0.8, 0.5])
@@ -108,13 +108,13 @@ def test_where_every_plan_of_a_size_is_the_worst_more_harm_is_regretted_wholly()
 def test_similarity_is_the_cosine_of_the_stream_before_and_after(made: Made) -> None:
     before, update = torch.randn(2, 6, HIDDEN)
     values = torch.zeros(6, 8)
-    made("similarity").observer(HIDDEN, before.device)(3, before, update, values)
+    made("adaskip").observer(HIDDEN, before.device)(3, before, update, values)
     want = torch.nn.functional.cosine_similarity(before, before + update, dim=-1)
     assert torch.allclose(values[:, 3], want, atol=1e-6) and not values[:, 2].any()
 
 
 def test_similarity_leaves_out_what_changed_the_prompt_least(made: Made) -> None:
-    similarity = made("similarity")
+    similarity = made("adaskip")
     mean = np.array([0.99, 0.99, 0.1, 0.9, 0.8, 0.3, 0.99, 0.99])  # ends are always kept
     prompt = PromptStatistics(3, mean, mean)
     assert similarity.decide(1.0, prompt).is_dense
@@ -126,7 +126,7 @@ def test_similarity_leaves_out_what_changed_the_prompt_least(made: Made) -> None
 @pytest.mark.parametrize("ends", [{"keep_first": 0, "keep_last": 0}, {"keep_first": 4}])
 def test_similarity_refuses_to_keep_nothing_or_all(ends: dict[str, int]) -> None:
     with pytest.raises(PlanError, match="allowed: 1 to 3 in all, of 4"):
-        Similarity(SHAPE, EndsOptions(**ends))
+        AdaSkip(SHAPE, EndsOptions(**ends))
 
 
 def test_static_meets_exactly_the_budget_its_plan_keeps() -> None:

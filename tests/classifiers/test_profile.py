@@ -17,7 +17,7 @@ MODEL = {"hidden_size": 8, "num_hidden_layers": 4, "vocab_size": 99, "torch_dtyp
 PROFILE = Profile(
     method="static",
     options={"skip": [1, "mlp:2"]},
-    budget=0.9,
+    max_compute=0.9,
     model="some/model",
     fingerprint=fingerprint(MODEL),
     metrics={"drop": 0.004},
@@ -51,7 +51,7 @@ def changed(**changes: Any) -> str:
         ("{" * 10_000, ["the file"]),
         (changed(format=2), ["format", "less than or equal to 1"]),
         (changed(method=3), ["method", "string"]),
-        (changed(budget=0), ["budget", "greater than 0"]),
+        (changed(max_compute=0), ["max_compute", "greater than 0"]),
         (changed(exec="rm"), ["exec", "not permitted"]),
         ("9" * (LARGEST + 1), ["larger than"]),
     ],
@@ -99,12 +99,12 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
 def test_the_server_takes_method_options_and_budget_from_it(tmp_path: Path) -> None:
     PROFILE.save(tmp_path)
     config = AdaSkipConfig.parse({"profile": str(tmp_path)})
-    assert (config.method, config.budget) == ("static", 0.9)
+    assert (config.method, config.max_compute) == ("static", 0.9)
     assert config.method_options == {"skip": [1, "mlp:2"]}
     config.check_model(MODEL)
-    assert AdaSkipConfig.parse({"profile": str(tmp_path), "budget": 0.8}).budget == 0.8
+    assert AdaSkipConfig.parse({"profile": str(tmp_path), "max_compute": 0.8}).max_compute == 0.8
     with pytest.raises(ConfigError, match="does not go with profile"):
-        AdaSkipConfig.parse({"profile": str(tmp_path), "method": "similarity"})
+        AdaSkipConfig.parse({"profile": str(tmp_path), "method": "adaskip"})
     with pytest.raises(ConfigError, match="fingerprint"):
         config.check_model({**MODEL, "hidden_size": 16})
 

@@ -32,8 +32,8 @@ def test_planning_a_step_grows_no_faster_than_what_it_is_for() -> None:
         ("--model /nowhere", "'/nowhere' is no model to time"),
         ("--batch 1000", "less than or equal to 128"),
         ("--rounds 1", "greater than or equal to 2"),
-        ("drafts --speculate '{}'", "needs one of 'exit', 'skip' and 'profile'"),
-        ("drafts --speculate '[4]'", "--speculate '[4]'; allowed: a JSON dict"),
+        ("drafts --draft '{}'", "needs one of 'exit', 'skip' and 'profile'"),
+        ("drafts --draft '[4]'", "--draft '[4]'; allowed: a JSON dict"),
         ("drafts --columns a,b", "go with --data"),
     ],
 )
@@ -45,7 +45,7 @@ def test_what_cannot_be_timed_is_named(command: str, words: str) -> None:
 
 def test_drafts_are_timed_beside_stock(tmp_path: Path) -> None:
     command = "drafts --rounds 2 --batch 2 --limit 4 --tokens 12 --dtype float32"
-    done = run(f'{command} --speculate \'{{"exit": 6, "tokens": 2}}\' --out {tmp_path}')
+    done = run(f'{command} --draft \'{{"exit": 6, "tokens": 2}}\' --out {tmp_path}')
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads((tmp_path / "drafts.json").read_text())
     names = ["stock vLLM", "stock vLLM, eager", 'drafts {"exit": 6, "tokens": 2}']

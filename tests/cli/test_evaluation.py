@@ -54,10 +54,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 PROFILE = bundled_profile("first")
-SMALL = ["--limit", 4, "--rounds", 2, "--batch", 4, "--enforce-eager", "--budget", 0.75]
+SMALL = ["--limit", 4, "--rounds", 2, "--batch", 4, "--enforce-eager", "--max-compute", 0.75]
 
 TUNE = ["--limit", 4, "--rounds", 3, "--batch", 4, "--enforce-eager"]
-CUT = [*TUNE, "--plans", "exit", "--budget", 0.2, "--max-drop", 0.3]
+CUT = [*TUNE, "--plans", "exit", "--max-compute", 0.2, "--max-loss", 0.3]
 
 
 def test_eval_oracle_and_report(folder: Path) -> None:
@@ -80,14 +80,14 @@ def test_eval_oracle_and_report(folder: Path) -> None:
     adaskip("eval", *asked)  # nothing is left to do
     assert len(results.read(Answer)) == len(names) * 9 * 4
     assert "early exit" in adaskip("oracle", out) or (out / "oracle.jsonl").exists()
-    said = adaskip("report", out, "--max-drop", "50%")
+    said = adaskip("report", out, "--max-loss", "50%")
     page = (out / "report.html").read_text()
     assert said.splitlines()[0] in page and "--enforce-eager" in page
 
 
 def test_tune_writes_a_profile_that_a_server_takes(folder: Path) -> None:
     out = folder / "tuned"
-    asked = ["--max-drop", 0.9, "--profile", PROFILE, "--budget", 0.75]
+    asked = ["--max-loss", 0.9, "--profile", PROFILE, "--max-compute", 0.75]
     results = Results(folder / "tuned-runs")
     adaskip_anyhow("tune", "--out", out, *TUNE, *asked)
     for seconds in (0.3, 0.9):  # this machine may be busy; the choice is what is tested
@@ -111,7 +111,7 @@ def test_tune_writes_a_profile_that_a_server_takes(folder: Path) -> None:
 
 def test_tune_writes_a_prompt_plan_that_a_server_takes(folder: Path) -> None:
     out = folder / "prompts"
-    asked = ["--data", "bundled:sum", "--limit", 8, "--max-drop", 0.9, "--prompt-exit", 9]
+    asked = ["--data", "bundled:sum", "--limit", 8, "--max-loss", 0.9, "--prompt-exit", 9]
     command = ["tune", "--out", out, *TUNE[2:], *asked, "--prompt-tail", 2]
     adaskip_anyhow(*command)
     results = Results(folder / "prompts-runs")
@@ -170,7 +170,7 @@ def test_eval_does_not_give_old_scores_of_a_new_file(folder: Path, tmp_path: Pat
         0,
         "--plans",
         "uniform",
-        "--budget",
+        "--max-compute",
         0.8,
         "--enforce-eager",
         "--data",
@@ -202,7 +202,7 @@ def test_sweep(folder: Path) -> None:
         (["--data", "nowhere.jsonl"], ["nowhere.jsonl"]),
         (["--method", "nope"], ["'nope'", "allowed"]),
         (["--plans", "nope"], ["'nope'", "uniform, random, exit"]),
-        (["--budget", "1.5"], ["1.5", "(0, 1]"]),
+        (["--max-compute", "1.5"], ["1.5", "(0, 1]"]),
         (["--skip", "[12]"], ["12", "0 to 11"]),
         (["--skip", "{"], ["JSON"]),
         (["--profile", "nowhere"], ["nowhere", "folder"]),

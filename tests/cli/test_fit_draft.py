@@ -29,7 +29,7 @@ def test_a_draft_is_trained_on_own_answers_and_kept(tmp_path: Path) -> None:
     done = run(command)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "share of the model's tokens that 2 layers have right" in " ".join(done.stdout.split())
-    assert f"--additional-config.adaskip.speculate.profile {tmp_path}" in done.stdout
+    assert f"--additional-config.adaskip.draft.profile {tmp_path}" in done.stdout
     made = DraftProfile.load(tmp_path)
     made.check_model(json.loads((Path(bundled_model()) / "config.json").read_text()))
     weights, vocabulary = read_weights(tmp_path, made.exit)

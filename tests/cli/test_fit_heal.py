@@ -35,7 +35,7 @@ def test_a_ladder_is_healed_and_kept(tmp_path: Path) -> None:
     assert "healing: 3 of 3" in done.stderr
     made = Profile.load(out)
     assert (made.method, made.options) == ("static", {"skip": [5, 6], "ladder": [[5]]})
-    assert made.prompt == {"exit": 9, "tail": 16} and made.budget == pytest.approx(10 / 12)
+    assert made.prompt == {"exit": 9, "tail": 16} and made.max_compute == pytest.approx(10 / 12)
     assert made.adapter == "planned"
     assert Lora.of(out) is not None and (out / "curve.png").exists()
     assert not (out / "heal.checkpoint").exists()

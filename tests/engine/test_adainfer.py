@@ -84,7 +84,7 @@ class Early:
         statistics = None
         if self.method.width:
             statistics = self.reference.observe(prompt, self.method)
-        plan = self.method.decide(arguments.get("adaskip_budget", 1.0), statistics)
+        plan = self.method.decide(arguments.get("adaskip_max_compute", 1.0), statistics)
         exit = self.exit()
         if self.method.gate_scope == "answer" and tokens == 1:
             depth = TINY_LAYERS - plan.attention.bit_count()
@@ -390,7 +390,7 @@ def test_a_budget_is_a_depth_that_nobody_goes_beyond(
 ) -> None:
     early = make(scope, features)
     shares = [0.9, 0.6, 0.2] * 3
-    arguments: list[Arguments] = [*({"adaskip_budget": one} for one in shares), None, DENSE]
+    arguments: list[Arguments] = [*({"adaskip_max_compute": one} for one in shares), None, DENSE]
     tokens = 1 if scope == "answer" else 12
     exits = early.check(random_prompts(93, 11), arguments, tokens)
     for share, exit in zip(shares, exits, strict=False):

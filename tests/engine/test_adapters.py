@@ -186,15 +186,15 @@ def test_preempted_sequences_come_back_with_their_adapters(adapted: Adapted) -> 
 
 
 def test_a_method_that_reads_prompts_reads_them_with_their_adapters(adapted: Adapted) -> None:
-    from vllm_adaskip.classifiers.similarity.method import Similarity
+    from vllm_adaskip.classifiers.adaskip.method import AdaSkip
 
-    options = engine_args(method="similarity", budget=0.7, kv_fill="copy")
+    options = engine_args(method="adaskip", max_compute=0.7, kv_fill="copy")
     llm = adapted.start(enable_prefix_caching=False, **options)
     pairs = [(prompt, one) for prompt in random_prompts(98, 4, longest=6) for one in WHOSE]
     prompts, whose = zip(*pairs, strict=True)
     ran = adapted.run(llm, prompts, [None] * len(prompts), whose)
     method = llm.apply_model(lambda model: model.adaskip.state.planner.classifier)[0]
-    assert isinstance(method, Similarity)
+    assert isinstance(method, AdaSkip)
     met = set()
     for (prompt, one), output in zip(pairs, ran, strict=True):
         reference = adapted.reference(one)

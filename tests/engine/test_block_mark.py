@@ -41,7 +41,7 @@ def test_another_plan_or_prompt_length_has_another_mark() -> None:
 def test_dense_requests_have_none_unless_a_method_reads_prompts() -> None:
     assert mark(planner(), []) is None
     assert block_mark(planner(), None, 9) is None
-    reads = planner(method="similarity", budget=0.7)
+    reads = planner(method="adaskip", max_compute=0.7)
     assert mark(reads, []) is not None
     assert block_mark(reads, {"adaskip": "off"}, 9) is not None
 
@@ -51,7 +51,7 @@ def test_gated_requests_have_one_of_their_own() -> None:
     marks = [
         block_mark(gated, None, 9),
         block_mark(gated, None, 8),
-        block_mark(gated, {"adaskip_budget": 0.9}, 9),
+        block_mark(gated, {"adaskip_max_compute": 0.9}, 9),
         block_mark(gated, {"adaskip_skip": ["mlp:2"]}, 9),  # the plan that meets the budget
     ]
     assert len({one() for one in marks if one}) == 4
@@ -59,13 +59,13 @@ def test_gated_requests_have_one_of_their_own() -> None:
 
 
 def test_budgets_tell_decided_plans_apart() -> None:
-    reads = planner(method="similarity", budget=0.9)
-    marks = [block_mark(reads, args, 9) for args in (None, {"adaskip_budget": 0.7})]
+    reads = planner(method="adaskip", max_compute=0.9)
+    marks = [block_mark(reads, args, 9) for args in (None, {"adaskip_max_compute": 0.7})]
     assert len({one() for one in marks if one}) == 2
 
 
 def test_a_decided_plan_is_told_apart_from_the_same_plan_of_a_request() -> None:
-    reads = planner(method="similarity", budget=0.7)
+    reads = planner(method="adaskip", max_compute=0.7)
     decided = block_mark(reads, None, 9)
     assert decided is not None
     assert decided() not in {mark(reads, skip) for skip in ([], [1], [2], [1, 2], ["mlp:1"])}
@@ -73,10 +73,10 @@ def test_a_decided_plan_is_told_apart_from_the_same_plan_of_a_request() -> None:
 
 def test_blocks_of_a_plan_that_depends_on_the_batch_are_found_by_nobody() -> None:
     """Those of requests that bring a plan, or are dense, do not depend on it."""
-    facts = {"method": "similarity", "budget": 0.7}
-    draws = planner(**facts, coalesce=0.1)
+    facts = {"method": "adaskip", "max_compute": 0.7}
+    draws = planner(**facts, coalesce_regret=0.1)
     assert block_mark(draws, None, 9) is unfindable
-    assert block_mark(draws, {"adaskip_budget": 0.6}, 9) is unfindable
+    assert block_mark(draws, {"adaskip_max_compute": 0.6}, 9) is unfindable
     for arguments in ({"adaskip_skip": [1]}, {"adaskip": "off"}):
         marks = [block_mark(one, arguments, 9) for one in (draws, planner(**facts))]
         assert len({one() for one in marks if one}) == 1
@@ -102,4 +102,4 @@ def test_blocks_with_holes_have_a_mark_that_never_comes_again(
 
 
 def test_a_plan_that_is_not_decided_yet_counts_as_one_with_holes() -> None:
-    assert block_mark(planner("none", method="similarity", budget=0.7), None, 9) is unfindable
+    assert block_mark(planner("none", method="adaskip", max_compute=0.7), None, 9) is unfindable

@@ -36,7 +36,7 @@ def test_it_changes_only_where_a_threshold_is_crossed(
         ({"enter": 2, "leave": 2}, "'leave' must be less than 'enter'"),
         ({"enter": 0, "leave": 0}, "greater than or equal to 1"),
         ({"enter": 4}, "Field required"),
-        ({"enter": 4, "leave": 1, "dwell": 3}, "unknown option; allowed: enter, leave"),
+        ({"enter": 4, "leave": 1, "min_seconds": 3}, "unknown option; allowed: enter, leave"),
         ({"enter": True, "leave": 0}, "integer"),
         (4, "dictionary"),
     ],

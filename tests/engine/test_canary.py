@@ -199,7 +199,7 @@ def test_plans_are_off_when_the_bound_is_broken_and_named_plans_are_followed(
     prompts = random_prompts(5, 10)
     run(llm, prompts)
     assert drain(llm)["off"]
-    own = [None, request(skip=[1]), request(budget=1.0)]
+    own = [None, request(skip=[1]), request(max_compute=1.0)]
     plans: list[Entries] = [[], [1], PLAN]
     assert run(llm, prompts[:3], own) == [
         reference.generate(prompt, plan, TOKENS, kv_fill="copy")[0]

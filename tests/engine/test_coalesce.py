@@ -168,7 +168,7 @@ def test_within_reach_is_the_budget_and_a_layer_more_or_a_sub_layer_less() -> No
 
 
 def state_of(coalesce: float, **options: Any) -> SkipState:
-    facts = EngineFacts(SHAPE, "similarity", options, BUDGET, coalesce=coalesce)
+    facts = EngineFacts(SHAPE, "adaskip", options, BUDGET, coalesce_regret=coalesce)
     return SkipState(Planner(facts), 32)
 
 
@@ -235,7 +235,9 @@ def test_regret_stays_within_what_is_allowed() -> None:
 def test_a_plan_of_the_codebook_is_shared_that_is_nobody_s_own() -> None:
     """Each would take it before the other's own, whose layers it needs most."""
     options = {"threshold": 0.0, "codebook": [[4, 5]]}
-    facts = EngineFacts(DecoderShape(10, 1, 2), "first", options, 0.8, profile=".", coalesce=0.2)
+    facts = EngineFacts(
+        DecoderShape(10, 1, 2), "first", options, 0.8, profile=".", coalesce_regret=0.2
+    )
     state = SkipState(Planner(facts), 2)
     needs = np.array([[1, 0.1, 0.1, 0.2, 0.25, 0.25, 0.2, 1, 1, 1],
                       [1, 1, 1, 0.2, 0.25, 0.25, 0.2, 0.1, 0.1, 1]])  # fmt: skip
@@ -355,6 +357,6 @@ def test_ranks_decide_alike() -> None:
 @pytest.mark.parametrize("method", ["ffn-skip", "static", "none", "exit"])
 def test_a_method_that_cannot_compare_plans_is_refused(method: str) -> None:
     options: dict[str, Any] = {"static": {"skip": [1]}, "exit": {"layers": 3}}.get(method, {})
-    with pytest.raises(ValueError, match=r"coalesce: 0\.5 .*allowed: 0, or method 'first', 'sim"):
-        Planner(EngineFacts(SHAPE, method, options, coalesce=0.5))
+    with pytest.raises(ValueError, match=r"coalesce_regret: 0\.5 .*allowed: 0, or method 'ad"):
+        Planner(EngineFacts(SHAPE, method, options, coalesce_regret=0.5))
     Planner(EngineFacts(SHAPE, method, options))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The option `coalesce` in the engine: one plan for many, and what must hold all the same.
+"""The option `coalesce_regret` in the engine: one plan for many, and what must hold all the same.
 
 Each sequence's tokens must be those of the float32 loop under the plan that it was given.
 """
@@ -31,8 +31,8 @@ def options(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     """Two ways in which random prompts get plans of their own, each within a budget."""
     profile = write_first(tmp_path_factory.mktemp("profile"), tiny_llama, threshold=0.0)
     return {
-        "first": {"profile": profile, "budget": 0.7},
-        "similarity": {"method": "similarity", "budget": 0.8},
+        "first": {"profile": profile, "max_compute": 0.7},
+        "adaskip": {"method": "adaskip", "max_compute": 0.8},
     }
 
 
@@ -65,7 +65,7 @@ class Coalescing:
         return self.llm.apply_model(lambda model: model.adaskip.state.planner.classifier)[0]
 
     def undrawn(self, prompt: list[int]) -> Undrawn:
-        method, budget = self.method, self.options["budget"]
+        method, budget = self.method, self.options["max_compute"]
         read = self.reference.observe(prompt, method)
         return Undrawn(method.decide(budget, read), budget, read)
 
@@ -103,12 +103,12 @@ class Coalescing:
         return plans
 
 
-@pytest.mark.parametrize(("method", "chunk"), [("first", 256), ("first", 48), ("similarity", 48)])
+@pytest.mark.parametrize(("method", "chunk"), [("first", 256), ("first", 48), ("adaskip", 48)])
 def test_at_1_sequences_share_one_plan(
     make: Callable[..., Any], options: dict[str, Options], method: str, chunk: int
 ) -> None:
     """Their prompts become complete together, or one after the other beside those that decode."""
-    one = make({**options[method], "coalesce": 1.0}, max_num_batched_tokens=chunk)
+    one = make({**options[method], "coalesce_regret": 1.0}, max_num_batched_tokens=chunk)
     prompts = random_prompts(91, 8, longest=60)
     assert len({one.own(prompt) for prompt in prompts}) > 4
     assert len({*one.check(prompts, [None] * 8, tokens=24)}) == 1
@@ -119,7 +119,7 @@ def test_prompts_that_become_complete_together_are_drawn_together(
     make: Callable[..., Any], options: dict[str, Options]
 ) -> None:
     """Drawn one after the other they would be given other plans."""
-    one = make({**options["first"], "coalesce": 0.3})
+    one = make({**options["first"], "coalesce_regret": 0.3})
     prompts = random_prompts(97, 8, longest=30)
     sequences = [one.undrawn(prompt) for prompt in prompts]
     shape, nobody = DecoderShape(*TINY_SHAPE), np.zeros((0, 16), dtype=np.bool_)
@@ -134,7 +134,7 @@ def test_prompts_that_become_complete_together_are_drawn_together(
 def test_at_0_sequences_follow_their_own(
     make: Callable[..., Any], options: dict[str, Options]
 ) -> None:
-    one = make({**options["first"], "coalesce": 0.0})
+    one = make({**options["first"], "coalesce_regret": 0.0})
     prompts = random_prompts(91, 8, longest=60)
     assert one.check(prompts, [None] * 8) == [one.own(prompt) for prompt in prompts]
     assert one.report()["coalesced"] == 0
@@ -143,7 +143,7 @@ def test_at_0_sequences_follow_their_own(
 def test_requests_with_plans_of_their_own_keep_them_and_are_followed(
     make: Callable[..., Any], options: dict[str, Options]
 ) -> None:
-    one = make({**options["first"], "coalesce": 1.0}, max_num_batched_tokens=64)
+    one = make({**options["first"], "coalesce_regret": 1.0}, max_num_batched_tokens=64)
     prompts = random_prompts(92, 7, longest=60)
     explicit = SkipPlan.parse([2, 4, 6], 8)
     arguments: list[Arguments] = [{"adaskip_skip": explicit.entries()}, {"adaskip": "off"}]
@@ -158,7 +158,7 @@ def test_a_preempted_sequence_goes_on_under_its_plan(
 ) -> None:
     """And finds no blocks that it, or another with its prompt, wrote under a plan."""
     one = make(
-        {**options["first"], "kv_fill": kv_fill, "coalesce": 0.4},
+        {**options["first"], "kv_fill": kv_fill, "coalesce_regret": 0.4},
         num_gpu_blocks_override=12,
         max_num_batched_tokens=64,
     )
@@ -175,7 +175,7 @@ def test_blocks_of_another_s_plan_for_the_same_prompt_are_not_found(
     make: Callable[..., Any], options: dict[str, Options]
 ) -> None:
     """The same tokens after the same prompt within the same budget, but under two plans."""
-    one = make({**options["first"], "kv_fill": "project", "coalesce": 1.0})
+    one = make({**options["first"], "kv_fill": "project", "coalesce_regret": 1.0})
     core = one.llm.llm_engine
     scheduler = core.engine_core.engine_core.scheduler
     rng = random.Random(96)

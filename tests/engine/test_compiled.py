@@ -19,17 +19,17 @@ from helpers.reference import Reference
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vllm_adaskip import DecoderShape, engine_args
+from vllm_adaskip.classifiers.adaskip.method import AdaSkip
 from vllm_adaskip.classifiers.ends import EndsOptions
-from vllm_adaskip.classifiers.similarity.method import Similarity
 
 BUDGET = 0.6
-METHOD = Similarity(DecoderShape(*TINY_SHAPE), EndsOptions())
+METHOD = AdaSkip(DecoderShape(*TINY_SHAPE), EndsOptions())
 
 
 @pytest.mark.parametrize(
     "options",
-    [{"kv_fill": "copy"}, {"method": "similarity", "budget": BUDGET, "kv_fill": "project"}],
-    ids=["copy", "similarity"],
+    [{"kv_fill": "copy"}, {"method": "adaskip", "max_compute": BUDGET, "kv_fill": "project"}],
+    ids=["copy", "adaskip"],
 )
 def test_compiled_gives_the_tokens_of_the_reference(
     engine: Callable[..., Any], tiny_llama: str, options: dict[str, Any]

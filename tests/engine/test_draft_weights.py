@@ -61,7 +61,7 @@ def test_an_engine_drafts_what_was_trained(
     vocabulary = None if size is None else torch.arange(size) * 2 + 1
     draft = disturbed(tiny_llama, folder, vocabulary)
     speculate = {"profile": str(folder), "tokens": 3, "adapt": False}
-    llm = engine(tiny_llama, enforce_eager=eager, **engine_args(speculate=speculate))
+    llm = engine(tiny_llama, enforce_eager=eager, **engine_args(draft=speculate))
     drafter = llm.apply_model(lambda model: model.drafter)[0]
     source, found = drafter._state.pulled._source, dict[tuple[str, int], list[int]]()
     plain = drafter.propose
@@ -98,7 +98,7 @@ def test_a_draft_of_another_model_is_refused(
     disturbed(other, tmp_path / "draft")
     speculate = {"profile": str(tmp_path / "draft")}
     with pytest.raises(ValueError, match=r"the draft was made for '.*other'"):
-        engine(tiny_llama, **engine_args(speculate=speculate))
+        engine(tiny_llama, **engine_args(draft=speculate))
 
 
 @pytest.mark.parametrize(

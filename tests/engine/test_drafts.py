@@ -74,9 +74,9 @@ def test_wrong_options_are_named(options: dict[str, Any], complaint: str) -> Non
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ({"exit": 5}, "speculate: 5 is not allowed; allowed: 1 to 4"),
+        ({"exit": 5}, "draft: 5 is not allowed; allowed: 1 to 4"),
         ({"exit": 4}, "leaves out nothing"),
-        ({"skip": [7]}, "speculate: "),
+        ({"skip": [7]}, "draft: "),
         ({"skip": []}, "leaves out nothing"),
     ],
 )
@@ -89,16 +89,16 @@ def test_a_draft_leaves_out_layers_that_the_model_has(options: Any, complaint: s
     ("facts", "complaint"),
     [
         ({"method": "ffn-skip", "method_options": {"scope": "token"}}, "gate would remember"),
-        ({"method": "similarity", "budget": 0.7, "coalesce": 0.1}, "coalesce 0.1"),
+        ({"method": "adaskip", "max_compute": 0.7, "coalesce_regret": 0.1}, "coalesce_regret 0.1"),
     ],
 )
 def test_what_does_not_go_with_drafts_is_refused(facts: Any, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
-        Planner(EngineFacts(SHAPE, speculate={"exit": 2}, **facts))
+        Planner(EngineFacts(SHAPE, draft={"exit": 2}, **facts))
 
 
 def test_a_request_may_ask_for_fewer_drafts() -> None:
-    planner = Planner(EngineFacts(SHAPE, speculate={"exit": 2, "tokens": 3}))
+    planner = Planner(EngineFacts(SHAPE, draft={"exit": 2, "tokens": 3}))
     asked: list[dict[str, Any]] = [{}, {"adaskip_draft": 0}, {"adaskip_draft": 2}]
     assert [planner.wanted(each).drafts for each in asked] == [3, 0, 2]
     off = planner.wanted({"adaskip": "off", "adaskip_draft": 1})
@@ -109,7 +109,7 @@ def test_a_request_may_ask_for_fewer_drafts() -> None:
 
 @pytest.mark.parametrize("value", [4, -1, 1.0, True, "2", [1]])
 def test_wrong_numbers_of_drafts_are_refused(value: Any) -> None:
-    planner = Planner(EngineFacts(SHAPE, speculate={"exit": 2, "tokens": 3}))
+    planner = Planner(EngineFacts(SHAPE, draft={"exit": 2, "tokens": 3}))
     with pytest.raises(RequestError, match=r"adaskip_draft: .*allowed: .*0"):
         planner.wanted({"adaskip_draft": value})
 

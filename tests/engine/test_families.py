@@ -183,14 +183,14 @@ def test_compiled(matrix: Matrix, name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in CASES if not CASES[name].forgets])
 def test_a_method_that_reads_prompts(matrix: Matrix, name: str) -> None:
     reference, llm = matrix.reference(name), matrix.plugin(name, "copy")
-    facts = AdaSkipConfig.parse({"method": "similarity"}).facts(shape_of(matrix, name))
+    facts = AdaSkipConfig.parse({"method": "adaskip"}).facts(shape_of(matrix, name))
     classifier = Planner(facts).classifier
     prompts = random_prompts(84, 4) + random_prompts(84, 8, longest=4)  # short ones differ most
     budgets = (0.7, 0.8, 0.9)
     requests = list(product(prompts, budgets))
     outputs = llm.generate(
         [{"prompt_token_ids": prompt} for prompt, _ in requests],
-        [sampling(None, TOKENS, extra_args={"adaskip_budget": one}) for _, one in requests],
+        [sampling(None, TOKENS, extra_args={"adaskip_max_compute": one}) for _, one in requests],
         use_tqdm=False,
     )
     met = set()
@@ -206,8 +206,8 @@ def test_a_method_that_reads_prompts(matrix: Matrix, name: str) -> None:
 def test_a_method_that_reads_prompts_needs_a_layer_that_keeps_them(
     matrix: Matrix, name: str
 ) -> None:
-    with pytest.raises(ValueError, match=r"'similarity' reads whole prompts.*disable-sliding"):
-        matrix.make(name, **engine_args(method="similarity"))
+    with pytest.raises(ValueError, match=r"'adaskip' reads whole prompts.*disable-sliding"):
+        matrix.make(name, **engine_args(method="adaskip"))
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -193,12 +193,12 @@ def test_a_preempted_sequence_finds_its_own_blocks(make: Callable[..., Gated]) -
 def test_a_budget_holds_for_every_token(make: Callable[..., Gated], threshold: float) -> None:
     """The plan that meets it is followed from the first token on, and the gate adds to it."""
     gated = make(threshold, max_skip=4)
-    arguments: list[Arguments] = [{"adaskip_budget": share} for share in (0.95, 0.8, 0.7)] * 3
+    arguments: list[Arguments] = [{"adaskip_max_compute": share} for share in (0.95, 0.8, 0.7)] * 3
     arguments += [None] * 3
     rules = gated.check(random_prompts(69, 12), arguments)
     for one, rule in zip(arguments, rules, strict=True):
         plan = gated.want([1], one, 1)[1]
-        share = (one or {}).get("adaskip_budget", 1.0)
+        share = (one or {}).get("adaskip_max_compute", 1.0)
         assert plan.share(DecoderShape(*TINY_SHAPE)) <= share
         assert all(len(left_out) + len(mlps(plan)) <= 4 for left_out in rule.left_out)
 
@@ -232,7 +232,7 @@ def test_an_mlp_that_nobody_needs_is_not_launched(make: Callable[..., Gated]) ->
 def test_plans_are_known_of_requests_that_have_one(make: Callable[..., Gated]) -> None:
     requests: list[tuple[Arguments, list[int]]] = [
         (None, [1, 2]),
-        ({"adaskip_budget": 0.8}, [1, 2]),
+        ({"adaskip_max_compute": 0.8}, [1, 2]),
         ({"adaskip": "off"}, [1, 2]),
         ({"adaskip_skip": [3]}, [1, 2]),
     ]

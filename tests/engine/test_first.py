@@ -51,7 +51,9 @@ def test_a_decoding_step_under_a_decided_plan_is_that_of_an_explicit_one(
     engine: Callable[..., Any], tiny_llama: str, tmp_path: Path
 ) -> None:
     """It pays nothing for having been routed: the same step, and nothing observed."""
-    llm = engine(tiny_llama, **engine_args(profile=write_first(tmp_path, tiny_llama), budget=0.6))
+    llm = engine(
+        tiny_llama, **engine_args(profile=write_first(tmp_path, tiny_llama), max_compute=0.6)
+    )
     (prompt,) = random_prompts(52, 1)
     greedy(llm, [prompt], [None], max_tokens=3)
     (plan,) = llm.apply_model(lambda model: list(model.adaskip.state.memo.values()))[0]

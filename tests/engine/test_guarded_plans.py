@@ -17,14 +17,14 @@ from helpers.batches import Entries, greedy, random_prompts, sampling
 from helpers.reference import Reference
 
 from vllm_adaskip import DecoderShape, engine_args
+from vllm_adaskip.classifiers.adaskip.method import AdaSkip
 from vllm_adaskip.classifiers.ends import EndsOptions
-from vllm_adaskip.classifiers.similarity.method import Similarity
 from vllm_adaskip.engine.guard import PARTS, Costs
 
 SKIP: Entries = [2, 3, "attn:5"]
 STATIC = {"method": "static", "skip": SKIP, "kv_fill": "copy", "guard": True}
 TOKENS = 12
-METHOD = Similarity(DecoderShape(*TINY_SHAPE), EndsOptions())
+METHOD = AdaSkip(DecoderShape(*TINY_SHAPE), EndsOptions())
 
 
 class Guarded:
@@ -122,7 +122,7 @@ def test_a_sequence_that_comes_back_keeps_what_it_was_given(
 def test_plans_that_prompts_decide_are_guarded_once_they_were_read(
     engine: Callable[..., Any], tiny_llama: str, reference: Reference
 ) -> None:
-    options = {"method": "similarity", "budget": 0.6, "kv_fill": "project", "guard": True}
+    options = {"method": "adaskip", "max_compute": 0.6, "kv_fill": "project", "guard": True}
     one = Guarded(engine(tiny_llama, max_num_batched_tokens=48, **engine_args(**options)))
     prompts = random_prompts(33, 8)
     own = [METHOD.decide(0.6, reference.observe(prompt, METHOD)).entries() for prompt in prompts]

@@ -23,26 +23,26 @@ from vllm_adaskip.engine.busy import BusyPlans, Levels, Load
 
 TOKENS, BLOCK = 12, 32
 PLAN: Entries = [2, 5]
-LEVEL: dict[str, Any] = {"budget": 0.8, "enter": {"waiting": 4}, "leave": {"waiting": 1}}
-BUSY: dict[str, Any] = {"levels": [LEVEL], "dwell": 0.0}
-ALL: dict[str, Any] = {"levels": [{**LEVEL, "budget": 1.0}]}
+LEVEL: dict[str, Any] = {"max_compute": 0.8, "enter": {"waiting": 4}, "leave": {"waiting": 1}}
+BUSY: dict[str, Any] = {"levels": [LEVEL], "min_seconds": 0.0}
+ALL: dict[str, Any] = {"levels": [{**LEVEL, "max_compute": 1.0}]}
 STATIC: dict[str, Any] = {"method": "static", "skip": PLAN}
 LOADS = st.lists(st.integers(0, 12), max_size=60)
 
 
-def levels(dwell: float) -> Levels:
+def levels(min_seconds: float) -> Levels:
     two = [
-        {"budget": 0.8, "enter": {"running": 4}, "leave": {"running": 2}},
-        {"budget": 0.6, "enter": {"running": 8}, "leave": {"running": 6}},
+        {"max_compute": 0.8, "enter": {"running": 4}, "leave": {"running": 2}},
+        {"max_compute": 0.6, "enter": {"running": 8}, "leave": {"running": 6}},
     ]
-    return Levels(BusyPlans.model_validate({"levels": two, "dwell": dwell}))
+    return Levels(BusyPlans.model_validate({"levels": two, "min_seconds": min_seconds}))
 
 
-@given(loads=LOADS, dwell=st.integers(0, 5))
+@given(loads=LOADS, min_seconds=st.integers(0, 5))
 def test_a_level_stays_for_a_while_and_follows_the_load_in_the_end(
-    loads: list[int], dwell: int
+    loads: list[int], min_seconds: int
 ) -> None:
-    one, changed = levels(float(dwell)), list[int]()
+    one, changed = levels(float(min_seconds)), list[int]()
     for at, running in enumerate(loads):
         before = one.now
         if one.saw(Load(0, running, 0.0), float(at)):
@@ -50,21 +50,21 @@ def test_a_level_stays_for_a_while_and_follows_the_load_in_the_end(
             assert one.now != before
         else:
             assert one.now == before
-    assert all(later - earlier >= dwell for earlier, later in pairwise(changed))
+    assert all(later - earlier >= min_seconds for earlier, later in pairwise(changed))
     for running, wanted in ((12, 2), (7, 2), (6, 1), (3, 1), (2, 0), (3, 0), (4, 1), (0, 0)):
-        for at in range(len(loads), len(loads) + 2 * dwell + 2):
+        for at in range(len(loads), len(loads) + 2 * min_seconds + 2):
             one.saw(Load(0, running, 0.0), float(at))
-        loads = [*loads, *[0] * (2 * dwell + 2)]
+        loads = [*loads, *[0] * (2 * min_seconds + 2)]
         assert one.now == wanted
 
 
 def test_one_signal_is_enough_to_enter_and_all_must_be_low_to_leave() -> None:
     level = {
-        "budget": 0.5,
+        "max_compute": 0.5,
         "enter": {"waiting": 5, "kv_use": 0.9},
         "leave": {"waiting": 1, "kv_use": 0.5},
     }
-    one = Levels(BusyPlans.model_validate({"levels": [level], "dwell": 0.0}))
+    one = Levels(BusyPlans.model_validate({"levels": [level], "min_seconds": 0.0}))
     loads = [(4, 99, 0.8), (0, 9, 0.9), (0, 9, 0.6), (1, 9, 0.5)]
     seen = [one.saw(Load(*load), 0.0) for load in loads]
     assert seen == [False, True, False, True]
@@ -74,14 +74,14 @@ def test_one_signal_is_enough_to_enter_and_all_must_be_low_to_leave() -> None:
     ("busy", "words"),
     [
         ({"levels": []}, "at least 1 item"),
-        ({"levels": [{**LEVEL, "budget": 0}]}, "greater than 0"),
-        ({"levels": [LEVEL, LEVEL]}, "budgets must fall"),
+        ({"levels": [{**LEVEL, "max_compute": 0}]}, "greater than 0"),
+        ({"levels": [LEVEL, LEVEL]}, "max_compute must fall"),
         ({"levels": [{**LEVEL, "enter": {}}]}, "names nothing; allowed: waiting, running, kv_use"),
         ({"levels": [{**LEVEL, "leave": {"running": 1}}]}, "must name the same"),
         ({"levels": [{**LEVEL, "leave": {"waiting": 4}}]}, "must be less than 'enter': waiting"),
         ({"levels": [{**LEVEL, "enter": {"load": 4}}]}, "load"),
-        ({"levels": [LEVEL], "dwell": -1}, "greater than or equal to 0"),
-        ({"levels": [LEVEL], "hold": 1}, "unknown option; allowed: levels, dwell"),
+        ({"levels": [LEVEL], "min_seconds": -1}, "greater than or equal to 0"),
+        ({"levels": [LEVEL], "hold": 1}, "unknown option; allowed: levels, min_seconds"),
         (4, "dictionary"),
     ],
 )
@@ -154,7 +154,7 @@ def test_what_waits_gets_plans_and_what_comes_alone_runs_dense(
 def test_a_sequence_keeps_its_plan_through_preemption(
     make: Callable[..., Any], reference: Reference
 ) -> None:
-    soon = {"levels": [{**LEVEL, "leave": {"waiting": 3}}], "dwell": 0.0}
+    soon = {"levels": [{**LEVEL, "leave": {"waiting": 3}}], "min_seconds": 0.0}
     llm = make("copy", {**STATIC, "busy": soon}, num_gpu_blocks_override=9)
     prompts = [prompt * 60 for prompt in random_prompts(7, 8, longest=1)]
     prompts = [[*prompt[:40], at] for at, prompt in enumerate(prompts)]

@@ -31,7 +31,7 @@ CHUNKED = {"max_num_seqs": 6, "max_num_batched_tokens": 48}
 #: Hardly more blocks than two sequences need.
 TIGHT = {"max_num_seqs": 6, "block_size": 32, "num_gpu_blocks_override": 9}
 BAD = {"adaskip_skip": [TINY_LAYERS]}
-SIMILARITY = {"method": "similarity", "budget": 0.6}
+SIMILARITY = {"method": "adaskip", "max_compute": 0.6}
 GATED = {"threshold": 0.9, "warm_up": 2}
 CHECKS, TOP_PROB, GAP = [1, 2, 4, 6], 0.04, 0.01
 SHARED = [2, "attn:4", "mlp:5"]
@@ -160,7 +160,7 @@ def test_a_method_that_reads_prompts_decides_as_from_the_reference(
     facts = AdaSkipConfig.parse(SIMILARITY).facts(DecoderShape(*TINY_SHAPE))
     classifier = Planner(facts).classifier
     plans = [
-        classifier.decide(facts.budget, reference.observe(prompt, classifier)).entries()
+        classifier.decide(facts.max_compute, reference.observe(prompt, classifier)).entries()
         for prompt in JOBS["read"]["prompts"]
     ]
     assert ran["read"]["plans"] == plans and len({str(plan) for plan in plans}) > 1

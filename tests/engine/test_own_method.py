@@ -65,6 +65,10 @@ class NoOptions(SmallUpdates):
 
 class Taken(SmallUpdates):
     class Options(MethodOptions):
+        max_compute: float = 0.5
+
+class TakenBefore(SmallUpdates):
+    class Options(MethodOptions):
         budget: float = 0.5
 
 class Moody(SmallUpdates):
@@ -132,7 +136,7 @@ def test_an_engine_runs_it_and_its_answers_are_the_reference_s(
     engine: Callable[..., Any], tiny_llama: str
 ) -> None:
     options = {"method": "small_updates:SmallUpdates", "keep_first": 2, "kv_fill": "copy"}
-    llm = engine(tiny_llama, **engine_args(budget=BUDGET, **options))
+    llm = engine(tiny_llama, **engine_args(max_compute=BUDGET, **options))
     reference, method = Reference(tiny_llama), small_updates()
     method._may_go = range(2, 7)  # type: ignore[attr-defined]
     prompts = random_prompts(61, 8)
@@ -151,7 +155,7 @@ def test_an_engine_runs_it_and_its_answers_are_the_reference_s(
 def test_where_it_fails_that_sequence_runs_dense_and_its_neighbours_notice_nothing(
     engine: Callable[..., Any], tiny_llama: str
 ) -> None:
-    llm = engine(tiny_llama, **engine_args(method="strangers:Failing", budget=BUDGET))
+    llm = engine(tiny_llama, **engine_args(method="strangers:Failing", max_compute=BUDGET))
     reference, method = Reference(tiny_llama), small_updates()
     prompts = random_prompts(62, 8)
     plans: list[Entries] = [
@@ -190,7 +194,8 @@ def test_where_it_fails_that_sequence_runs_dense_and_its_neighbours_notice_nothi
         (":x", ["':x'"]),
         ("small_updates", ["'small_updates' is no method", "static, or module:Class"]),
         ("strangers:NoOptions", ["Options", "subclass of vllm_adaskip.MethodOptions"]),
-        ("strangers:Taken", ["option budget has the name of a server's"]),
+        ("strangers:Taken", ["option max_compute has the name of a server's"]),
+        ("strangers:TakenBefore", ["option budget has the name of a server's"]),
         ("a" * 10_000 + ":b", ["cannot be imported"]),
     ],
 )
@@ -222,7 +227,7 @@ def test_a_method_that_cannot_be_made_or_fails_without_a_prompt_stops_the_start(
 def test_what_fails_for_one_request_is_that_request_s() -> None:
     facts = AdaSkipConfig.parse({"method": "strangers:Moody"}).facts(DecoderShape(*TINY_SHAPE))
     with pytest.raises(RequestError, match=r"'strangers:Moody' failed .KeyError"):
-        Planner(facts).wanted({"adaskip_budget": 0.9})
+        Planner(facts).wanted({"adaskip_max_compute": 0.9})
     facts = AdaSkipConfig.parse({"method": "strangers:Everything"}).facts(DecoderShape(*TINY_SHAPE))
     planner = Planner(facts)
     prompt = a_prompt(planner.classifier)
@@ -257,13 +262,13 @@ def test_a_request_names_no_method() -> None:
 
 def test_requests_are_written_by_a_typed_helper() -> None:
     request = vllm_adaskip.request
-    assert request(skip=(5, "attn:7"), budget=0.9) == {
+    assert request(skip=(5, "attn:7"), max_compute=0.9) == {
         "adaskip_skip": [5, "attn:7"],
-        "adaskip_budget": 0.9,
+        "adaskip_max_compute": 0.9,
     }
     assert request(off=True) == {"adaskip": "off"} and request() == {}
-    with pytest.raises(ValueError, match=r"adaskip_budget: 1\.5 is not allowed"):
-        request(budget=1.5)
+    with pytest.raises(ValueError, match=r"adaskip_max_compute: 1\.5 is not allowed"):
+        request(max_compute=1.5)
     for skip in ("5-6", ["nope"], [1.5], [True], 5):
         with pytest.raises(ValueError, match="skip plan; allowed: a"):
             request(skip=skip)  # type: ignore[arg-type]

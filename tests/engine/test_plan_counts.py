@@ -38,14 +38,14 @@ def test_who_comes_back_after_preemption_is_not_counted_again() -> None:
 
 
 def test_who_waits_for_a_plan_is_counted_when_it_is_decided() -> None:
-    state = state_of(EngineFacts(SHAPE, "similarity"))
+    state = state_of(EngineFacts(SHAPE, "adaskip"))
     for row in (0, 1):
-        state.enter(row, {"adaskip_budget": 0.8}, PROMPT, generated=0)
+        state.enter(row, {"adaskip_max_compute": 0.8}, PROMPT, generated=0)
     assert sum(state.plans.values()) == 0
     for row in (0, 1):
         decide(state, row)
     assert state.plans == {"dense": 0, "skipping": 2, "gated": 0}
-    state.enter(2, {"adaskip_budget": 0.8}, PROMPT, generated=0)  # remembered
+    state.enter(2, {"adaskip_max_compute": 0.8}, PROMPT, generated=0)  # remembered
     assert state.plans["skipping"] == 3
 
 

@@ -32,8 +32,8 @@ LESS = 0.45
 #: What is read of a prompt: means of all sub-layers,
 #: means of MLPs against a threshold, votes of all tokens, the last token alone.
 METHODS: dict[str, dict[str, Any]] = {
-    "similarity": {},
-    "ffn-skip": {"threshold": 0.94, "keep_last": 0, "budget": 0.8},
+    "adaskip": {},
+    "ffn-skip": {"threshold": 0.94, "keep_last": 0, "max_compute": 0.8},
     "first, fraction": {"reduce": "fraction"},
     "first, last": {"reduce": "last", "width": 8, "codebook": [[2, 3, 5], [4, 5], [1, 4, 6], [3]]},
 }
@@ -50,14 +50,14 @@ class Method:
 
     def plan(self, prompt: list[int]) -> SkipPlan:
         read = self.reference.observe(prompt, self._classifier)
-        return self._classifier.decide(self.options["budget"], read)
+        return self._classifier.decide(self.options["max_compute"], read)
 
     def want(
         self, prompt: list[int], tokens: int, budget: float | None = None
     ) -> tuple[list[int], SkipPlan]:
         """Return a sequence's tokens and plan."""
         read = self.reference.observe(prompt, self._classifier)
-        plan = self._classifier.decide(budget or self.options["budget"], read)
+        plan = self._classifier.decide(budget or self.options["max_compute"], read)
         return self.reference.generate(prompt, plan.entries(), tokens)[0], plan
 
     def check(self, llm: Any, prompts: list[list[int]], tokens: int = 12) -> None:
@@ -78,7 +78,7 @@ def method(
     if request.param.startswith("first"):
         folder = tmp_path_factory.mktemp("profile")
         options = {"profile": write_first(folder, tiny_llama, **METHODS[request.param])}
-    return Method({"budget": BUDGET, **options}, Reference(tiny_llama))
+    return Method({"max_compute": BUDGET, **options}, Reference(tiny_llama))
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +160,7 @@ def test_with_parallel_samples_budgets_and_dense_requests(
     prompt = random_prompts(36, 1, longest=90)[0]
     arguments: list[tuple[dict[str, Any] | None, list[int]]] = [
         (None, method.want(prompt, 12)[0]),
-        ({"adaskip_budget": LESS}, method.want(prompt, 12, LESS)[0]),
+        ({"adaskip_max_compute": LESS}, method.want(prompt, 12, LESS)[0]),
         ({"adaskip": "off"}, method.reference.generate(prompt, [], 12)[0]),
         ({"adaskip_skip": [3]}, method.reference.generate(prompt, [3], 12)[0]),
     ]

@@ -21,12 +21,12 @@ STATIC = Planner(EngineFacts(SHAPE, "static", {"skip": [3, "attn:5"]}))
         (NONE, {}, "dense"),
         (NONE, {"somebody_elses": object()}, "dense"),
         (NONE, {"adaskip": "on"}, "dense"),
-        (NONE, {"adaskip_budget": 1}, "dense"),
+        (NONE, {"adaskip_max_compute": 1}, "dense"),
         (NONE, {"adaskip_skip": [1, "mlp:2"]}, "skip 1, mlp:2"),
-        (NONE, {"adaskip_skip": [1, 2, 3, 4], "adaskip_budget": 0.5}, "skip 1-4"),
+        (NONE, {"adaskip_skip": [1, 2, 3, 4], "adaskip_max_compute": 0.5}, "skip 1-4"),
         (STATIC, None, "skip 3, attn:5"),
         (STATIC, {"adaskip": "on"}, "skip 3, attn:5"),
-        (STATIC, {"adaskip_budget": 0.9}, "skip 3, attn:5"),
+        (STATIC, {"adaskip_max_compute": 0.9}, "skip 3, attn:5"),
         (STATIC, {"adaskip": "off"}, "dense"),
         (STATIC, {"adaskip_skip": []}, "dense"),
         (STATIC, {"adaskip_skip": ["attn:1"]}, "skip attn:1"),
@@ -42,20 +42,20 @@ def test_plan_of_a_request(planner: Planner, args: dict[str, Any] | None, plan: 
         ({"adaskip_skp": [1]}, ["adaskip_skp", "did you mean adaskip_skip"]),
         ({"adaskip-skip": [1]}, ["adaskip-skip", "did you mean adaskip_skip"]),
         ({"Adaskip_Skip": [1]}, ["Adaskip_Skip", "did you mean adaskip_skip"]),
-        ({"adaskipü": 1}, ["adaskipü", "adaskip_budget"]),
+        ({"adaskipü": 1}, ["adaskipü", "adaskip_max_compute"]),
         ({"adaskip": "maybe"}, ["adaskip:", "'maybe'", "'on', 'off'"]),
         ({"adaskip": True}, ["adaskip:", "True", "'on', 'off'"]),
         ({"adaskip": "off", "adaskip_skip": [1]}, ["'off'", "adaskip_skip"]),
         ({"adaskip_skip": "attn:1"}, ["adaskip_skip", "'attn:1'", "a list"]),
         ({"adaskip_skip": [8]}, ["adaskip_skip", "8", "0 to 7"]),
         ({"adaskip_skip": list(range(8))}, ["adaskip_skip", "all 16 sub-layers"]),
-        ({"adaskip_budget": 0}, ["adaskip_budget", "0", "(0, 1]"]),
-        ({"adaskip_budget": 1.01}, ["adaskip_budget", "1.01"]),
-        ({"adaskip_budget": float("nan")}, ["adaskip_budget", "nan"]),
-        ({"adaskip_budget": "half"}, ["adaskip_budget", "'half'"]),
-        ({"adaskip_budget": True}, ["adaskip_budget", "True"]),
-        ({"adaskip_budget": 0.5}, ["adaskip_budget", "method 'none'"]),
-        ({"adaskip_skip": [1], "adaskip_budget": 0.5}, ["adaskip_budget", "keeps 0.875"]),
+        ({"adaskip_max_compute": 0}, ["adaskip_max_compute", "0", "(0, 1]"]),
+        ({"adaskip_max_compute": 1.01}, ["adaskip_max_compute", "1.01"]),
+        ({"adaskip_max_compute": float("nan")}, ["adaskip_max_compute", "nan"]),
+        ({"adaskip_max_compute": "half"}, ["adaskip_max_compute", "'half'"]),
+        ({"adaskip_max_compute": True}, ["adaskip_max_compute", "True"]),
+        ({"adaskip_max_compute": 0.5}, ["adaskip_max_compute", "method 'none'"]),
+        ({"adaskip_skip": [1], "adaskip_max_compute": 0.5}, ["adaskip_max_compute", "keeps 0.875"]),
         ({"adaskip_prompt_exit": 0}, ["adaskip_prompt_exit", "0", "1 to 8"]),
         ({"adaskip_prompt_exit": 9}, ["adaskip_prompt_exit", "9", "1 to 8"]),
         ({"adaskip_prompt_exit": True}, ["adaskip_prompt_exit", "True"]),
@@ -86,8 +86,8 @@ def test_refusal_names_key_value_and_what_is_allowed(
     "args",
     [
         {"adaskip": [0] * 10**6},
-        {"adaskip_budget": "x" * 10**6},
-        {"adaskip_budget": [10**5000]},
+        {"adaskip_max_compute": "x" * 10**6},
+        {"adaskip_max_compute": [10**5000]},
         {"adaskip_skip": [0] * 10**6},
         {"adaskip_" + "x" * 10**6: 1},
     ],
@@ -106,22 +106,22 @@ def test_admission_counts_what_it_refuses_by_the_argument_that_is_wrong() -> Non
         {"adaskip_b": 1},
         {"adaskip": "maybe"},
         {"adaskip_skip": [99]},
-        {"adaskip_budget": 2},
-        {"adaskip_budget": 0.5},
-        {"adaskip_budget": 0.5, "adaskip_skip": [1]},
+        {"adaskip_max_compute": 2},
+        {"adaskip_max_compute": 0.5},
+        {"adaskip_max_compute": 0.5, "adaskip_skip": [1]},
     ]
     for args in allowed:
         planner.admit(args)
     for args in refused:
         with pytest.raises(RequestError):
             planner.admit(args)
-    want = {"adaskip": 1, "adaskip_skip": 1, "adaskip_budget": 3, "unknown": 2}
+    want = {"adaskip": 1, "adaskip_skip": 1, "adaskip_max_compute": 3, "unknown": 2}
     assert {reason: count for reason, count in planner.refused.items() if count} == want
 
 
 def test_a_budget_below_what_static_keeps_is_refused() -> None:
-    with pytest.raises(RequestError, match=r"adaskip_budget.*'static'.*keeps 0\.844"):
-        STATIC.wanted({"adaskip_budget": 0.8})
+    with pytest.raises(RequestError, match=r"adaskip_max_compute.*'static'.*keeps 0\.844"):
+        STATIC.wanted({"adaskip_max_compute": 0.8})
 
 
 def test_planner_facts_survive_the_way_to_another_process() -> None:
@@ -169,10 +169,10 @@ def test_a_prompt_that_leaves_it_open_can_be_told_to_run_whole() -> None:
 
 
 def test_a_method_that_reads_whole_prompts_does_not_go_with_prompt_plans() -> None:
-    facts = EngineFacts(SHAPE, "similarity", budget=0.9)
-    with pytest.raises(RequestError, match=r"adaskip_prompt_exit: 'skip 4-7' .*'similarity'"):
+    facts = EngineFacts(SHAPE, "adaskip", max_compute=0.9)
+    with pytest.raises(RequestError, match=r"adaskip_prompt_exit: 'skip 4-7' .*'adaskip'"):
         Planner(facts).wanted({"adaskip_prompt_exit": 4})
-    with pytest.raises(ValueError, match=r"prompt: 'skip 4-7' .*'similarity'"):
+    with pytest.raises(ValueError, match=r"prompt: 'skip 4-7' .*'adaskip'"):
         Planner(replace(facts, prompt={"exit": 4}))
 
 

@@ -20,7 +20,7 @@ TOKENS, BLOCK = 6, 32
 PLAN: Entries = [2, 5]
 LESS: Entries = [2]
 LADDER: dict[str, Any] = {"method": "static", "skip": PLAN, "ladder": [LESS]}
-LEVEL: dict[str, Any] = {"budget": 0.8, "enter": {"waiting": 4}, "leave": {"waiting": 1}}
+LEVEL: dict[str, Any] = {"max_compute": 0.8, "enter": {"waiting": 4}, "leave": {"waiting": 1}}
 SHOW = request(show_plan=True)
 
 
@@ -50,7 +50,7 @@ def test_it_is_what_the_request_got(make: Callable[..., Any], prefix_caching: bo
         request(skip=["mlp:3"], show_plan=True),
         request(off=True, show_plan=True),
         SHOW,
-        request(budget=0.9, show_plan=True),
+        request(max_compute=0.9, show_plan=True),
         request(prompt_exit=4, prompt_tail=2, show_plan=True),
         request(skip=[1]),
         None,
@@ -77,7 +77,7 @@ def test_a_request_that_ends_in_the_front_end_is_told_too(make: Callable[..., An
 
 
 def test_levels_of_load_are_told(make: Callable[..., Any]) -> None:
-    llm = make("copy", {**LADDER, "busy": {"levels": [LEVEL], "dwell": 0.0}})
+    llm = make("copy", {**LADDER, "busy": {"levels": [LEVEL], "min_seconds": 0.0}})
     found = [one for one in shown(llm, [SHOW] * 8) if one is not None]
     (report,) = llm.collective_rpc("adaskip_report")
     told = [one["level"] for one in found]
@@ -87,7 +87,7 @@ def test_levels_of_load_are_told(make: Callable[..., Any]) -> None:
 
 
 def test_a_plan_that_the_prompt_decides_is_not_known_there(make: Callable[..., Any]) -> None:
-    llm = make("copy", {"method": "similarity", "budget": 0.75})
+    llm = make("copy", {"method": "adaskip", "max_compute": 0.75})
     assert shown(llm, [SHOW]) == [{"skip": None}]
 
 

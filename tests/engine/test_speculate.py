@@ -31,7 +31,7 @@ TOKENS = 24
 @pytest.fixture(scope="module")
 def llm(engine: Callable[..., Any], tiny_llama: str) -> Any:
     """Chunked prefill: prompts of up to 90 tokens, 48 tokens a step."""
-    return engine(tiny_llama, max_num_batched_tokens=48, **engine_args(speculate=DRAFT))
+    return engine(tiny_llama, max_num_batched_tokens=48, **engine_args(draft=DRAFT))
 
 
 def drafts(llm: Any) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def test_tight_blocks_prefix_hits_and_preemption(
         num_gpu_blocks_override=20,
         enable_prefix_caching=True,
         disable_log_stats=False,
-        **engine_args(kv_fill=kv_fill, speculate=DRAFT),
+        **engine_args(kv_fill=kv_fill, draft=DRAFT),
     )
     rng, common = random.Random(3), random_prompts(3, 1, longest=1)[0] * 70
     prompts = [[*common, *own] for own in random_prompts(4, 16, longest=20)]
@@ -151,7 +151,7 @@ def test_answers_keep_to_a_grammar_and_end_at_stop_strings(engine: Callable[...,
         engine(bundled_model(), **common, **engine_args(**options))
         for options in (
             {},
-            {"speculate": {"skip": ["mlp:5", "attn:7"], "tokens": 3, "adapt": False}},
+            {"draft": {"skip": ["mlp:5", "attn:7"], "tokens": 3, "adapt": False}},
         )
     )
     prompts = [item.prompt for item in load_items("bundled", limit=2)]
@@ -221,7 +221,7 @@ def test_what_verified_tokens_leave_in_the_cache_is_dense(
     """Of complete blocks: behind the last token a draft may be left that nobody reads."""
     prompt, tokens, size = random_prompts(7, 1)[0], 90, 32
     kept = []
-    for options in ({}, {"speculate": DRAFT}):
+    for options in ({}, {"draft": DRAFT}):
         llm = engine(tiny_llama, block_size=size, **engine_args(**options))
         greedy(llm, [prompt], [[]], tokens)
         complete = (len(prompt) + tokens - 1) // size  # the last one drawn never runs
@@ -244,7 +244,7 @@ def test_at_temperature_answers_have_the_same_distribution(
         model,
         max_num_seqs=64,
         max_model_len=64,
-        **engine_args(speculate={**DRAFT, "skip": ["mlp:1"]}),
+        **engine_args(draft={**DRAFT, "skip": ["mlp:1"]}),
     )
     reference, prompt = Reference(model), [1, 5, 2, 7]
     outputs = run(llm, [prompt], [sampling([], 3, temperature=1.0, n=4000, seed=None)])
@@ -283,7 +283,7 @@ def test_drafts_stop_by_themselves_where_they_do_not_pay(
     engine: Callable[..., Any], tiny_llama: str, reference: Reference
 ) -> None:
     """With random weights an early exit is hardly ever right."""
-    llm = engine(tiny_llama, **engine_args(speculate={"exit": 1, "tokens": 3}))
+    llm = engine(tiny_llama, **engine_args(draft={"exit": 1, "tokens": 3}))
     prompts = random_prompts(8, 4)
     got = greedy(llm, prompts, [[]] * 4, 100)
     assert got == [reference.generate(prompt, [], 100)[0] for prompt in prompts]
@@ -294,7 +294,7 @@ def test_drafts_stop_by_themselves_where_they_do_not_pay(
 def test_a_part_of_the_vocabulary_drafts_its_own_tokens(
     engine: Callable[..., Any], tiny_llama: str, reference: Reference
 ) -> None:
-    llm = engine(tiny_llama, **engine_args(speculate={**DRAFT, "vocabulary": 100}))
+    llm = engine(tiny_llama, **engine_args(draft={**DRAFT, "vocabulary": 100}))
     prompts, proposed = random_prompts(9, 6), []
     drafter = llm.apply_model(lambda model: model.drafter)[0]
     plain = drafter.propose
@@ -309,7 +309,7 @@ def test_a_part_of_the_vocabulary_drafts_its_own_tokens(
     assert got == [reference.generate(prompt, [], TOKENS)[0] for prompt in prompts]
     assert max(proposed) < 100 and max(map(max, got)) >= 100
     with pytest.raises(ValueError, match="token 512 does not exist"):
-        engine(tiny_llama, **engine_args(speculate={**DRAFT, "vocabulary": 513}))
+        engine(tiny_llama, **engine_args(draft={**DRAFT, "vocabulary": 513}))
 
 
 def test_plans_that_a_method_reads_from_the_prompt_are_verified(
@@ -319,7 +319,7 @@ def test_plans_that_a_method_reads_from_the_prompt_are_verified(
     llm = engine(
         tiny_llama,
         max_num_batched_tokens=48,
-        **engine_args(method="similarity", budget=0.7, kv_fill="project", speculate=DRAFT),
+        **engine_args(method="adaskip", max_compute=0.7, kv_fill="project", draft=DRAFT),
     )
     prompts = random_prompts(10, 8)
     got = greedy(llm, prompts, [None] * 8, TOKENS)
@@ -337,7 +337,7 @@ def test_compiled_drafts_are_those_of_the_loop(
     speculate = {"skip": ["mlp:1", "attn:2"], "tokens": 3, "adapt": False}
     prompts, found = random_prompts(11, 6), []
     for eager in (True, False):
-        llm = engine(model, enforce_eager=eager, **engine_args(speculate=speculate))
+        llm = engine(model, enforce_eager=eager, **engine_args(draft=speculate))
         found.append((greedy(llm, prompts, [[]] * 6, TOKENS), drafts(llm)["accepted"]))
     want = [Reference(model).generate(prompt, [], TOKENS)[0] for prompt in prompts]
     assert found[0] == found[1] and found[0][0] == want

@@ -111,7 +111,7 @@ def test_drafts_by_taught_layers_change_nothing(
 ) -> None:
     profile, reference = taught
     speculate = {"skip": OTHER, "tokens": 3, "adapt": False}
-    llm = engine(few_layers, **engine_args(profile=profile, speculate=speculate))
+    llm = engine(few_layers, **engine_args(profile=profile, draft=speculate))
     for plans in ([[]] * 3, [ONE] * 3, [ONE, []] * 2):
         check(llm, reference, plans)
     (report,) = llm.collective_rpc("adaskip_report")
@@ -127,7 +127,7 @@ def test_trained_layers_draft_as_without_the_profile(
     speculate = {"profile": str(tmp_path), "tokens": 3, "adapt": False}
     accepted = []
     for options in ({}, {"profile": taught[0]}):
-        llm = engine(few_layers, **engine_args(speculate=speculate, **options))
+        llm = engine(few_layers, **engine_args(draft=speculate, **options))
         check(llm, taught[1], [[]] * 6)
         accepted.append(llm.collective_rpc("adaskip_report")[0]["drafts"]["accepted"])
     assert accepted[0] == accepted[1] and sum(accepted[0]) > 0

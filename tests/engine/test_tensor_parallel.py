@@ -16,17 +16,17 @@ from helpers.reference import Exit, MlpRule, Reference
 from helpers.two_ranks import on_two_ranks
 
 from vllm_adaskip import DecoderShape, bundled_model
+from vllm_adaskip.classifiers.adaskip.method import AdaSkip
 from vllm_adaskip.classifiers.ends import EndsOptions
-from vllm_adaskip.classifiers.similarity.method import Similarity
 
 #: None: decided by the method, from the prompt or token by token.
 PLANS: list[Entries | None] = [[], [2, 3], ["attn:4", "mlp:5"], [0], None, ["mlp:0"], None, None]
 TOKENS = 10
 BUDGET = 0.6
-METHOD = Similarity(DecoderShape(*TINY_SHAPE), EndsOptions())
+METHOD = AdaSkip(DecoderShape(*TINY_SHAPE), EndsOptions())
 #: Somebody else's, which every rank imports.
-READING = {"method": "strangers:Theirs", "budget": BUDGET, "kv_fill": "project"}
-GUARDED = {**READING, "method": "similarity", "guard": True}
+READING = {"method": "strangers:Theirs", "max_compute": BUDGET, "kv_fill": "project"}
+GUARDED = {**READING, "method": "adaskip", "guard": True}
 GATING = {"method": "ffn-skip", "scope": "token", "threshold": 0.9, "warm_up": 2}
 EXITING = {
     "method": "adainfer",
@@ -38,8 +38,8 @@ EXITING = {
 }
 
 #: Each rank drafts by its own clock, and asks the first.
-DRAFTING = {"kv_fill": "copy", "speculate": {"skip": ["mlp:3", "attn:5"], "tokens": 3}}
-ALWAYS = {**DRAFTING, "speculate": {**DRAFTING["speculate"], "adapt": False}}
+DRAFTING = {"kv_fill": "copy", "draft": {"skip": ["mlp:3", "attn:5"], "tokens": 3}}
+ALWAYS = {**DRAFTING, "draft": {**DRAFTING["draft"], "adapt": False}}
 
 JOBS = {
     "reading": READING,
@@ -62,7 +62,7 @@ class Ranks:
         self.adapters = adapters.write(model, folder, 2)
         self.whose = [None, 0, 1, 1, None, 0]
         self.quantised, self.dequantised = quantised.write(bundled_model(), folder, "W8A8 int8")
-        theirs = "from vllm_adaskip.classifiers.similarity.method import Similarity as Theirs"
+        theirs = "from vllm_adaskip.classifiers.adaskip.method import AdaSkip as Theirs"
         (folder / "strangers.py").write_text(theirs)
         plain = {"model": model, "tokens": TOKENS, "engine": {"dtype": "float32"}}
         explicit = {"prompts": OTHERS, "plans": EXPLICIT, "options": {"kv_fill": "project"}}
@@ -108,7 +108,7 @@ def test_two_ranks_give_the_reference_s_tokens_and_equal_reports(
             plan, rule = [], MlpRule(range(1, TINY_SHAPE[0] - 1), 0.9, warm_up=2)
         if plan is None and options is EXITING:
             plan, exit = [], Exit([1, 2, 4, 6], 0.04, 0.01)
-        if plan is None and "speculate" in options:
+        if plan is None and "draft" in options:
             plan = []
         if plan is None and options is GUARDED:  # each judges by its own clock, and asks the first
             plan = given[0][number]

@@ -86,9 +86,9 @@ def test_logits_pass_through_untouched() -> None:
 
 def test_the_front_end_refuses_with_the_server_s_own_options() -> None:
     feeder, _ = fed_table()
-    feeder.validate_params(SamplingParams(extra_args={"adaskip_budget": 0.7}))
+    feeder.validate_params(SamplingParams(extra_args={"adaskip_max_compute": 0.7}))
     with pytest.raises(ValueError, match="method 'static'"):
-        feeder.validate_params(SamplingParams(extra_args={"adaskip_budget": 0.6}))
+        feeder.validate_params(SamplingParams(extra_args={"adaskip_max_compute": 0.6}))
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

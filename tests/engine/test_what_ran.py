@@ -24,10 +24,8 @@ def test_of_each_request_right_after_it_and_later(make: Callable[..., Gated]) ->
     """Answers of different lengths, more than there are rows: they enter, move and leave."""
     gated = make()
     prompts = random_prompts(80, 30)
-    arguments: list[Arguments] = [
-        [None, {"adaskip_budget": 0.8}, {"adaskip": "off"}, None, {"adaskip_skip": [2]}][one % 5]
-        for one in range(30)
-    ]
+    kinds = None, {"adaskip_max_compute": 0.8}, {"adaskip": "off"}, None, {"adaskip_skip": [2]}
+    arguments: list[Arguments] = [kinds[one % 5] for one in range(30)]
     lengths = [1 + (7 * one) % 30 for one in range(30)]
     gated.llm.generate(
         [{"prompt_token_ids": prompt} for prompt in prompts],
@@ -40,7 +38,7 @@ def test_of_each_request_right_after_it_and_later(make: Callable[..., Gated]) ->
     found = gated.ran(prompts, arguments)
     left_out = set()
     for prompt, one, length, ran in zip(prompts, arguments, lengths, found, strict=True):
-        if one and "adaskip_budget" not in one:
+        if one and "adaskip_max_compute" not in one:
             assert ran is None
         else:
             assert ran == gated.must_have_run(prompt, one, length)
@@ -73,7 +71,7 @@ def test_replayed_tokens_count_once(
         },
     )
     prompts = random_prompts(82, 8, longest=40)
-    arguments: list[Arguments] = [None] * 6 + [{"adaskip_budget": 0.85}] * 2
+    arguments: list[Arguments] = [None] * 6 + [{"adaskip_max_compute": 0.85}] * 2
     gated.run(prompts, arguments, 80)
     counters = {metric.name: getattr(metric, "value", 0) for metric in gated.llm.get_metrics()}
     assert counters["vllm:num_preemptions"] > 0

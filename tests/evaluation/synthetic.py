@@ -28,7 +28,7 @@ SHAPE = DecoderShape(LAYERS, 98304, 294912)
 SETTINGS = [
     DENSE,
     *plans(["uniform", "random", "exit"], [0.9, 0.75, 0.6], LAYERS, draws=2, seed=1),
-    *decided("similarity", {"keep_first": 1}, [0.9, 0.75]),
+    *decided("adaskip", {"keep_first": 1}, [0.9, 0.75]),
 ]
 
 
@@ -81,7 +81,7 @@ def realistic(tasks: list[str] = TASKS, items: int = 40) -> Iterator[Record]:
     rng = np.random.default_rng(7)
     luck = {f"{task}/{i}": rng.random() for task in tasks for i in range(items)}
     frailty = dict(zip(tasks, np.linspace(0.1, 1.6, len(tasks)), strict=True))
-    harm = {"dense": 0.0, "uniform": 0.2, "random": 1.0, "exit": 1.6, "similarity": 0.25}
+    harm = {"dense": 0.0, "uniform": 0.2, "random": 1.0, "exit": 1.6, "adaskip": 0.25}
     for setting in SETTINGS:
         for item, drawn in luck.items():
             skip = setting.skip

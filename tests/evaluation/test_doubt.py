@@ -40,9 +40,9 @@ def run(
     return summarise(manifest(settings or [DENSE, MILD], **facts), answers, times)
 
 
-def kinds(summary: Summary, max_drop: float = 0.02) -> list[str]:
+def kinds(summary: Summary, max_loss: float = 0.02) -> list[str]:
     """Return what speaks against switching on, which must then not be recommended."""
-    found = recommend(summary, max_drop)
+    found = recommend(summary, max_loss)
     assert (found.verdict == "on") == (not found.why), found
     return [one.kind for one in found.why]
 

@@ -138,9 +138,9 @@ def load(names: str, folder: Path, limit: int | None = LIMIT) -> list[Item]:
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[HarnessEngine]:
-    """One for all: method `similarity` also follows explicit plans."""
+    """One for all: method `adaskip` also follows explicit plans."""
     options: dict[str, Any] = {"enforce_eager": True, "max_model_len": 256, "dtype": "float32"}
-    engine = HarnessEngine(bundled_model(), "similarity", {}, **options)
+    engine = HarnessEngine(bundled_model(), "adaskip", {}, **options)
     yield engine
     engine.close()
 
@@ -171,7 +171,7 @@ def test_harness_and_ordinary_scores_are_equal_under_every_plan(
     items = load("ours", folder)
     plain = [Item(one.item, one.task, one.prompt, one.references, one.metric) for one in items]
     scores, plans = {}, {}
-    for setting in (DENSE, STRONG, *decided("similarity", {}, [0.6])):
+    for setting in (DENSE, STRONG, *decided("adaskip", {}, [0.6])):
         before = engine.llm.collective_rpc("adaskip_report")[0]["mlp_run"]
         ours = answered(engine, setting, items)
         after = engine.llm.collective_rpc("adaskip_report")[0]["mlp_run"]
@@ -185,7 +185,7 @@ def test_harness_and_ordinary_scores_are_equal_under_every_plan(
         plans[setting.name] = {str(one.skip) for one in ours}
     assert scores["dense"] == 1 and scores[STRONG.name] < 0.7
     assert plans["dense"] == {"[]"} and plans[STRONG.name] == {str(LEFT_OUT)}
-    assert len(plans["similarity 0.6"]) > 1 and "[]" not in plans["similarity 0.6"]
+    assert len(plans["adaskip 0.6"]) > 1 and "[]" not in plans["adaskip 0.6"]
 
 
 def probability(judge: Judge, tokenizer: Any, skip: list[Any], pair: tuple[str, str]) -> float:

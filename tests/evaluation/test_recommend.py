@@ -11,10 +11,10 @@ from evaluation.synthetic import DENSE, PLAIN, answer, manifest, summary, timing
 
 from vllm_adaskip.config import AdaSkipConfig
 from vllm_adaskip.lab.evaluation.recommend import (
-    MaxDropError,
+    MaxLossError,
     losses,
     options,
-    parse_max_drop,
+    parse_max_loss,
     recommend,
     request_arguments,
     switch_on_command,
@@ -45,13 +45,13 @@ def run(*times: Timing) -> tuple[list[Answer], list[Timing]]:
      ("0", 0.0), ("0%", 0.0)],
 )  # fmt: skip
 def test_losses_are_read(text: str, share: float) -> None:
-    assert parse_max_drop(text) == pytest.approx(share)
+    assert parse_max_loss(text) == pytest.approx(share)
 
 
 @pytest.mark.parametrize("text", ["1", "-1%", "100%", "nan", "", "%", "one", "1e-2", "1 percent"])
 def test_other_losses_are_refused_by_name(text: str) -> None:
-    with pytest.raises(MaxDropError, match="allowed: a percentage such as 1%") as raised:
-        parse_max_drop(text)
+    with pytest.raises(MaxLossError, match="allowed: a percentage such as 1%") as raised:
+        parse_max_loss(text)
     assert repr(text) in str(raised.value)
 
 
@@ -129,7 +129,7 @@ def test_nothing_to_choose_from() -> None:
     "setting",
     [
         HARD,
-        Setting(name="s", family="similarity", method="similarity", budget=0.75,
+        Setting(name="s", family="adaskip", method="adaskip", budget=0.75,
                 options={"keep_first": 2}),
         Setting(name="t", family="static", method="static", options={"skip": [5, "attn:7"]}),
     ],
@@ -142,14 +142,14 @@ def test_the_command_is_one_that_the_server_takes(setting: Setting) -> None:
     assert words[:5] == ["vllm", "serve", "--model", "my models/it's", "--plugin"]
     assert "--enforce-eager" in words
     config = AdaSkipConfig.parse(json.loads(words[-1])["adaskip"])
-    assert config.budget == setting.budget
+    assert config.max_compute == setting.budget
     assert setting.skip is None or config.method_options["skip"] == setting.skip
 
 
 def test_what_a_request_adds() -> None:
     assert request_arguments(HARD) == '{"vllm_xargs": {"adaskip_skip": [3, 4, 5, 6]}}'
-    decided = Setting(name="s", family="similarity", method="similarity", budget=0.75)
-    assert request_arguments(decided) == '{"vllm_xargs": {"adaskip_budget": 0.75}}'
+    decided = Setting(name="s", family="adaskip", method="adaskip", budget=0.75)
+    assert request_arguments(decided) == '{"vllm_xargs": {"adaskip_max_compute": 0.75}}'
     short = Setting(name="short", family="prompts", skip=[], prompt={"exit": 9, "tail": 5})
     assert request_arguments(short) == json.dumps(
         {"vllm_xargs": {"adaskip_prompt_exit": 9, "adaskip_prompt_tail": 5}}

@@ -155,7 +155,7 @@ def command(*arguments: str) -> Any:
 
 def test_the_command_writes_the_page(run: Results, tmp_path: Path) -> None:
     out = tmp_path / "page.html"
-    done = command(str(run.folder), "--max-drop", "10 points", "--out", str(out))
+    done = command(str(run.folder), "--max-loss", "10 points", "--out", str(out))
     assert done.exit_code == 0, done.output
     assert done.output.startswith("Switch on ") and str(out) in done.output
     assert out.read_text().startswith("<!doctype html>")
@@ -163,8 +163,8 @@ def test_the_command_writes_the_page(run: Results, tmp_path: Path) -> None:
 
 def test_the_command_says_what_is_wrong(tmp_path: Path, run: Results) -> None:
     assert "manifest.json: No such file" in command(str(tmp_path)).output
-    wrong = command(str(run.folder), "--max-drop", "lots")
-    assert wrong.exit_code == 1 and "--max-drop: 'lots' is not allowed; allowed:" in wrong.output
+    wrong = command(str(run.folder), "--max-loss", "lots")
+    assert wrong.exit_code == 1 and "--max-loss: 'lots' is not allowed; allowed:" in wrong.output
     no_dense = write(tmp_path, [answer("skip 5", "sum/0", 1.0, [5])], [PLAIN])
     assert "no answers of a setting of family 'dense'" in command(str(no_dense.folder)).output
     with pytest.raises(ResultsError, match="family 'dense'"):

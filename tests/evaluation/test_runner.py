@@ -37,7 +37,7 @@ from vllm_adaskip.lab.evaluation.settings import DENSE, adapters_alone, decided,
 SETTINGS: list[Setting] = [
     DENSE,
     explicit([*range(2, 9), "attn:9"], 12),
-    *decided("similarity", {}, [0.8]),
+    *decided("adaskip", {}, [0.8]),
 ]
 ROUNDS, MAX_TOKENS = 2, 8
 TIMED = Timed(batch=2, tokens=4, most=4)

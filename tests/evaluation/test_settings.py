@@ -59,7 +59,7 @@ def test_dense_comes_first_and_doubles_are_dropped() -> None:
 def test_a_profile_by_itself_below_its_own_budget_and_at_targets(tmp_path: Path) -> None:
     adaptive, fixed = str(tmp_path / "a"), str(tmp_path / "b")
     facts = {"model": "m", "fingerprint": "f"}
-    Profile(method="first", budget=0.8, **facts).save(Path(adaptive))
+    Profile(method="first", max_compute=0.8, **facts).save(Path(adaptive))
     Profile(method="static", options={"skip": [5]}, **facts).save(Path(fixed))
     found = list(profiled(adaptive, [0.9, 0.8, 0.5], [0.25], "f"))
     names = [adaptive, f"{adaptive} 0.5", f"{adaptive} -25%"]

@@ -77,20 +77,20 @@ def test_a_promise_is_broken_at_most_as_often_as_said() -> None:
 
 
 @pytest.mark.parametrize(
-    ("numbers", "metric", "max_drop", "words"),
+    ("numbers", "metric", "max_loss", "words"),
     [
         (1, "exact_match", 0.5, "2 items, no task with two"),
         (2, "perplexity", 0.5, "only perplexities"),
         (20, "exact_match", 0.1, r"20 held-out items .* at least 29 held-out .* 0\.14 or more"),
-        (20, "exact_match", 0.0, r"20 held-out items .* allowed: --max-drop 0\.14 or more"),
+        (20, "exact_match", 0.0, r"20 held-out items .* allowed: --max-loss 0\.14 or more"),
     ],
 )
 def test_what_the_items_cannot_decide_is_refused(
-    numbers: int, metric: str, max_drop: float, words: str
+    numbers: int, metric: str, max_loss: float, words: str
 ) -> None:
     items = [Item(f"{t}/{n}", t, "p", ("r",), metric) for t in "ab" for n in range(numbers)]
     with pytest.raises(ValueError, match=words):
-        check(*halves(items, 0), max_drop)
+        check(*halves(items, 0), max_loss)
 
 
 def test_as_many_items_as_are_asked_for_are_enough() -> None:

@@ -176,9 +176,9 @@ class Matrix:
 
     def _plugin(self, name: str, kv_fill: str) -> Any:
         """With each fill another way to decide for requests that bring no plan."""
-        method: dict[str, Any] = {}  # nobody; by the prompt; by each token
+        method: dict[str, Any] = {}  # no method; by the prompt; by each token
         if kv_fill == "copy" and not CASES[name].forgets:
-            method = {"method": "similarity"}
+            method = {"method": "adaskip"}
         elif kv_fill == "project":
             threshold = CASES[name].threshold
             method = {"method": "ffn-skip", "scope": "token", "threshold": threshold}

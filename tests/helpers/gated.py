@@ -52,7 +52,7 @@ class Gated:
             rule = MlpRule(range(0), 0)
             plan = SkipPlan.parse(arguments.get("adaskip_skip", []), TINY_LAYERS)
         else:
-            plan = self._method.decide(arguments.get("adaskip_budget", 1.0), None)
+            plan = self._method.decide(arguments.get("adaskip_max_compute", 1.0), None)
         return plan, rule
 
     def run(

@@ -54,7 +54,7 @@ def _started(
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            # Who was started in the background ignores interrupts, and hands that on.
+            # A background process ignores interrupts, and hands that on to its children.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny random models with large weights, for whoever needs one of its own kind."""
+"""Tiny random models with large weights, for tests that need a model of their own."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def write_model(path: Path, family: str, **config: Any) -> str:
     )
     model = AutoModelForCausalLM.from_config(shape)
     for name, parameter in model.named_parameters():
-        if parameter.ndim == 1:  # made as ones and zeros, which hide who forgets them
+        if parameter.ndim == 1:  # made as ones and zeros, which hide code that forgets them
             torch.nn.init.normal_(parameter, float("norm.weight" in name), 0.2)
     model.save_pretrained(path)
     return str(path)

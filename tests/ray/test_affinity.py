@@ -175,9 +175,9 @@ def test_requests_that_name_no_plan_spread_over_all_replicas_without_others() ->
     ("one", "other"),
     [
         ({"adaskip_skip": [5, 6]}, {"adaskip_skip": [6, 5, 5]}),
-        ({"adaskip_skip": ["mlp:5", "attn:5"]}, {"adaskip_skip": [5], "adaskip_budget": 0.5}),
+        ({"adaskip_skip": ["mlp:5", "attn:5"]}, {"adaskip_skip": [5], "adaskip_max_compute": 0.5}),
         ({"adaskip": "off"}, {"adaskip_skip": []}),
-        ({"adaskip_budget": 1}, {"adaskip_budget": 1.0, "other": "x"}),
+        ({"adaskip_max_compute": 1}, {"adaskip_max_compute": 1.0, "other": "x"}),
         (None, {"adaskip": "on"}),
     ],
 )
@@ -188,7 +188,7 @@ def test_arguments_that_mean_the_same_are_the_same_plan(one: Any, other: Any) ->
 def test_plans_that_differ_are_told_apart() -> None:
     skips: list[Any] = [[], [5], ["attn:5"], [5, 6]]
     named = [{"adaskip_skip": skip} for skip in skips]
-    assert len({plan_of(one) for one in [None, *named, {"adaskip_budget": 0.5}]}) == 6
+    assert len({plan_of(one) for one in [None, *named, {"adaskip_max_compute": 0.5}]}) == 6
 
 
 values = st.recursive(
@@ -197,14 +197,14 @@ values = st.recursive(
 )
 
 
-@given(st.dictionaries(st.sampled_from(["adaskip", "adaskip_skip", "adaskip_budget"]), values))
+@given(st.dictionaries(st.sampled_from(["adaskip", "adaskip_skip", "adaskip_max_compute"]), values))
 def test_whatever_a_client_sends_is_some_plan(xargs: dict[str, Any]) -> None:
     assert isinstance(plan_of(xargs), str)
 
 
 @pytest.mark.parametrize("number", [10**400, -(10**400)])
 def test_a_huge_number_is_left_to_the_engine(number: int) -> None:
-    assert plan_of({"adaskip_budget": number}) == plan_of({"adaskip_skip": [number]}) == OPEN
+    assert plan_of({"adaskip_max_compute": number}) == plan_of({"adaskip_skip": [number]}) == OPEN
 
 
 @dataclass

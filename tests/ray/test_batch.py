@@ -30,7 +30,7 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
 ARGUMENTS: list[dict[str, Any] | None] = [
     *({"adaskip_skip": plan} for plan in PLANS),
     {"adaskip": "off"},
-    {"adaskip_skip": [5], "adaskip_budget": 0.95},
+    {"adaskip_skip": [5], "adaskip_max_compute": 0.95},
     None,
 ]
 

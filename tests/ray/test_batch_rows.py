@@ -19,7 +19,7 @@ from deploy.ray.batch_rows import SCHEMA, RowCheck, RowError, read
 ROWS: list[dict[str, Any]] = [
     {"prompt": "a", "id": 7, "vllm_xargs": {"adaskip_skip": [5, "attn:7"]}, "max_tokens": 3},
     {"prompt": "b", "vllm_xargs": {"adaskip": "off"}},
-    {"prompt": "c", "temperature": 0.5, "vllm_xargs": {"adaskip_budget": 1.0}},
+    {"prompt": "c", "temperature": 0.5, "vllm_xargs": {"adaskip_max_compute": 1.0}},
     {"prompt": "d"},
 ]
 
@@ -37,7 +37,7 @@ def test_plans_are_spelt_out_and_what_is_absent_is_null(check: RowCheck) -> None
         None,
         None,
     ]
-    assert [one["adaskip_budget"] for one in found] == [None, None, 1.0, None]
+    assert [one["adaskip_max_compute"] for one in found] == [None, None, 1.0, None]
     assert [one["max_tokens"] for one in found] == [3, 64, 64, 64]
     assert [one["temperature"] for one in found] == [0, 0, 0.5, 0]
     assert pa.Table.from_pylist(found, SCHEMA).num_rows == 4
@@ -55,7 +55,7 @@ def test_plans_are_spelt_out_and_what_is_absent_is_null(check: RowCheck) -> None
         ({"prompt": "a", "vllm_xargs": {"adaskip_skip": "5-6"}}, ["adaskip_skip", "'5-6'"]),
         ({"prompt": "a", "vllm_xargs": {"adaskip_skip": [12]}}, ["12", "layers 0 to 11"]),
         ({"prompt": "a", "vllm_xargs": {"adaskip_skp": [1]}}, ["did you mean adaskip_skip"]),
-        ({"prompt": "a", "vllm_xargs": {"adaskip_budget": 0.5}}, ["method 'none'"]),
+        ({"prompt": "a", "vllm_xargs": {"adaskip_max_compute": 0.5}}, ["method 'none'"]),
         ({"prompt": "a", "max_tokens": 0}, ["max_tokens: 0", "int >= 1"]),
         ({"prompt": "a", "max_tokens": 1.5}, ["max_tokens: 1.5"]),
         ({"prompt": "a", "max_tokens": True}, ["max_tokens: True"]),

@@ -54,8 +54,8 @@ def test_bad_values_stay_http_400_and_streams_come(cluster: psutil.Process) -> N
     for xargs, word in (
         ({"adaskip_skip": [12]}, "layers 0 to 11"),
         ({"adaskip_skip": ["x"]}, "adaskip_skip"),
-        ({"adaskip_budget": 2}, "adaskip_budget"),
-        ({"adaskip_budget": 10**400}, "integers"),
+        ({"adaskip_max_compute": 2}, "adaskip_max_compute"),
+        ({"adaskip_max_compute": 10**400}, "integers"),
         ({"adaskip_profile": "first"}, "unknown argument"),
     ):
         refused = httpx.post(COMPLETIONS, json=body("sum", vllm_xargs=xargs))

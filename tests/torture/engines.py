@@ -28,7 +28,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     **{kv_fill: {"kv_fill": kv_fill} for kv_fill in ("none", "copy", "project")},
     "drafts": {
         "kv_fill": "copy",
-        "speculate": {"skip": ["mlp:3", "attn:5"], "tokens": 3, "adapt": False},
+        "draft": {"skip": ["mlp:3", "attn:5"], "tokens": 3, "adapt": False},
     },
 }
 

@@ -152,7 +152,7 @@ class Classifier(ABC):
     def gate(self, hidden_size: int, device: torch.device, lens: Lens) -> Gate | None:
         """Return what decides inside the forward, for one engine of this process.
 
-        None where nobody is asked: with scope ``answer`` prompts still stop where their plan does.
+        None asks about no token: with scope ``answer`` prompts still stop where their plan does.
 
         Raises:
             ValueError: the method does not fit the model.

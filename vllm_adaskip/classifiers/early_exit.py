@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Method ``exit``: everybody runs the first decoder layers and no more, a fixed baseline."""
+"""Method ``exit``: all run the first decoder layers and no more, a fixed baseline."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class EarlyExitOptions(MethodOptions):
-    """How deep, and who.
+    """How deep, and which tokens.
 
     Attributes:
         layers: decoder layers that run, from the first.
@@ -59,7 +59,7 @@ class EarlyExit(Classifier):
         return self._plan
 
     def gate(self, hidden_size: int, device: torch.device, lens: Lens) -> None:
-        """Nobody is asked."""
+        """Return no gate: the depth is fixed."""
 
 
 def exit_plan(depth: int, shape: DecoderShape) -> SkipPlan:

@@ -60,7 +60,7 @@ class Gate(ABC):
     """Decides inside a forward what tokens leave out from there on, beside their plan.
 
     For methods that go by what becomes of a token on its way through the layers. One object
-    serves one engine. At each forward in which somebody may be asked, `begin` is called; then, in
+    serves one engine. `begin` is called at each forward that may ask about a token; then, in
     running order, `after` behind each of ``sub_layers``, with the tokens that ran it and have
     something left to run. What is decided about a token must depend on its own stream alone, not
     on the other tokens of the batch (isolation): then a sequence that was preempted gets the same

@@ -6,23 +6,23 @@ from __future__ import annotations
 import pkgutil
 
 from vllm_adaskip.classifiers.adainfer.method import AdaInfer
+from vllm_adaskip.classifiers.adaskip.method import AdaSkip
 from vllm_adaskip.classifiers.base import Classifier, MethodOptions
 from vllm_adaskip.classifiers.dense import Dense
 from vllm_adaskip.classifiers.early_exit import EarlyExit
 from vllm_adaskip.classifiers.ffn_skip.method import FfnSkip
 from vllm_adaskip.classifiers.first.method import First
 from vllm_adaskip.classifiers.plan import reason, shown
-from vllm_adaskip.classifiers.similarity.method import Similarity
 from vllm_adaskip.classifiers.static.method import Static
 
 #: Every method of ours by the name that users write, hyphens included.
 METHODS: dict[str, type[Classifier]] = {
     "adainfer": AdaInfer,
+    "adaskip": AdaSkip,
     "exit": EarlyExit,
     "ffn-skip": FfnSkip,
     "first": First,
     "none": Dense,
-    "similarity": Similarity,
     "static": Static,
 }
 

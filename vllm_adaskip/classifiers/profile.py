@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from vllm_adaskip import old_names
 from vllm_adaskip.classifiers.plan import shown
 
 File = TypeVar("File", bound=BaseModel)
@@ -47,7 +48,7 @@ class ProfileError(ValueError):
 
 
 def refuse_special(path: Path) -> None:
-    """Refuse a pipe or a device (`ProfileError`): whoever opens or reads it may wait for ever."""
+    """Refuse a pipe or a device (`ProfileError`): to open or read it may take for ever."""
     if path.exists() and not path.is_file():
         raise ProfileError(f"{path}: no regular file; a profile is a folder of regular files")
 
@@ -95,7 +96,7 @@ class Profile(BaseModel):
 
     Attributes:
         method: the server's method; ``options`` are its own, and cannot name another.
-        budget: largest share of decoder compute a decided plan may keep.
+        max_compute: largest share of decoder compute a decided plan may keep.
         guard: whether a server follows its plans only where they pay, see `AdaSkipConfig`.
         prompt: what prompts leave out, as the server's option ``prompt``; empty: nothing.
         adapter: whose tokens the LoRA adapter is for, if there is one.
@@ -109,7 +110,7 @@ class Profile(BaseModel):
     format: int = Field(default=FORMAT, ge=FORMAT, le=FORMAT)
     method: str
     options: dict[str, Any] = {}
-    budget: float = Field(default=1.0, gt=0, le=1)
+    max_compute: float = Field(default=1.0, gt=0, le=1)
     guard: bool = False
     prompt: dict[str, Any] = {}
     adapter: Adapted = "merged"
@@ -117,10 +118,20 @@ class Profile(BaseModel):
     fingerprint: str
     metrics: dict[str, float | int | str] = {}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _by_new_names(cls, given: Any) -> Any:
+        return old_names.renamed(given, old_names.PROFILE) if isinstance(given, Mapping) else given
+
+    @field_validator("method")
+    @classmethod
+    def _method_by_new_name(cls, method: str) -> str:
+        return old_names.method(method)
+
     @field_validator("options")
     @classmethod
     def _are_no_operators(cls, options: dict[str, Any]) -> dict[str, Any]:
-        """Refuse what only who starts a server may say (`ValueError`): above all, what is code."""
+        """Refuse what only a server's operator may say (`ValueError`): above all, what is code."""
         for key in sorted(_OPERATORS & options.keys()):
             raise ValueError(f"{key!r} ({shown(options[key])}) is not allowed here")
         return options

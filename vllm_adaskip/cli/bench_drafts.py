@@ -22,10 +22,10 @@ def drafts(
     model: Annotated[
         str, typer.Argument(help="Path or hub id; the bundled model if left out.")
     ] = "",
-    speculate: Annotated[
+    draft: Annotated[
         list[str] | None,
         typer.Option(
-            help="A draft, as adaskip.speculate has it, such as '{\"exit\": 4}'; repeatable. "
+            help="A draft, as adaskip.draft has it, such as '{\"exit\": 4}'; repeatable. "
             "If left out: a third of the layers."
         ),
     ] = None,
@@ -60,7 +60,7 @@ def drafts(
         from vllm_adaskip.lab.models import model_path
 
         path = model_path(model)
-        options = _options(speculate, path)
+        options = _options(draft, path)
         items, _ = run.questions(path, data, limit, seed, columns, apply_chat_template)
         from vllm_adaskip.lab.bench.drafts import compare, started
         from vllm_adaskip.lab.scan.answers import tokenised
@@ -116,7 +116,7 @@ def _options(texts: list[str] | None, path: str) -> dict[str, dict[str, Any]]:
         texts = [json.dumps({"exit": max(1, layers // 3)})]
     found = {}
     for text in texts:
-        one = run.parsed(text, "--speculate", dict)
-        AdaSkipConfig.parse({"speculate": one})
+        one = run.parsed(text, "--draft", dict)
+        AdaSkipConfig.parse({"draft": one})
         found[f"drafts {text}"] = one
     return found

@@ -31,7 +31,7 @@ def load(
     model: Annotated[
         str, typer.Option(help="Of which the server is; the bundled model if left out.")
     ] = "",
-    budget: Annotated[
+    max_compute: Annotated[
         float, typer.Option(min=0.01, max=1, help="Of the requests that always follow a plan.")
     ] = 1.0,
     prompt_exit: Annotated[
@@ -69,7 +69,7 @@ def load(
         out.mkdir(parents=True, exist_ok=True)
         prompts = out / "prompts.jsonl"
         prompts.write_text("".join(json.dumps({"prompt": one.prompt}) + "\n" for one in items))
-        always: dict[str, Any] = {"adaskip_budget": budget}
+        always: dict[str, Any] = {"adaskip_max_compute": max_compute}
         if prompt_exit:
             always["adaskip_prompt_exit"] = prompt_exit
         variants = {"dense": {"adaskip": "off"}, "always": always, "as served": None}

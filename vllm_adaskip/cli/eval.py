@@ -47,11 +47,11 @@ def evaluate(
 ) -> None:
     """Run a model dense and under skip plans on a data set, through the real engine.
 
-    With no --method, --profile, --plans, --skip and --prompt-exit: method similarity, and all
+    With no --method, --profile, --plans, --skip and --prompt-exit: method adaskip, and all
     families of fixed plans.
     """
     if not (method or profile or plans or skip or prompt_exit):
-        method, plans = ["similarity"], ["uniform", "random", "exit"]
+        method, plans = ["adaskip"], ["uniform", "random", "exit"]
     with run.plain_errors():
         from vllm_adaskip.lab.evaluation.doubt import doubts
 

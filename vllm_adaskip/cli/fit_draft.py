@@ -67,7 +67,7 @@ def draft(
         console.print(f"draft: {out}; serve with it", style="bold")
         console.print(
             f"vllm serve {shlex.quote(one.path)} --plugin adaskip "
-            f"--additional-config.adaskip.speculate.profile {name}",
+            f"--additional-config.adaskip.draft.profile {name}",
             soft_wrap=True, highlight=False,
         )  # fmt: skip
 

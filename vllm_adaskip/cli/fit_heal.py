@@ -139,7 +139,7 @@ def _served(
     options = {"skip": plans[0], **({"ladder": plans[1:]} if plans[1:] else {})}
     shape = family_shape(one.path)
     budget = SkipPlan.parse(plans[0], shape.num_layers).share(shape)
-    return Profile(method="static", options=options, budget=budget, **own)
+    return Profile(method="static", options=options, max_compute=budget, **own)
 
 
 def _rungs(served: Profile, early_exit: Sequence[int], num_layers: int) -> list[Rung]:
@@ -216,7 +216,7 @@ def table(done: Healed) -> Table:
 def _how_to_go_on(one: fit.Subject, out: Path, early_exit: Sequence[int]) -> None:
     fit.how_to_go_on(one, out)
     if early_exit:
-        drafts = f"--additional-config.adaskip.speculate.exit {early_exit[0]}"
+        drafts = f"--additional-config.adaskip.draft.exit {early_exit[0]}"
         command = f"{run.serve_command(one.path, str(out))} {drafts}"
         run.console.print("draft with its first layers", style="bold")
         run.console.print(command, markup=False, soft_wrap=True, highlight=False)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``adaskip fit static``: searches for one plan that everybody follows."""
+"""``adaskip fit static``: searches for one plan that all sequences follow."""
 
 from __future__ import annotations
 

@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
+import sys
+from functools import partial
+
 import typer
 
+from vllm_adaskip import old_names
 from vllm_adaskip.cli import ablate_adainfer, ablate_ffn_skip, ablate_first
 from vllm_adaskip.cli.ablate import ablate
 from vllm_adaskip.cli.bench import bench, curves, guard, server
@@ -16,11 +20,11 @@ from vllm_adaskip.cli.doctor import doctor
 from vllm_adaskip.cli.eval import evaluate
 from vllm_adaskip.cli.fit import fit
 from vllm_adaskip.cli.fit_adainfer import adainfer
+from vllm_adaskip.cli.fit_adaskip import adaskip
 from vllm_adaskip.cli.fit_draft import draft
 from vllm_adaskip.cli.fit_ffn_skip import ffn_skip
 from vllm_adaskip.cli.fit_first import first
 from vllm_adaskip.cli.fit_heal import heal
-from vllm_adaskip.cli.fit_similarity import similarity
 from vllm_adaskip.cli.fit_static import static
 from vllm_adaskip.cli.get import get
 from vllm_adaskip.cli.report import oracle, report
@@ -45,7 +49,7 @@ fit.command()(draft)
 fit.command()(ffn_skip)
 fit.command()(first)
 fit.command()(heal)
-fit.command()(similarity)
+fit.command()(adaskip)
 fit.command()(static)
 app.add_typer(fit, name="fit")
 ablate.command("adainfer")(ablate_adainfer.adainfer)
@@ -70,5 +74,10 @@ app.command(
 
 
 def main() -> None:
-    """Run the command line."""
-    app()
+    """Run the command line; old names are read as new ones, and stderr says so."""
+    try:
+        arguments = old_names.arguments(sys.argv[1:], partial(typer.echo, err=True))
+    except ValueError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    app(arguments)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def report(
     results_dir: Annotated[Path, typer.Argument(help="Folder of a run, as `adaskip eval` wrote.")],
-    max_drop: Annotated[
+    max_loss: Annotated[
         str, typer.Option(help="Loss of mean score you accept: 1%, '1 point' or 0.01.")
     ] = "1%",
     out: Annotated[
@@ -28,7 +28,7 @@ def report(
 ) -> None:
     """Write a page that says what to switch on, what it loses and what it wins."""
     try:
-        from vllm_adaskip.lab.evaluation.recommend import parse_max_drop
+        from vllm_adaskip.lab.evaluation.recommend import parse_max_loss
         from vllm_adaskip.lab.evaluation.report import make_report
     except ModuleNotFoundError as error:
         typer.echo(f"{error.name} is missing: pip install 'vllm-adaskip[eval]'", err=True)
@@ -37,9 +37,9 @@ def report(
 
     target = out or results_dir / "report.html"
     try:
-        made = make_report(Results(results_dir), parse_max_drop(max_drop))
+        made = make_report(Results(results_dir), parse_max_loss(max_loss))
         target.write_text(made.html, encoding="utf-8")
-    except (ValueError, OSError) as error:  # ResultsError, MaxDropError, a page nobody may write
+    except (ValueError, OSError) as error:  # ResultsError, MaxLossError, a page nobody may write
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from None
     typer.echo(made.headline)

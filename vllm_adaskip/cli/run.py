@@ -111,7 +111,10 @@ PromptExits = Annotated[
     typer.Option("--prompt-exit", help="Prompts of which so many layers run (docs/prompts.md)."),
 ]
 PromptTail = Annotated[int, typer.Option(min=1, help="Their last tokens, which run everything.")]
-Budgets = Annotated[list[float] | None, typer.Option("--budget", help="Shares of compute to keep.")]
+Budgets = Annotated[
+    list[float] | None,
+    typer.Option("--max-compute", help="Largest shares of compute to keep, in (0, 1]."),
+]
 Targets = Annotated[
     list[float] | None,
     typer.Option("--target-skip", help="Of profiles: shares of layers left out on average."),
@@ -282,7 +285,7 @@ def candidates(
             raise ValueError(f"--plans {family!r}; allowed: {', '.join(known.PLAN_FAMILIES)}")
     for share in shares:
         if not 0 < share <= 1:
-            raise ValueError(f"--budget {share:g}; allowed: a number in (0, 1]")
+            raise ValueError(f"--max-compute {share:g}; allowed: a number in (0, 1]")
     plans = known.plans(families or (), shares, num_layers, draws=draws, seed=seed)
     decided = (one for name in methods or () for one in known.decided(name, own, shares))
     return [*plans, *decided]

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 def tune(
     out: Annotated[Path, typer.Option(help="Folder for the profile; its runs go beside it.")],
-    max_drop: Annotated[float, typer.Option(help="Largest loss of the mean score, 0.01.")] = 0.01,
+    max_loss: Annotated[float, typer.Option(help="Largest loss of the mean score, 0.01.")] = 0.01,
     model: run.Model = "",
     data: run.Data = "bundled",
     columns: run.Columns = "",
@@ -54,24 +54,24 @@ def tune(
 ) -> None:
     """Pick method and budget so that a held-out half stays within the loss, with 95 % confidence.
 
-    With no --method, --profile, --plans and --prompt-exit: method similarity, uniform plans and
+    With no --method, --profile, --plans and --prompt-exit: method adaskip, uniform plans and
     early exit. If nothing qualifies, or something speaks against its numbers, nothing is written,
     and the exit status is 1.
     """
     if not (method or profile or plans or prompt_exit):
-        method, plans = ["similarity"], ["uniform", "exit"]
+        method, plans = ["adaskip"], ["uniform", "exit"]
     with run.plain_errors():
         from vllm_adaskip.lab.evaluation.doubt import doubts
         from vllm_adaskip.lab.evaluation.recommend import serve_command
         from vllm_adaskip.lab.evaluation.tune import check, choose, halves, trials
 
-        if not 0 <= max_drop < 1:
-            raise ValueError(f"--max-drop {max_drop:g}; allowed: a number in [0, 1)")
+        if not 0 <= max_loss < 1:
+            raise ValueError(f"--max-loss {max_loss:g}; allowed: a number in [0, 1)")
         items, source = run.asked(
             data, limit, seed, metric, lm_eval_path, model, columns, apply_chat_template
         )
         first, second = halves(items, seed)
-        check(first, second, max_drop)
+        check(first, second, max_loss)
         manifest = run.described(
             model, source, seed, max_model_len=max_model_len, enforce_eager=enforce_eager
         )
@@ -86,17 +86,17 @@ def tune(
             max_tokens=max_tokens, rounds=rounds, batch=batch,
         )  # fmt: skip
         names = [one.name for one in settings[1:]]
-        done = trials(results.read(Answer), names, first, second, max_drop)
+        done = trials(results.read(Answer), names, first, second, max_loss)
         summary = run.summarised(results)
-        against = doubts(summary, max_drop)
+        against = doubts(summary, max_loss)
     speed = _speed(summary)
     sound = {name: time for name, time in speed.items() if not against.of(name)}
-    best = choose(done, max_drop, sound)
-    Console().print(_table(done, speed, max_drop, best, sound))
+    best = choose(done, max_loss, sound)
+    Console().print(_table(done, speed, max_loss, best, sound))
     if best is None:
         run.say_doubts(against)
         run.console.print(
-            f"nothing surely stays within a loss of {max_drop:g} and saves time; no profile"
+            f"nothing surely stays within a loss of {max_loss:g} and saves time; no profile"
         )
         if not enforce_eager:
             run.console.print("vLLM ran dense steps compiled, others not; see --enforce-eager")
@@ -141,7 +141,7 @@ def write_profile(
         method=method,
         options=options,
         guard=method != "none" and decides_once(method, options),
-        budget=1.0 if fixed else setting.budget,
+        max_compute=1.0 if fixed else setting.budget,
         prompt=setting.prompt,
         model=manifest.model,
         fingerprint=manifest.fingerprint,
@@ -162,18 +162,18 @@ def _speed(summary: Summary) -> dict[str, float]:
 def _table(
     done: list[Trial],
     speed: dict[str, float],
-    max_drop: float,
+    max_loss: float,
     best: Trial | None,
     sound: Collection[str],
 ) -> Table:
     rows = Table(
         "setting", "loss, first half", "loss, held out", "95 % bound", "compute kept", "time", "",
-        title=f"from the safest to the boldest; allowed loss {max_drop:g}",
+        title=f"from the safest to the boldest; allowed loss {max_loss:g}",
     )  # fmt: skip
     for one in done:
         tested = one.loss is not None and one.bound is not None
         verdict = "not tested" if one.bound is None else "passes"
-        if one.bound is not None and one.bound > max_drop:
+        if one.bound is not None and one.bound > max_loss:
             verdict = "fails; no bolder one is tested"
         elif one.setting not in sound:
             verdict += ", in doubt"

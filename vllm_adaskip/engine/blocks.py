@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who may find a request's KV blocks in the prefix cache (clean cache).
+"""Which requests may find a request's KV blocks in the prefix cache (clean cache).
 
-Blocks that hold nothing but prompt tokens were computed at full depth and are everybody's; under
-a prompt plan they are shared by those with an equal one.
+Blocks that hold nothing but prompt tokens were computed at full depth, and every request may find
+them; under a prompt plan requests with an equal prompt plan may.
 What a block with generated tokens holds depends on the request's plan and on where its
 prompt ended. So its hash is mixed with a *mark* of both: it can be found by a sequence with
 the same tokens, plan and prompt length, which in practice is the same sequence coming back
-after preemption, and by nobody else. A block that lacks KV in some layer is given a mark
-that never comes again, so nobody finds it; nor a block of a plan that the batch had a say in.
+after preemption, and by no other. A block that lacks KV in some layer is given a mark
+that never comes again, so no request finds it; nor a block of a plan that depends on the batch.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def block_mark(
         return unfindable  # what it runs depends on the batch, so nothing we know here tells it
     if plan is None:
         # A coalesced plan also depends on the batch.
-        holes = kv_fill == "none" or planner.facts.coalesce > 0
+        holes = kv_fill == "none" or planner.facts.coalesce_regret > 0
         identity = f"budget {wanted.budget!r}"
     elif plan.is_dense and not is_gated and not planner.classifier.reads_whole_prompts:
         return None
@@ -196,7 +196,7 @@ class AsyncMarkingScheduler(MarkingScheduler, AsyncScheduler):
 
 
 def leaves_holes(plan: SkipPlan, kv_fill: str) -> bool:
-    """Tell whether generated tokens under a plan lack K/V in some layer.
+    """Return whether generated tokens under a plan lack K/V in some layer.
 
     `copy` has nothing to copy for a plan that runs no attention at all.
     """

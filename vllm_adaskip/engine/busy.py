@@ -7,10 +7,13 @@ scheduled it keeps, so only "the same answer whatever the load" is given up.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from vllm_adaskip import old_names
 
 #: In a request's arguments, of the level that holds for it; the scheduler alone writes it.
 LEVEL = "_adaskip_level"
@@ -63,7 +66,7 @@ class Level(BaseModel):
     """A level of load.
 
     Attributes:
-        budget: largest share of decoder compute that plans keep there.
+        max_compute: largest share of decoder compute that plans keep there.
         enter: the level begins when one of these is reached.
         leave: it ends when each is at this or below.
 
@@ -71,9 +74,14 @@ class Level(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    budget: float = Field(gt=0, le=1)
+    max_compute: float = Field(gt=0, le=1)
     enter: Thresholds
     leave: Thresholds
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_new_names(cls, given: Any) -> Any:
+        return old_names.renamed(given, old_names.LEVEL) if isinstance(given, Mapping) else given
 
     @model_validator(mode="after")
     def _apart(self) -> Level:
@@ -91,20 +99,25 @@ class BusyPlans(BaseModel):
 
     Attributes:
         levels: levels of load, the lowest first; each keeps less than the one before.
-        dwell: seconds for which a level stays at least.
+        min_seconds: seconds for which a level stays at least.
 
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     levels: list[Level] = Field(min_length=1, max_length=8)
-    dwell: float = Field(default=5.0, ge=0)
+    min_seconds: float = Field(default=5.0, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_new_names(cls, given: Any) -> Any:
+        return old_names.renamed(given, old_names.BUSY) if isinstance(given, Mapping) else given
 
     @model_validator(mode="after")
     def _descend(self) -> BusyPlans:
-        budgets = [each.budget for each in self.levels]
-        if any(later >= earlier for earlier, later in pairwise(budgets)):
-            raise ValueError(f"budgets must fall from level to level, and are {budgets}")
+        kept = [each.max_compute for each in self.levels]
+        if any(later >= earlier for earlier, later in pairwise(kept)):
+            raise ValueError(f"max_compute must fall from level to level, and is {kept}")
         return self
 
 
@@ -134,7 +147,7 @@ class Levels:
             else:
                 self._on[place] = any(seen[key] >= at for key, at in level.enter.named.items())
         wanted = max((place for place, is_on in enumerate(self._on, 1) if is_on), default=0)
-        if wanted == self.now or at - self._changed < self._options.dwell:
+        if wanted == self.now or at - self._changed < self._options.min_seconds:
             return False
         self.now, self._changed = wanted, at
         return True

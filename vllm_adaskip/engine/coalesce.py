@@ -57,7 +57,7 @@ def coalesced(
         live: ``[rows, 2 * num_layers]``, what the sequences leave out that have a plan already.
         classifier: its codebook's plans are candidates, and its regrets decide.
         shape: the model's.
-        limit: largest regret that is allowed, the option `coalesce`.
+        limit: largest regret that is allowed, the option `coalesce_regret`.
 
     """
     plans = _candidates([*(one.own for one in sequences), *classifier.codebook], live)
@@ -73,10 +73,10 @@ def coalesced(
 
 
 def within_reach(shares: FloatArray, own: float, budget: float, shape: DecoderShape) -> BoolArray:
-    """Tell which plans meet a budget and keep about as much as the own plan.
+    """Return which plans meet a budget and keep about as much as the own plan.
 
-    At most a layer more: with one dense request in the batch whoever may would follow it, and
-    others them. Less only by a sub-layer, which is how closely methods meet a budget.
+    At most a layer more: otherwise sequences would follow a dense request of the batch, and
+    others would follow them. Less only by a sub-layer, which is how closely methods meet a budget.
 
     Args:
         shares: ``[plans]``, of decoder compute that they keep.
@@ -113,7 +113,7 @@ def drawn(
     """
     runs = ~left_out
     by_some = ~live.all(axis=0)
-    by_all = by_some & ~live.any(axis=0)  # nobody is there: neither by some nor by all
+    by_all = by_some & ~live.any(axis=0)  # an empty batch: neither by some nor by all
     own_share = ROW * (runs @ weights)
     found = np.zeros(len(allowed), dtype=np.int64)
     waiting = allowed.copy()

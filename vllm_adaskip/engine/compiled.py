@@ -38,7 +38,7 @@ class Made(NamedTuple):
     Attributes:
         hidden: ``[tokens, width]`` what the LM head takes.
         passed: of each attention that the plan leaves out, K and V ``[tokens, kv_heads *
-            head_size]`` that its own projection makes; empty where nobody wants them.
+            head_size]`` that its own projection makes; empty where they are not wanted.
 
     """
 

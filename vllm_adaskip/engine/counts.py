@@ -18,7 +18,7 @@ Entries = list[int | str]
 #: ``(extra_args, prompt_token_ids)``
 Request = tuple[Mapping[str, Any] | None, Sequence[int]]
 
-#: Keys that are remembered: some hundred bytes each, and who asks does so soon.
+#: Keys that are remembered: some hundred bytes each, and a caller asks soon.
 _REMEMBERED = 16_384
 
 

@@ -44,7 +44,7 @@ class SkipState:
 
     The memo makes a plan a function of prompt and options (purity) also where a prompt's
     statistics differ in their last bits because it was computed in other chunks, and gives a
-    preempted sequence the plan under which its first tokens were generated. With `coalesce`
+    preempted sequence the plan under which its first tokens were generated. With `coalesce_regret`
     there is no purity, and the memo alone does the latter.
 
     Attributes:
@@ -58,7 +58,7 @@ class SkipState:
         replay: of the forward that comes next, what runs it as a graph; None: there is none.
         graphs: the engine's graphs; None: it has none.
         compiled: its compiled plans, on a CPU; None: it compiles none.
-        pulled: feeds the table where nobody tells of the batch; None: somebody does.
+        pulled: feeds the table where the runner does not report its batch; None: it does.
         drafter: drafts tokens; None: the engine does not.
         plans: sequences that entered, by plan: ``dense``, ``skipping``, or ``gated`` where the
             method may leave out more, token by token. Sequences that wait for a plan are in none.
@@ -266,14 +266,14 @@ class SkipState:
         planner = self.planner
         plans = {each: planner.decide(each.budget, prompt) for each, prompt in new.items()}
         own = {each: plan for each, plan in plans.items() if plan is not planner.dense}  # a failure
-        if not planner.facts.coalesce or not own:
+        if not planner.facts.coalesce_regret or not own:
             return plans
         drawn = coalesced(
             [Undrawn(plan, each.budget, new[each]) for each, plan in own.items()],
             self.table.followed,
             planner.classifier,
             planner.facts.shape,
-            planner.facts.coalesce,
+            planner.facts.coalesce_regret,
         )
         self.coalesced += sum(map(ne, own.values(), drawn))
         return {**plans, **dict(zip(own, drawn, strict=True))}
@@ -288,10 +288,10 @@ def shared_state(vllm_config: VllmConfig) -> SkipState:
     """Return the state that the feeder and the model of an engine share.
 
     The V1 runner makes its feeder before its model. Under V2, and with drafts, the model comes
-    first, and the feeder with it or later, so whoever asks first makes the state.
+    first, and the feeder with it or later, so the first of them that asks makes the state.
 
     Raises:
-        RuntimeError: nobody feeds plans to this engine, which would be silently dense.
+        RuntimeError: nothing feeds plans to this engine, which would be silently dense.
 
     """
     state = compat.shared(vllm_config)
@@ -310,7 +310,7 @@ def shared_state(vllm_config: VllmConfig) -> SkipState:
 
 
 def _key(extra_args: Mapping[str, Any] | None, prompt: Sequence[int]) -> bytes:
-    """Tell requests apart, by arguments of others too."""
+    """Return what tells requests apart: prompt and all arguments, those of others too."""
     return _digest(prompt, repr(sorted((extra_args or {}).items(), key=repr)))
 
 

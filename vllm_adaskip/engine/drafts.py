@@ -40,7 +40,7 @@ PROBING = 0.01
 
 
 class DraftOptions(BaseModel):
-    """The server's option ``speculate``.
+    """The server's option ``draft``.
 
     Attributes:
         exit: first layers that draft; the others are left out.
@@ -94,7 +94,7 @@ class Draft:
 
     @classmethod
     def of_options(cls, options: Mapping[str, Any], num_layers: int) -> Draft:
-        """Read the option ``speculate``, as `DraftOptions`.
+        """Read the option ``draft``, as `DraftOptions`.
 
         Raises:
             PlanError: it names layers that this model has not, or leaves out none.
@@ -107,9 +107,9 @@ class Draft:
         try:
             plan = named_plan(exit, read.skip, num_layers)
         except PlanError as error:
-            raise PlanError(f"speculate: {error}") from None
+            raise PlanError(f"draft: {error}") from None
         if plan.is_dense:
-            raise PlanError("speculate: a draft that leaves out nothing is as slow as the model")
+            raise PlanError("draft: a draft that leaves out nothing is as slow as the model")
         return cls(plan, read.tokens, read.vocabulary, profile, read.adapt)
 
 
@@ -152,7 +152,7 @@ class Calibration:
     def learn(self, confidence: Sequence[float], accepted: int) -> None:
         """Take a row's drafts that were verified, in order, of which the first were accepted.
 
-        Of those behind the first that was not, nobody knows.
+        Of drafts behind the first that was not accepted, nothing is known.
         """
         bins = self._bins(np.array(confidence[: accepted + 1]))
         kept = (1 - FORGET) ** len(bins)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is written into the KV cache where a generated token leaves attention out.
 
-Three strategies, the engine's option ``kv_fill``. While a sequence keeps its plan nobody
+Three strategies, the engine's option ``kv_fill``. While a sequence keeps its plan no token
 reads what is written here: it makes blocks complete, so that they may stay in the prefix
 cache, and lets a sequence change its depth while it decodes.
 """
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class KvFill:
-    """``none``: nothing is written; blocks with holes are then found by nobody.
+    """``none``: nothing is written; no request finds blocks with holes.
 
     Base of the other strategies. The model makes these calls in this order at every step in
     which something is skipped.
@@ -145,7 +145,7 @@ class CopyFill(KvFill):
         keep_keys_and_values(attention, self._keep)
 
     def begin(self, step: Step, *, may_change: bool) -> None:
-        """Keep K/V from now on, of the layers from which somebody may be given them."""
+        """Keep K/V from now on, of the layers whose K/V other layers may be given."""
         self._step = step
         self._written: Bools | None = None
         self._sources = None if may_change else self._copies().sources

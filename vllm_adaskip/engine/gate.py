@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Asks a method's gate, in the middle of a forward, what tokens leave out from there on.
 
-Nobody's decision changes anybody else's plan (isolation). All but the gate's own look at the stream
-is host arithmetic on small arrays.
+A sequence's decision changes no other sequence's plan (isolation). All but the gate's own look at
+the stream is host arithmetic on small arrays.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Leaving(NamedTuple):
 
 
 class StepGate:
-    """One engine's gate, step by step; it asks nobody if the method has none.
+    """One engine's gate, step by step; it asks about no token if the method has none.
 
     Scope ``token`` asks about each generated token past the warm-up. Scope ``answer`` asks about
     the last prompt token of a request for one token, and all its prompt tokens of the step obey.
@@ -70,7 +70,7 @@ class StepGate:
         return skips
 
     def begin(self, step: Step, seq_lens: Ints) -> None:
-        """Find whom to ask about in a step; ``[rows]`` tokens of each sequence."""
+        """Find the tokens to ask about in a step; ``[rows]`` tokens of each sequence."""
         self.is_open = False
         gated = self._table.gated[: len(seq_lens)]
         self._is_gated = self.scope is not None and bool(gated.any())
@@ -90,7 +90,7 @@ class StepGate:
         self._gate.begin(~step.runs[spans], allowed)
 
     def after(self, sub_layer: int, step: Step, show: Show) -> Leaving | None:
-        """Ask behind a sub-layer, and tell the step; None: nobody leaves anything out."""
+        """Ask behind a sub-layer, and tell the step; None: no token leaves anything out."""
         assert self._gate is not None
         if sub_layer not in self._gate.sub_layers:
             return None

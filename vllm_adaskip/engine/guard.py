@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether plans pay on this machine: what steps take, and who is admitted dense where they do not.
+"""Whether plans pay on this machine: what steps take, and which sequences run dense.
 
 Pure: arrays and seconds, no vLLM. `probes.py` says what is timed at start-up.
 """
@@ -93,7 +93,7 @@ def at_rows(sizes: Ints, seconds: Floats, rows: Ints | int) -> Floats:
 
 
 def _regroups(skips: Bools, runs: Ints) -> int:
-    """Count sub-layers that other rows run than the one before, of those that somebody runs."""
+    """Count sub-layers that other rows run than the one before, of those that any row runs."""
     launched = skips[:, runs > 0]
     before = np.zeros_like(launched)
     before[:, 1:] = launched[:, :-1]

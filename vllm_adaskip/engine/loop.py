@@ -137,13 +137,13 @@ class SkipRuntime:
         return self.batches.during(parts)
 
     def ask(self, sub_layer: int, window: Window) -> None:
-        """Ask the gate behind a sub-layer, and tell attention and cache who left."""
+        """Ask the gate behind a sub-layer, and tell attention and cache which tokens left."""
         assert self.step is not None
         leaving = self.gate.after(sub_layer, self.step, window.of)
         if leaving is None or not (attention := leaving.left_out[:, 0::2]).any():
             return
         layer = sub_layer // 2
-        if self.gate.scope == "token":  # a prompt that asks for one token is read by nobody
+        if self.gate.scope == "token":  # no token reads a prompt that asks for one token
             self.fill.leave(layer, leaving.tokens, attention)
         self.batches.arrange(self.step.attention_parts[layer + 1 :], layer + 1)
 
@@ -270,7 +270,7 @@ class SkippingDecoder(nn.Module):
         """
         stack = self.stack_of(self.model)
         if stack is not self.model or not hasattr(stack, "norm"):
-            raise ValueError("speculate: a profile's layers are for models laid out as Llama")
+            raise ValueError("draft: a profile's layers are for models laid out as Llama")
         layers = [copied(layer, self.attention_of(layer)) for layer in stack.layers[:first]]
         model = copy(stack)
         model._modules = {
@@ -391,7 +391,7 @@ class SkippingDecoder(nn.Module):
             return replay()
         if step is None:
             return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds)
-        # What vLLM adds for its graphs lies behind the step's own tokens, and belongs to nobody.
+        # What vLLM adds for its graphs lies behind the step's own tokens; it is no sequence's.
         real = slice(step.num_tokens)
         input_ids = None if input_ids is None else input_ids[real]
         inputs_embeds = None if inputs_embeds is None else inputs_embeds[real]

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from vllm_adaskip.classifiers.plan import PlanError, SkipPlan, shown
 
-#: Last tokens of a prompt that run everything, where nobody says how many.
+#: Last tokens of a prompt that run everything, where no number is given.
 TAIL = 16
 
 

@@ -77,7 +77,7 @@ class PagedStatistics:
 
 
 class PromptReader:
-    """Shows a method the prompt tokens of each step; nobody reads if its ``width`` is 0.
+    """Shows a method the prompt tokens of each step; nothing is read if its ``width`` is 0.
 
     Attributes:
         is_open: whether the method reads something in the step that runs now.

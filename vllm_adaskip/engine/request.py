@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from logging import getLogger
 from typing import TYPE_CHECKING, Any
 
+from vllm_adaskip import old_names
 from vllm_adaskip.classifiers import (
     METHODS,
     Classifier,
@@ -39,7 +40,7 @@ logger = getLogger("vllm.adaskip")
 KEYS = (
     "adaskip",
     "adaskip_skip",
-    "adaskip_budget",
+    "adaskip_max_compute",
     "adaskip_prompt_exit",
     "adaskip_prompt_skip",
     "adaskip_prompt_tail",
@@ -103,6 +104,10 @@ class RequestArgs:
         ours = {key: value for key, value in (extra_args or {}).items() if _is_ours(key)}
         if not ours:
             return cls()
+        try:
+            ours = old_names.renamed(ours, old_names.ARGUMENT)
+        except ValueError as error:
+            raise RequestError("adaskip_max_compute", str(error)) from None
         for key in ours:
             if key not in KEYS:
                 raise RequestError(key, f"unknown argument{_nearest(key)}; allowed: {_listed()}")
@@ -120,7 +125,7 @@ class RequestArgs:
             own_tail = None if tail is None else as_tail(tail)
         except PlanError as error:
             raise RequestError("adaskip_prompt_tail", str(error)) from None
-        budget = _budget(ours.get("adaskip_budget"))
+        budget = _budget(ours.get("adaskip_max_compute"))
         draft = _draft(ours.get("adaskip_draft"))
         return cls(
             not is_on, ours.get("adaskip_skip"), budget, exit, skip, own_tail, draft, shows_plan
@@ -128,7 +133,7 @@ class RequestArgs:
 
 
 def is_one_answer(params: SamplingParams) -> bool:
-    """Tell whether a request is done with one token, and wants to know no more than that.
+    """Return whether a request is done with one token, and wants to know no more than that.
 
     Log-probabilities of the prompt would have to come from layers that an answer may leave out.
     """
@@ -141,21 +146,21 @@ class EngineFacts:
 
     ``profile``, a folder or hub id, is where a method finds its tensors, in every process.
     ``known_plans`` are plans that requests will name, in the form of `SkipPlan.parse`; ``prompt``
-    is what `PromptPlan.of_options` reads, ``speculate`` what `Draft.of_options` does, ``busy``
+    is what `PromptPlan.of_options` reads, ``draft`` what `Draft.of_options` does, ``busy``
     is `BusyPlans`, and ``canary`` `CanaryOptions`.
     """
 
     shape: DecoderShape
     method: str = "none"
     method_options: Mapping[str, Any] | None = None
-    budget: float = 1.0
+    max_compute: float = 1.0
     kv_fill: str = "none"
     profile: str | None = None
-    coalesce: float = 0.0
+    coalesce_regret: float = 0.0
     guard: bool = False
     known_plans: Sequence[Sequence[int | str]] = field(default_factory=list)  # as JSON has it
     prompt: Mapping[str, Any] | None = None
-    speculate: Mapping[str, Any] | None = None
+    draft: Mapping[str, Any] | None = None
     busy: Mapping[str, Any] | None = None
     canary: Mapping[str, Any] | None = None
 
@@ -237,11 +242,12 @@ class Planner:
                 "kv_fill: 'none' is not allowed where each token stops by itself, because deeper "
                 "tokens would read holes; allowed: 'copy', 'project'"
             )
-        if facts.coalesce and not self.classifier.coalesces:
+        if facts.coalesce_regret and not self.classifier.coalesces:
             able = ", ".join(repr(name) for name, each in METHODS.items() if each.coalesces)
             raise ValueError(
-                f"coalesce: {facts.coalesce:g} is not allowed with method {facts.method!r}, which "
-                f"cannot say how much worse another plan is; allowed: 0, or method {able}"
+                f"coalesce_regret: {facts.coalesce_regret:g} is not allowed with method "
+                f"{facts.method!r}, which cannot say how much worse another plan is; allowed: 0, "
+                f"or method {able}"
             )
         if facts.guard and gate:
             raise ValueError(
@@ -253,21 +259,21 @@ class Planner:
         self.prompt = None if facts.prompt is None else PromptPlan.of_options(facts.prompt, layers)
         if self.prompt is not None and self.classifier.reads_whole_prompts:
             raise ValueError(f"prompt: '{self.prompt.plan}' {self._not_with_the_method}")
-        self.draft = None if facts.speculate is None else Draft.of_options(facts.speculate, layers)
+        self.draft = None if facts.draft is None else Draft.of_options(facts.draft, layers)
         if self.draft is not None and gate:
             raise ValueError(
-                f"speculate: not allowed with method {facts.method!r} and scope {gate!r}, whose "
+                f"draft: not allowed with method {facts.method!r} and scope {gate!r}, whose "
                 "gate would remember drafts that are not accepted; allowed: a method that decides "
                 "once a sequence"
             )
-        if self.draft is not None and facts.coalesce:
+        if self.draft is not None and facts.coalesce_regret:
             raise ValueError(
-                f"speculate: not allowed with coalesce {facts.coalesce:g}, under which a plan "
-                "depends on who is in the batch, and so on how fast others draft; allowed: "
-                "coalesce 0"
+                f"draft: not allowed with coalesce_regret {facts.coalesce_regret:g}, under which a "
+                "plan depends on the sequences in the batch, and so on how fast others draft; "
+                "allowed: coalesce_regret 0"
             )
         self._has_failed = False
-        self._default = self._decided(facts.budget)
+        self._default = self._decided(facts.max_compute)
         self.busy = None if facts.busy is None else BusyPlans.model_validate(dict(facts.busy))
         self._levels = [Wanted(self.dense, 1.0), *(self._at_levels() if self.busy else ())]
         if facts.canary is None:
@@ -364,7 +370,7 @@ class Planner:
         found = []
         for level in self.busy.levels:
             try:
-                found.append(self._decided(level.budget))
+                found.append(self._decided(level.max_compute))
             except PlanError as error:
                 raise ValueError(f"busy: {error}") from None
         if all(each.plan == self.dense for each in found):
@@ -390,7 +396,7 @@ class Planner:
         if asked is None:
             return most
         if asked > most:
-            allowed = f"0 to {most}" if most else "0, as this server drafts nothing (speculate)"
+            allowed = f"0 to {most}" if most else "0, as this server drafts nothing (option draft)"
             raise RequestError("adaskip_draft", f"{asked} is not allowed; allowed: {allowed}")
         return asked
 
@@ -400,9 +406,9 @@ class Planner:
         if args.budget is None:
             return self._default
         try:
-            return self._decided(min(args.budget, self.facts.budget))
+            return self._decided(min(args.budget, self.facts.max_compute))
         except PlanError as error:
-            raise RequestError("adaskip_budget", str(error)) from None
+            raise RequestError("adaskip_max_compute", str(error)) from None
 
     def _prompt(self, args: RequestArgs) -> PromptPlan | None:
         """Return what a request's prompt leaves out: what it names, or what the server says."""
@@ -503,7 +509,7 @@ class Planner:
         kept = plan.share(self.facts.shape)
         if budget is not None and kept > budget:
             raise RequestError(
-                "adaskip_budget",
+                "adaskip_max_compute",
                 f"{budget:g} is below what adaskip_skip keeps: '{plan}' keeps "
                 f"{kept:.3f} of the decoder's compute; name more to skip, or a larger budget",
             )
@@ -536,7 +542,7 @@ def _draft(value: object) -> int | None:
         raise RequestError(
             "adaskip_draft",
             f"{shown(value)} is not allowed; allowed: an integer from 0 (no drafts) to the "
-            "server's speculate.tokens",
+            "server's draft.tokens",
         )
     return value
 
@@ -546,7 +552,7 @@ def _budget(value: object) -> float | None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
         raise RequestError(
-            "adaskip_budget",
+            "adaskip_max_compute",
             f"{shown(value)} is not allowed; allowed: a number in (0, 1], the "
             "largest share of decoder compute the plan may keep",
         )

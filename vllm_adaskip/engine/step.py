@@ -4,7 +4,7 @@
 vLLM lays the tokens of a step out sequence after sequence. A *span* is a run of consecutive
 tokens of one sequence that share their fate, so ``runs[span, sub_layer]`` says it all. It is set
 when the step begins, and afterwards only cleared. Everything else is read from it: what attention
-must be told, who passes a sub-layer by, what K/V to fill in, and what is counted.
+must be told, which tokens pass a sub-layer by, what K/V to fill in, and what is counted.
 """
 
 from __future__ import annotations
@@ -211,7 +211,7 @@ class Step:
         return self._counted
 
     def part(self, sub_layer: int) -> Part | None:
-        """Return who runs a sub-layer; None: everybody. The same object for the same tokens."""
+        """Return the tokens that run a sub-layer; None: all. One object for the same tokens."""
         part = self._parts[sub_layer]
         if part == "?":
             column = self.runs[:, sub_layer]
@@ -223,7 +223,7 @@ class Step:
 
     @property
     def attention_parts(self) -> list[Part | None]:
-        """Who runs the attention of each layer, as `part`."""
+        """The tokens that run the attention of each layer, as `part`."""
         return [self.part(sub_layer) for sub_layer in range(0, self.runs.shape[1], 2)]
 
     def tokens(self, spans: Bools) -> Tokens:
@@ -268,7 +268,7 @@ class Step:
             spans = self.span_of(tokens)
             self._parts = ["?"] * len(self._parts)
         self.runs[spans] &= ~left_out
-        self.shortened[spans] = False  # a prompt that stops for good is read by nobody
+        self.shortened[spans] = False  # no token reads a prompt that stops for good
         self._counted = None
         for sub_layer in np.flatnonzero(left_out.any(axis=0)).tolist():
             self._parts[sub_layer] = "?"

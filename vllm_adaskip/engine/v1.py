@@ -67,7 +67,7 @@ class V1Feeder(LogitsProcessor):
         self._state.settle()
 
     def is_argmax_invariant(self) -> bool:
-        """Tell vLLM that greedy sampling need not call us."""
+        """Return True: greedy sampling need not call us."""
         return True
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:

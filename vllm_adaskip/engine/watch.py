@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 logger = getLogger("vllm.adaskip")
 
-#: Seconds after which an answer is read though requests wait: else nobody looks under full load.
+#: Seconds after which an answer is read though requests wait: else none is read under full load.
 PATIENCE: Final = 10.0
 #: Of a request that reads: at full depth, and nothing drafted.
 _WHOLE: Final = {"adaskip": "off", "adaskip_draft": 0, READS: True}
 
 
 class WatchingScheduler(RereadingScheduler):
-    """Reads a share of answers under the server's plans again, one at a time, while nobody waits.
+    """Reads a share of answers under the server's plans again, one by one, while no request waits.
 
     The scheduler does so, because it sees all answers in all kinds of server, and what waits.
     """

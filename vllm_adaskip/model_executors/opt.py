@@ -2,8 +2,8 @@
 """OPT: learned positions, layer norms before or after, embeddings of another width.
 
 Most checkpoints norm before a sub-layer, ``x + f(norm(x))``. OPT 350M norms after it,
-``norm(x + f(x))``: what such a sub-layer changes is then ``norm(x + f(x)) - x``, and who leaves
-it out keeps ``x``, without the norm.
+``norm(x + f(x))``: what such a sub-layer changes is then ``norm(x + f(x)) - x``, and a token
+that leaves it out keeps ``x``, without the norm.
 """
 
 from __future__ import annotations

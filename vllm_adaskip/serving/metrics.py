@@ -29,8 +29,8 @@ PERIOD: Final = 5.0
 def start_metrics(client: EngineClient) -> asyncio.Task[None] | None:
     """Count from now on, for an engine of ours, in the event loop that serves it.
 
-    `vllm serve` does so by itself. Who builds a server of their own calls this once a process,
-    and keeps what it gives, which runs until it is cancelled. None under ``--disable-log-stats``.
+    `vllm serve` does so by itself. A server of your own calls this once a process, and
+    keeps what it returns, which runs until it is cancelled. None under ``--disable-log-stats``.
     """
     if (kinds := metric_classes(client)) is None:
         return None

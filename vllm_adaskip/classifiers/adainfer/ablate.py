@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What AdaInfer (arXiv 2403.02181) saves and costs, task by task, and what it has to beat.
 
-Its classifiers, fitted on all tasks and on one alone (transfer), against everybody's exit at one
-depth, and against exits at random: as many at each depth as the classifier's, but anybody's.
+Its classifiers, fitted on all tasks and on one alone (transfer), against all cases' exit at one
+depth, and against exits at random: as many at each depth as the classifier's, of any cases.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class AdaInferOptions(MethodOptions):
-    """Who may stop, where, and by which rule.
+    """What may stop, where, and by which rule.
 
     Attributes:
         scope: ``answer``: requests for one token, prompt and all, inside prefill; ``prompt``: the
@@ -53,8 +53,8 @@ class AdaInferOptions(MethodOptions):
 class AdaInfer(Classifier):
     """Early exit by two features of the next token's distribution, AdaInfer (arXiv 2403.02181).
 
-    Published for answers of one token, which is scope ``answer``. A budget is a depth that nobody
-    goes beyond; the rule may stop earlier.
+    Published for answers of one token, which is scope ``answer``. A budget is a depth that no
+    sequence goes beyond; the rule may stop earlier.
     """
 
     Options = AdaInferOptions

@@ -86,7 +86,7 @@ def _decided(family: str, target: float, options: FfnSkipOptions) -> Setting:
 def _fixed(
     found: Similarities, greedy: Sequence[Entry], target: float, num_layers: int
 ) -> Iterator[Setting]:
-    """Return sets of MLPs that everybody leaves out; the first and the last layer's stay."""
+    """Return sets of MLPs that all sequences leave out; the first and the last layer's stay."""
     inner = units("mlp", range(1, num_layers - 1))
     count = round(target * num_layers)
     mean = np.average(found.prompts, axis=0, weights=found.weights)[3:-1:2]
@@ -109,7 +109,7 @@ def _at_equal_compute(
     """Return what leaves out attention too, with as much compute kept as without the MLPs."""
     less = target * shape.mlp_parameters / shape.layer_parameters
     yield Setting(
-        name=f"AdaSkip -{target:.0%}", family="AdaSkip", method="similarity", budget=1 - less
+        name=f"AdaSkip -{target:.0%}", family="AdaSkip", method="adaskip", budget=1 - less
     )
     if count := round(less * shape.num_layers):
         skip = [*greedy_layers[:count]]

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Method ``static``: one fixed plan for everybody."""
+"""Method ``static``: one fixed plan for all sequences."""

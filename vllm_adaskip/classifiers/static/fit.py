@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Searches for one plan that everybody follows: what may go, how much, and which of it."""
+"""Searches for one plan that all sequences follow: what may go, how much, and which of it."""
 
 from __future__ import annotations
 

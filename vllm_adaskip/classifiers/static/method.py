@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Method ``static``: one fixed plan for everybody, the baseline of every adaptive method."""
+"""Method ``static``: one fixed plan for all, the baseline of every adaptive method."""
 
 from __future__ import annotations
 

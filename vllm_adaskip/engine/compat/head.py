@@ -108,7 +108,7 @@ class DraftHead:
         try:
             self._head.check(None if vocabulary is None else vocabulary.tolist())
         except ValueError as error:
-            raise ValueError(f"speculate: {error}") from None
+            raise ValueError(f"draft: {error}") from None
         self.vocabulary = vocabulary
 
     def __call__(self, hidden: Tensor) -> tuple[Tensor, Tensor]:

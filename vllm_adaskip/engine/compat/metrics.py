@@ -32,7 +32,7 @@ def metric_classes(client: EngineClient) -> Kinds | None:
 
 
 def speaks_for_workers(client: EngineClient) -> bool:
-    """Tell, of several API server processes with the same engines, the one that asks them.
+    """Return whether, of API server processes with the same engines, this one asks the engines.
 
     Since 0.29. Remove when the engine client says which of how many it is.
     """

@@ -19,7 +19,7 @@ class RequestCheck(LogitsProcessor):
     """Touches no request's logits; `naming.named_class` adds what refuses bad requests."""
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
-        """Tell the runner that this request's logits stay as they are."""
+        """Return False: this request's logits stay as they are."""
         return False
 
     def apply(self, logits: Tensor, ctx: Any) -> Tensor:

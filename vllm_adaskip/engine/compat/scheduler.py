@@ -34,9 +34,10 @@ class MarkedBlocks(Scheduler):
     replacing that hasher reaches exactly the blocks with generated tokens; where the prompt's own
     have a mark, they are hashed once more.
 
-    vLLM makes blocks findable when it schedules them, before anybody knows what they will hold. So
+    vLLM makes blocks findable when it schedules them, before it is known what they will hold. So
     the step in which a prompt becomes complete is kept out of the cache where it may leave holes;
-    what such a request finds itself, and earlier chunks, which run at full depth, stay everybody's.
+    every request may find what such a request finds itself, and earlier chunks, which run at full
+    depth.
 
     Since 0.26 (`Request._block_hasher`, `Request.block_hashes`, `_preempt_request`;
     ``allocate_slots`` with ``delay_cache_blocks``, made for blocks from elsewhere). Remove when a

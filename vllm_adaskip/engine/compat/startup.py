@@ -103,7 +103,7 @@ def check_engines(check: Callable[[VllmConfig], None]) -> None:
 
 
 def is_probe(hf_config: Any) -> bool:
-    """Tell whether a config is the made-up one by which vLLM asks what an override does.
+    """Return whether a config is made up by vLLM, to ask what an override does.
 
     Since 0.29. Remove when vLLM stops calling ``hf_overrides`` on a config of its own.
     """

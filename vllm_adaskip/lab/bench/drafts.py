@@ -54,7 +54,7 @@ def started(
 
     Args:
         model: folder or hub id.
-        options: name -> our option ``speculate``.
+        options: name -> our option ``draft``.
         tokens: that n-gram drafts have at most.
         profile: that engines with our drafts serve; empty: none.
         vllm: options of all engines.
@@ -65,7 +65,7 @@ def started(
     variants: dict[str, dict[str, Any]] = {
         STOCK: {},
         EAGER: {"enforce_eager": True},
-        **{name: {"plugin": {"speculate": dict(one), **served}} for name, one in options.items()},
+        **{name: {"plugin": {"draft": dict(one), **served}} for name, one in options.items()},
         NGRAM: {"speculative_config": ngram},  # last, as no engine starts after what it imports
     }
     with ExitStack() as stack:

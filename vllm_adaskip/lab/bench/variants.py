@@ -71,8 +71,8 @@ class Engines:
         eager: stock vLLM with ``enforce_eager``.
         plugin: with the plugin; plans come with the requests, `ONE` and `TWO` are known to it.
         smaller: stock vLLM with half of the layers physically gone.
-        guarded: the plugin with `similarity`, a plan for each prompt, and ``guard``.
-        first: the plugin with FiRST, which decides on half of the layers, ``coalesce`` 1.
+        guarded: the plugin with `adaskip`, a plan for each prompt, and ``guard``.
+        first: the plugin with FiRST, which decides on half of the layers, ``coalesce_regret`` 1.
 
     The last two are None where memory is short, or with adapters: those engines run uncompiled,
     and ``guard`` measures none.
@@ -97,8 +97,8 @@ class Engines:
         half = shape.of_depth(kept).write(folder / "half")
         first = {
             "profile": untrained_first(folder / "first", model),
-            "budget": 0.5,
-            "coalesce": 1.0,
+            "max_compute": 0.5,
+            "coalesce_regret": 1.0,
         }
         layers = shape.num_layers
         known = [one.entries() for one in (shared(layers), two_left_out(layers))]
@@ -108,7 +108,7 @@ class Engines:
             (model, None, True),
             (model, {"known_plans": known}, False),
             (half, None, False),
-            (model, {"method": "similarity", "guard": True}, False),
+            (model, {"method": "adaskip", "guard": True}, False),
             (model, first, False),
         )
         gc.collect()  # what earlier engines hold goes only with them
@@ -148,8 +148,8 @@ class Engines:
             EAGER: (self.eager, nothing),
             SMALLER: (self.smaller, nothing),
             **{name: (self.plugin, following(plans)) for name, plans in self.plans(batch).items()},
-            GUARDED: (self.guarded, [{"adaskip_budget": 0.95}] * batch),
-            GUARDED_HALF: (self.guarded, [{"adaskip_budget": 0.5}] * batch),
+            GUARDED: (self.guarded, [{"adaskip_max_compute": 0.95}] * batch),
+            GUARDED_HALF: (self.guarded, [{"adaskip_max_compute": 0.5}] * batch),
             DECIDED: (self.first, nothing),
         }
         return {

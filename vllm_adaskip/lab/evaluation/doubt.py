@@ -57,24 +57,24 @@ class Doubts:
         return [*self.run, *self.settings.get(setting, [])]
 
 
-def doubts(summary: Summary, max_drop: float = 0.0) -> Doubts:
+def doubts(summary: Summary, max_loss: float = 0.0) -> Doubts:
     """Collect all that speaks against recommending a setting of this run.
 
     Args:
         summary: of the run.
-        max_drop: the loss of mean score that is allowed.
+        max_loss: the loss of mean score that is allowed.
 
     """
     own = {one.name: list(_of_setting(one, summary)) for one in summary.others}
-    return Doubts([*_of_run(summary, max_drop), *_better(summary)], own)
+    return Doubts([*_of_run(summary, max_loss), *_better(summary)], own)
 
 
-def among_many(one: SettingSummary, looked_at: int, max_drop: float) -> Iterator[Doubt]:
+def among_many(one: SettingSummary, looked_at: int, max_loss: float) -> Iterator[Doubt]:
     """Ask whether a loss is within bounds also if it is the luckiest of several (Bonferroni)."""
     if looked_at < 2 or one.score is None:
         return
     bound = one.score.upper(1 - 0.05 / looked_at)
-    if bound > max_drop:
+    if bound > max_loss:
         yield Doubt(
             "many",
             f"{one.name} is one of {looked_at} settings that were looked at. Allowing for that, it "
@@ -82,7 +82,7 @@ def among_many(one: SettingSummary, looked_at: int, max_drop: float) -> Iterator
         )
 
 
-def _of_run(summary: Summary, max_drop: float) -> Iterator[Doubt]:
+def _of_run(summary: Summary, max_loss: float) -> Iterator[Doubt]:
     dense = summary.dense
     if summary.batch is None and summary.others:
         yield Doubt("rounds", "Nothing was timed, and less compute is not always less time.")
@@ -108,10 +108,10 @@ def _of_run(summary: Summary, max_drop: float) -> Iterator[Doubt]:
                 f"{scores}, and always answering with the most frequent label scores "
                 f"{_points(luck)}. A task at chance shows no loss: leave it out, or mend it.",
             )
-    if dense.score and NOTHING < dense.score.mean <= max_drop:
+    if dense.score and NOTHING < dense.score.mean <= max_loss:
         yield Doubt(
             "nothing",
-            f"Dense scores {_points(dense.score.mean)} of 100, and a loss of {_points(max_drop)} "
+            f"Dense scores {_points(dense.score.mean)} of 100, and a loss of {_points(max_loss)} "
             "is allowed: a model that knows nothing would pass.",
         )
 

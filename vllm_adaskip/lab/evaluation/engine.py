@@ -127,7 +127,7 @@ class Engine:
         own[ASKED] = next(self._asked)
         if setting.skip is not None:
             return {"adaskip_skip": setting.skip, **own}
-        return {"adaskip_budget": setting.budget, **own}
+        return {"adaskip_max_compute": setting.budget, **own}
 
     def ran(self, params: Sequence[Any], outputs: Sequence[Any]) -> list[Ran]:
         """Return what ran of requests that were just answered."""

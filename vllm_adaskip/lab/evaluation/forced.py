@@ -28,7 +28,7 @@ class ForcedAnswer(LogitsProcessor):
         self._rows: dict[int, Row] = {}
 
     def is_argmax_invariant(self) -> bool:
-        """Tell vLLM that greedy sampling must call us."""
+        """Return False: greedy sampling must call us."""
         return False
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:

@@ -157,7 +157,7 @@ def plots(
             if (q := one.score)
         ]
         canvas, axes = figure("mean score", percent=True)
-        axes.axhline(whole - advice.max_drop, color=PAINT["soft"], linestyle=":", linewidth=1)
+        axes.axhline(whole - advice.max_loss, color=PAINT["soft"], linestyle=":", linewidth=1)
         scored = {metric for _, metric in summary.columns if metric != PERPLEXITY}
         for (candidates, metric), line in _frontiers(oracle).items():
             style = "-" if candidates == "skip" else "--"

@@ -164,12 +164,12 @@ def loss_to(reference: Sequence[Answer], answers: Sequence[Answer]) -> Quality |
 
 
 def _ran_alike(one: Answer, other: Answer) -> bool:
-    """Tell whether both followed one plan; tokens that each left out something did not."""
+    """Return whether both followed one plan; tokens that each left out something did not."""
     return one.skip == other.skip and not any((*(one.left_out or ()), *(other.left_out or ())))
 
 
 def _usable(answer: Answer) -> bool:
-    """Tell whether a score can be reckoned with; a broken model's perplexity may be infinite."""
+    """Return whether a score can be used; a broken model's perplexity may be infinite."""
     return not np.isnan(answer.score) and (
         answer.metric == PERPLEXITY or bool(np.isfinite(answer.score))
     )

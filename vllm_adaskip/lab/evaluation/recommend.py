@@ -21,22 +21,22 @@ from vllm_adaskip.lab.evaluation.summary import Column, SettingSummary, Summary
 _DROP = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(%|points?)?", re.ASCII)
 
 
-class MaxDropError(ValueError):
+class MaxLossError(ValueError):
     """A loss that cannot be read; the message names it and what is allowed."""
 
 
-def parse_max_drop(text: str) -> float:
+def parse_max_loss(text: str) -> float:
     """Read ``1%``, ``1 point`` or ``0.01``: all three are 0.01 of the mean score.
 
     Raises:
-        MaxDropError: another form, or a share outside [0, 1).
+        MaxLossError: another form, or a share outside [0, 1).
 
     """
     found = _DROP.fullmatch(text.strip())
     share = float(found[1]) / (100 if found[2] else 1) if found else math.nan
     if not 0 <= share < 1:
-        raise MaxDropError(
-            f"--max-drop: {text!r:.80} is not allowed; allowed: a percentage such as 1%, points "
+        raise MaxLossError(
+            f"--max-loss: {text!r:.80} is not allowed; allowed: a percentage such as 1%, points "
             "of 100 such as '1 point', or a share in [0, 1) such as 0.01"
         )
     return share
@@ -46,7 +46,7 @@ def parse_max_drop(text: str) -> float:
 class Recommendation:
     """What the rule gives.
 
-    Among the settings whose upper 95% bound of the mean loss is within ``max_drop``, the fastest
+    Among the settings whose upper 95% bound of the mean loss is within ``max_loss``, the fastest
     by measured time at ``batch`` (by compute kept where nothing was timed) whose numbers nothing
     speaks against.
 
@@ -64,7 +64,7 @@ class Recommendation:
     """
 
     verdict: Literal["on", "doubt", "slow", "lossy", "nothing"]
-    max_drop: float
+    max_loss: float
     doubts: Doubts
     setting: SettingSummary | None = None
     batch: int | None = None
@@ -76,38 +76,38 @@ class Recommendation:
         """About how many items would show a nearest miss to be within bounds, if its mean holds."""
         if self.verdict != "lossy" or not self.setting or not (score := self.setting.score):
             return None
-        room = self.max_drop - score.loss.mean
+        room = self.max_loss - score.loss.mean
         if room <= 0:
             return None
         shrinks = 1 if score.loss.same else 2  # as 1/n, or as the root of it
         return math.ceil(score.items * ((score.loss.high - score.loss.mean) / room) ** shrinks)
 
 
-def recommend(summary: Summary, max_drop: float) -> Recommendation:
+def recommend(summary: Summary, max_loss: float) -> Recommendation:
     """Apply the rule that `Recommendation` states."""
     able = [one for one in summary.others if one.score and one.complete and options(one.setting)]
-    found = doubts(summary, max_drop)
+    found = doubts(summary, max_loss)
     if not able:
-        return Recommendation("nothing", max_drop, found, why=found.run)
-    within = [one for one in able if _upper(one) <= max_drop]
+        return Recommendation("nothing", max_loss, found, why=found.run)
+    within = [one for one in able if _upper(one) <= max_loss]
     if not within:
         saving = [one for one in able if _saves(one, summary.batch)]
         nearest = min(saving or able, key=_upper)
         why = found.of(nearest.name)
-        return Recommendation("lossy", max_drop, found, nearest, summary.batch, len(able), why)
+        return Recommendation("lossy", max_loss, found, nearest, summary.batch, len(able), why)
     timed = [one for one in within if summary.batch in one.speeds]
     batch = summary.batch if timed else None
     ranked = sorted(timed or within, key=lambda one: (cost(one, batch), _upper(one)))
     if cost(ranked[0], batch) >= 1:
         why = found.of(ranked[0].name)
-        return Recommendation("slow", max_drop, found, ranked[0], batch, len(able), why)
+        return Recommendation("slow", max_loss, found, ranked[0], batch, len(able), why)
     reasons: list[list[Doubt]] = []
     for one in ranked:
         if cost(one, batch) < 1:
-            reasons.append([*found.of(one.name), *among_many(one, len(able), max_drop)])
+            reasons.append([*found.of(one.name), *among_many(one, len(able), max_loss)])
             if not reasons[-1]:
-                return Recommendation("on", max_drop, found, one, batch, len(able))
-    return Recommendation("doubt", max_drop, found, ranked[0], batch, len(able), reasons[0])
+                return Recommendation("on", max_loss, found, one, batch, len(able))
+    return Recommendation("doubt", max_loss, found, ranked[0], batch, len(able), reasons[0])
 
 
 def cost(one: SettingSummary, batch: int | None) -> float:
@@ -133,7 +133,7 @@ def options(setting: Setting) -> dict[str, Any] | None:
         return {"method": "static", "skip": setting.skip, **prompt}
     if setting.skip is not None or setting.method == "none":
         return prompt or None
-    budget = {"budget": setting.budget} if setting.budget < 1 else {}
+    budget = {"max_compute": setting.budget} if setting.budget < 1 else {}
     return {"method": setting.method, **budget, **setting.options, **prompt}
 
 
@@ -158,7 +158,7 @@ def request_arguments(setting: Setting) -> str | None:
     if setting.skip:
         own["adaskip_skip"] = setting.skip
     elif setting.method != "none" and setting.budget < 1:
-        own["adaskip_budget"] = setting.budget
+        own["adaskip_max_compute"] = setting.budget
     return json.dumps({"vllm_xargs": own}) if own else None
 
 

@@ -55,7 +55,7 @@ class Report:
     recommendation: Recommendation
 
 
-def make_report(results: Results, max_drop: float) -> Report:
+def make_report(results: Results, max_loss: float) -> Report:
     """Read a results folder and make the page.
 
     Raises:
@@ -64,7 +64,7 @@ def make_report(results: Results, max_drop: float) -> Report:
     """
     manifest, answers = results.manifest(), results.read(Answer)
     summary = summarise(manifest, answers, results.read(Timing))
-    advice = recommend(summary, max_drop)
+    advice = recommend(summary, max_loss)
     looks = looks_of(summary)
     fixed = [one for one in summary.settings if one.plan is not None]
     page = environment().get_template("page.html.jinja")
@@ -123,7 +123,7 @@ def _shown(summary: Summary, advice: Recommendation) -> SettingSummary | None:
 
 def headline(advice: Recommendation) -> str:
     """Say in one sentence what to switch on."""
-    points = f"{100 * advice.max_drop:g} point{'s' * (advice.max_drop != 0.01)}"
+    points = f"{100 * advice.max_loss:g} point{'s' * (advice.max_loss != 0.01)}"
     match advice.verdict:
         case "on":
             assert advice.setting is not None

@@ -13,7 +13,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+
+from vllm_adaskip import old_names
 
 FORMAT = 1
 #: What a request's arguments of its prompt plan begin with.
@@ -52,6 +54,11 @@ class Setting(Record):
     budget: float = 1.0
     skip: list[int | str] | None = None
     prompt: dict[str, Any] = {}
+
+    @field_validator("method")
+    @classmethod
+    def _method_by_new_name(cls, method: str) -> str:
+        return old_names.method(method)
 
 
 def prompt_arguments(prompt: dict[str, Any]) -> dict[str, Any]:

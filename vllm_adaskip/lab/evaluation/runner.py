@@ -90,7 +90,7 @@ def check(settings: Sequence[Setting], shape: DecoderShape) -> None:
     """Refuse, before an engine starts, a setting that it would refuse (`ValueError`)."""
     for one in settings:
         if one.skip is None:
-            options = {**one.options, "method": one.method, "budget": one.budget}
+            options = {**one.options, "method": one.method, "max_compute": one.budget}
             try:
                 AdaSkipConfig.parse(options).facts(shape)
             except ConfigError as error:
@@ -151,7 +151,7 @@ def _answered(results: Results) -> set[tuple[str, str]]:
 
 
 def _unread(results: Results) -> list[Unread]:
-    """Return the answers of adapters that nobody has read yet."""
+    """Return the answers of adapters that the model has not read yet."""
     done = {(one.setting, one.item) for one in results.read(Answer)}
     made = results.read(Unread)
     return [one for one in made if (one.answer.setting, one.answer.item) not in done]

@@ -8,6 +8,7 @@ from itertools import groupby
 from math import ceil
 from typing import Any
 
+from vllm_adaskip import old_names
 from vllm_adaskip.classifiers import METHODS, SkipPlan, method_of
 from vllm_adaskip.classifiers.hub import located
 from vllm_adaskip.classifiers.profile import ADAPTER, Profile
@@ -32,7 +33,7 @@ def at_random(num_layers: int, left_out: int, seed: int) -> list[int | str]:
 
 
 def early_exit(num_layers: int, left_out: int) -> list[int | str]:
-    """Run the first layers only (early exit at one depth for everybody)."""
+    """Run the first layers only (early exit at one depth for all)."""
     return [*range(num_layers - left_out, num_layers)]
 
 
@@ -92,6 +93,7 @@ def decided(method: str, options: dict[str, Any], budgets: Iterable[float]) -> I
         ValueError: no such method.
 
     """
+    method = old_names.method(method)
     method_of(method)
     for budget in budgets:
         yield Setting(
@@ -131,13 +133,13 @@ def profiled(
         family=name,
         method=profile.method,
         options={"profile": name},
-        budget=profile.budget,
+        budget=profile.max_compute,
         prompt={key: value for key, value in profile.prompt.items() if key != "from"},
     )
     yield own
     for budget in budgets:
         has_others = profile.method != "static" or "ladder" in profile.options
-        if budget < profile.budget and has_others:
+        if budget < profile.max_compute and has_others:
             yield own.model_copy(update={"name": f"{name} {budget:g}", "budget": budget})
     for target in targets:
         if "target_skip" not in METHODS[profile.method].Options.model_fields:

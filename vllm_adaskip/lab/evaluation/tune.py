@@ -58,7 +58,7 @@ def halves(items: Sequence[Item], seed: int) -> tuple[list[Item], list[Item]]:
     )
 
 
-def check(first: Sequence[Item], second: Sequence[Item], max_drop: float) -> None:
+def check(first: Sequence[Item], second: Sequence[Item], max_loss: float) -> None:
     """Refuse, before anything is run, items by which no setting can be chosen.
 
     Raises:
@@ -73,12 +73,12 @@ def check(first: Sequence[Item], second: Sequence[Item], max_drop: float) -> Non
             f"{order + test} items, no task with two: one half of each task orders the settings, "
             "the other tests them; allowed: at least two items of a task"
         )
-    if (least := unseen(test, CONFIDENCE)) > max_drop:
-        needed = math.ceil(math.log(1 - CONFIDENCE) / math.log(1 - max_drop)) if max_drop else None
+    if (least := unseen(test, CONFIDENCE)) > max_loss:
+        needed = math.ceil(math.log(1 - CONFIDENCE) / math.log(1 - max_loss)) if max_loss else None
         more = f"at least {needed} held-out items (a larger --limit), or " if needed else ""
         raise ValueError(
-            f"{test} held-out items cannot show a loss of at most {max_drop:g}, even if none is "
-            f"lost; allowed: {more}--max-drop {math.ceil(1000 * least) / 1000:g} or more"
+            f"{test} held-out items cannot show a loss of at most {max_loss:g}, even if none is "
+            f"lost; allowed: {more}--max-loss {math.ceil(1000 * least) / 1000:g} or more"
         )
 
 
@@ -97,7 +97,7 @@ def trials(
     settings: Sequence[str],
     first: Sequence[Item],
     second: Sequence[Item],
-    max_drop: float,
+    max_loss: float,
 ) -> list[Trial]:
     """Test settings from the safest to the boldest until one fails; untested ones follow."""
     kept = _kept(answers, {item.item for item in first})
@@ -111,24 +111,24 @@ def trials(
             held_out = losses(answers, name, second)
             bound = upper_bound(held_out, CONFIDENCE)
             trial = Trial(name, expected[name], kept[name], float(np.mean(held_out)), bound)
-            failed = bound > max_drop
+            failed = bound > max_loss
         done.append(trial)
     return done
 
 
-def choose(done: Sequence[Trial], max_drop: float, speed: Mapping[str, float]) -> Trial | None:
+def choose(done: Sequence[Trial], max_loss: float, speed: Mapping[str, float]) -> Trial | None:
     """Return the fastest that passed, if it is faster than dense; None: there is none.
 
     Times decide nothing about losses, so that any of those that passed may be taken.
 
     Args:
         done: from `trials`.
-        max_drop: the largest loss allowed.
+        max_loss: the largest loss allowed.
         speed: setting -> time against dense, smaller is faster; of settings whose numbers are in
             doubt there is none.
 
     """
-    passed = [one for one in done if one.bound is not None and one.bound <= max_drop]
+    passed = [one for one in done if one.bound is not None and one.bound <= max_loss]
     faster = [one for one in passed if speed.get(one.setting, 1) < 1]
     return min(faster, key=lambda one: speed[one.setting], default=None)
 

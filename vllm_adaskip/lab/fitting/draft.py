@@ -113,7 +113,7 @@ class Draft(nn.Module):
 def saved(
     draft: Draft, folder: Path, model: str, config: Mapping[str, Any], metrics: Mapping[str, Any]
 ) -> None:
-    """Write the folder that option ``speculate.profile`` names.
+    """Write the folder that option ``draft.profile`` names.
 
     Args:
         draft: trained.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention and MLP of each decoder layer of a transformers model: seen, and left out.
 
-A layer adds two updates to the residual stream, its attention's and its MLP's. Whoever visits a
-model sees the stream before each, and the update, as a server's methods do; and may change it.
+A layer adds two updates to the residual stream, its attention's and its MLP's. A visitor of
+a model sees the stream before each, and the update, as a server's methods do; and may change it.
 """
 
 from __future__ import annotations

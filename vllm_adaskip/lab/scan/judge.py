@@ -54,7 +54,7 @@ class Part:
     def of(cls, answers: Sequence[WholeAnswer], device: torch.device) -> tuple[Part, Tensor]:
         """Return the part and its prompts ``[rows, prompt]``.
 
-        The last token of an answer is fed to nobody, and the first comes of the prompt.
+        The last token of an answer is not fed back, and the first comes from the prompt.
         """
         prompt = max(len(one.prompt) for one in answers)
         width = max(len(one.answer) for one in answers) - 1

@@ -113,7 +113,7 @@ class Trainer:
         return loss.item()
 
     def plan(self) -> None:
-        """Tell the data worker what to make next."""
+        """Set what the data worker makes next."""
         learned = self.record.matches[-1] if self.record.matches else {}
         self.course.set(course.shares(self.progress, learned), course.level(self.progress))
 

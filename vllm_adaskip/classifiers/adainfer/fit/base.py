@@ -38,7 +38,7 @@ class ExitFit(ABC):
 
     @abstractmethod
     def exits(self, level: float) -> Bools:
-        """Return ``[cases, layers]``, who would stop where asked, by what was not fitted on it.
+        """Return ``[cases, layers]`` whether each would stop there, by what was not fitted on it.
 
         Args:
             level: agreement for which cuts are chosen.
@@ -85,7 +85,7 @@ def least_cut(scores: Floats, agrees: Bools, level: float) -> float:
 
 
 def above_others_cut(scores: Floats, agrees: Bools, folds: Ints, level: float) -> Bools:
-    """Return ``[cases]``, who is above the cut of all folds but its own; nobody without a cut."""
+    """Return ``[cases]`` whether each is above the cut of the other folds; False without a cut."""
     above = np.zeros(len(scores), dtype=np.bool_)
     if least_cut(scores, agrees, level) < np.inf:
         for fold in range(FOLDS):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chooses after which layers to look: each look costs, and only those that stop somebody pay.
+"""Chooses after which layers to look: each look costs, and pays only where a case stops.
 
 Counted in weights that a forward reads, which is what a small batch is bound by: a look reads the
 head's rows, a layer its attention's and its MLP's projections. Where a whole prompt stops (scope
@@ -24,7 +24,7 @@ ENOUGH = 100
 
 @dataclass(frozen=True)
 class Look:
-    """What it saves and costs to stop where one would.
+    """What it saves and costs to stop where the classifiers say.
 
     Attributes:
         level: agreement for which cuts were chosen, layer by layer.
@@ -32,7 +32,7 @@ class Look:
         pruned: share of layers left out, over forwards.
         net: the same less what the looks cost.
         stopped: share of cases that stop somewhere.
-        agreement: share of those whose answer stays the same; 1 where nobody stops.
+        agreement: share of those whose answer stays the same; 1 where no case stops.
         worst_task: share of all cases whose answer stays the same, in the task where it is least,
             of those with `ENOUGH` cases; 1 where none has.
 
@@ -61,7 +61,7 @@ def first_exits(exits: Bools, layers: Sequence[int], num_layers: int) -> Ints:
 
 
 def looked(cases: Cases, last: Ints, layers: Sequence[int], level: float, cost: float) -> Look:
-    """Sum up who stopped where, looking after these layers."""
+    """Sum up which cases stop where, looking after these layers."""
     num_layers = cases.agrees.shape[1]
     checks = (last[:, None] >= np.array(layers, dtype=np.int64)).sum()
     forwards = num_layers * cases.passes.sum()

@@ -81,7 +81,7 @@ class CrfFit(ExitFit):
 
 @dataclass(frozen=True)
 class _Sure:
-    """How often those who stop, where they first would, agree at ascending cuts.
+    """How often cases that stop, where they first would, agree at ascending cuts.
 
     Attributes:
         cuts: ``[cuts]``.

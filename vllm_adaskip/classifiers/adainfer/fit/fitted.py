@@ -2,7 +2,7 @@
 """Fits AdaInfer (arXiv 2403.02181): a classifier, where it looks, and when it is sure enough.
 
 The paper looks after every layer and takes a classifier's word. Here the layers to look after
-are chosen by what they save and cost, and cuts so that those who stop, where they first would,
+are chosen by what they save and cost, and cuts so that cases that stop, where they first would,
 agree with the whole model as often as asked. All that is chosen goes by cases that the classifiers
 were not fitted on; the figures come from examples that nothing was chosen by.
 """
@@ -66,7 +66,7 @@ def fit_adainfer(cases: Cases, settings: AdaInferSettings, cost: float) -> Fitte
         cost: of a look, in decoder layers.
 
     Raises:
-        ValueError: nobody may stop anywhere, or not at a layer that was asked for.
+        ValueError: no case may stop anywhere, or not at a layer that was asked for.
 
     """
     held_back = cases.samples <= np.quantile(cases.samples, 0.2)
@@ -109,7 +109,7 @@ def fit_adainfer(cases: Cases, settings: AdaInferSettings, cost: float) -> Fitte
 
 
 def _fit(cases: Cases, folds: Ints, settings: AdaInferSettings) -> ExitFit:
-    """Fit at all layers that may be looked after: somebody has to be settled there."""
+    """Fit at all layers that may be looked after: where some case is settled."""
     layers = settings.check_layers
     if layers is None:
         settled = cases.agrees[:, :-1].sum(0)

@@ -15,7 +15,7 @@ from vllm_adaskip.classifiers.adainfer.rules import ExitRule
 
 @dataclass(frozen=True)
 class LayerJudged:
-    """One layer by cross-validation, had everybody come to it.
+    """A layer by cross-validation, as if all cases came to it.
 
     Attributes:
         settled: share of cases whose likeliest token is the final one.

@@ -21,8 +21,8 @@ class AdaInferSettings(BaseModel):
         classifier: which kind.
         scope: who decides, and about what, as on a server.
         kernel: of ``svm``.
-        agreement: share of those who stop whose answer has to stay the same, and of all cases of
-            each task.
+        agreement: share of the cases that stop whose answer has to stay the same, and of all cases
+            of each task.
         checks: at most so many check layers; 0: as many as pay.
         check_layers: these and no others; None: found.
         candidates: whether features are computed over the tokens of answers alone.

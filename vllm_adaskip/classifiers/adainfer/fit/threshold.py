@@ -2,7 +2,7 @@
 """Fits classifier ``threshold``: the least top_prob and the least gap at each layer.
 
 FlexEE's equations 2 and 3: of each feature by itself the least value from which on cases agree
-often enough; who stops passes both.
+often enough; a case that stops passes both.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``adaskip fit similarity`` from outside: a profile that loads, and what is refused."""
+"""``adaskip fit adaskip`` from outside: a profile that loads, and what is refused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FEW = ["--data", "bundled:topic,sum", "--limit", "20", "--batch", "8"]
 
 
 def fit(out: Path, *arguments: str) -> Result:
-    return CliRunner().invoke(app, ["fit", "similarity", "--out", str(out), *arguments])
+    return CliRunner().invoke(app, ["fit", "adaskip", "--out", str(out), *arguments])
 
 
 def test_it_writes_a_profile_that_a_server_takes(tmp_path: Path, model: str) -> None:
@@ -26,8 +26,8 @@ def test_it_writes_a_profile_that_a_server_takes(tmp_path: Path, model: str) -> 
     assert done.exit_code == 0, done.output
     assert {path.name for path in out.iterdir()} == {"adaskip.json", "fit.json", "similarity.png"}
     profile = Profile.load(out)
-    assert (profile.method, profile.budget, profile.options) == ("similarity", 0.7, {})
-    assert AdaSkipConfig.parse({"profile": str(out)}).budget == 0.7
+    assert (profile.method, profile.max_compute, profile.options) == ("adaskip", 0.7, {})
+    assert AdaSkipConfig.parse({"profile": str(out)}).max_compute == 0.7
     for words in ("left out", "vllm serve", "adaskip eval"):
         assert words in done.output
     # Of four layers the ends are kept, and 30 % of the compute is more than one MLP.
@@ -41,7 +41,7 @@ def test_it_writes_one_set_for_prompts(tmp_path: Path, model: str) -> None:
     done = fit(out := tmp_path / "profile", *arguments)
     assert done.exit_code == 0, done.output
     profile = Profile.load(out)
-    assert (profile.method, profile.budget, profile.options) == ("none", 1.0, {})
+    assert (profile.method, profile.max_compute, profile.options) == ("none", 1.0, {})
     served = AdaSkipConfig.parse({"profile": str(out)}).prompt
     assert served is not None and served.skip == profile.prompt["skip"]
     plan = SkipPlan.parse(profile.prompt["skip"], 4)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``adaskip fit similarity``: a budget for AdaSkip's ranking, and what it would leave out."""
+"""``adaskip fit adaskip``: a budget for AdaSkip's ranking, and what it would leave out."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from vllm_adaskip.lab.fitting.similarity import Floats, Similarities
 
 
-def similarity(
+def adaskip(
     out: fit.Out,
     model: Model = "",
     data: fit.Data = "bundled",
@@ -56,12 +56,12 @@ def similarity(
         one = fit.subject(model, data, (prompt_column, answer_column), limit, batch, seed)
         options.inner(one.config["num_hidden_layers"])
         told = {**options.model_dump(), "target_skip": target_skip, "prompts": prompts}
-        if fit.begins(out, "similarity", one, data, told):
+        if fit.begins(out, "adaskip", one, data, told):
             from vllm_adaskip.lab.fitting.similarity import FILE, draw_similarities
 
             found, shape = fit.measured(
                 one, batch, device,
-                lambda shape: options.check(1 - target_skip, shape, "similarity"),
+                lambda shape: options.check(1 - target_skip, shape, "adaskip"),
             )  # fmt: skip
             left_out = often(found, options, 1 - target_skip, shape)
             draw_similarities(found, options.inner(shape.num_layers), None, out)
@@ -72,7 +72,7 @@ def similarity(
                 brought = {"prompt": {"skip": plan.entries()}}
                 fit.save(out, "none", one, MethodOptions(), metrics=metrics, **brought)
             else:
-                fit.save(out, "similarity", one, options, budget=1 - target_skip, metrics=metrics)
+                fit.save(out, "adaskip", one, options, max_compute=1 - target_skip, metrics=metrics)
             Console().print(table(found, left_out))
             console.print(f"plot: {out / FILE}", markup=False, soft_wrap=True)
         fit.how_to_go_on(one, out)
@@ -82,19 +82,19 @@ def of_prompts(
     found: Similarities, options: EndsOptions, budget: float, shape: DecoderShape
 ) -> SkipPlan:
     """Return what is most similar over all prompts."""
+    from vllm_adaskip.classifiers.adaskip.method import AdaSkip
     from vllm_adaskip.classifiers.base import PromptStatistics
-    from vllm_adaskip.classifiers.similarity.method import Similarity
 
     mean = found.prompts.mean(0)
-    return Similarity(shape, options).decide(budget, PromptStatistics(1, mean, mean))
+    return AdaSkip(shape, options).decide(budget, PromptStatistics(1, mean, mean))
 
 
 def often(found: Similarities, options: EndsOptions, budget: float, shape: DecoderShape) -> Floats:
     """Return ``[2 * num_layers]`` shares of the prompts that leave out each sub-layer."""
+    from vllm_adaskip.classifiers.adaskip.method import AdaSkip
     from vllm_adaskip.classifiers.base import PromptStatistics
-    from vllm_adaskip.classifiers.similarity.method import Similarity
 
-    method = Similarity(shape, options)
+    method = AdaSkip(shape, options)
     plans = [method.decide(budget, PromptStatistics(1, row, row)) for row in found.prompts]
     shares: Floats = np.mean([plan.mask() for plan in plans], axis=0)
     return shares

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Method ``similarity``: leave out the sub-layers that changed this prompt least (AdaSkip)."""
+"""Method ``adaskip``: leave out the sub-layers that changed this prompt least (AdaSkip)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Similarity(Classifier):
+class AdaSkip(Classifier):
     """Attention and MLP sub-layers ranked together by how little they changed the prompt.
 
     The rank is the cosine similarity of the residual stream before and after a sub-layer,
@@ -44,7 +44,7 @@ class Similarity(Classifier):
 
     def check(self, budget: float) -> None:
         """Refuse a budget below what the layers at both ends take."""
-        self._options.check(budget, self._shape, "similarity")
+        self._options.check(budget, self._shape, "adaskip")
 
     def observer(self, hidden_size: int, device: torch.device, lens: Lens | None = None) -> Observe:
         """Keep each token's cosine similarity of the stream before and after."""
