@@ -10,7 +10,7 @@ LARGE ?= --large
 # Length of `make soak`.
 MINUTES ?= 30
 
-.PHONY: help setup demo test test-pure test-slow test-0.29 test-0.33 test-ray ray-demo lint docs bench bench-guard bench-parts gpu-check soak train clean
+.PHONY: help setup demo test test-pure test-slow test-0.29 test-0.33 test-ray ray-demo lint lock docs bench bench-guard bench-parts gpu-check soak train clean
 
 help:
 	@echo "make demo   set up .venv and ask SmolLM2 eight questions, dense, under a plan, and healed"
@@ -22,6 +22,7 @@ help:
 	@echo "make test-ray  the same with Ray, and run what needs it: two replicas, an offline job"
 	@echo "make ray-demo  the bundled model on Ray Serve, a mixed load, plan affinity off and on"
 	@echo "make lint   ruff, mypy, import-linter"
+	@echo "make lock   the newest versions for test-pure into deploy/dev.lock; needs uv"
 	@echo "make docs   set up .venv-docs, build the pages as a site, and check their links"
 	@echo "make bench  adaskip bench: stock vLLM, the plugin and deleted layers side by side"
 	@echo "make bench-guard  a fast subset of it, whose ratios must not fall"
@@ -48,10 +49,16 @@ test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # datasets without the extra fit, whose peft brings torch.
-.venv-pure/.ready: pyproject.toml
+.venv-pure/.ready: pyproject.toml deploy/dev.lock
 	$(PYTHON) -m venv .venv-pure
-	.venv-pure/bin/python -m pip install -e '.[dev,eval]' datasets
+	.venv-pure/bin/python -m pip install -c deploy/dev.lock -e '.[dev,eval]' datasets
 	touch $@
+
+# The newest of all that `test-pure` installs, by uv; the comment at the top of the file stays.
+lock:
+	echo datasets | uv pip compile --universal --python-version 3.11 --no-header --no-annotate -q \
+		--upgrade --extra dev --extra eval pyproject.toml - > build/dev.lock
+	sed -i '/^#/!d' deploy/dev.lock && cat build/dev.lock >> deploy/dev.lock
 
 test-pure: .venv-pure/.ready
 	.venv-pure/bin/python -m pytest -m pure

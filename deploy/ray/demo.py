@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``make ray-demo``: the app of serve.yaml on this machine, plan affinity off and on in turns."""
+"""``make ray-demo``: the app of serve.yaml on this machine, plan affinity off and on in turns.
+
+``python -m deploy.ray.demo '[3, 4]' '[5, 6]'`` asks for these plans.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,10 @@ from itertools import cycle, islice, product
 from logging import WARNING, getLogger
 from operator import truediv
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import httpx
+import typer
 import yaml
 from ray.serve.request_router import PendingRequest, RunningReplica
 from rich.box import SIMPLE_HEAD
@@ -26,10 +30,11 @@ from rich.table import Table
 from deploy.ray.router import AffinityRouter
 from vllm_adaskip.classifiers import SkipPlan
 from vllm_adaskip.cli.demo import Entries
+from vllm_adaskip.cli.run import parsed, plain_errors
 from vllm_adaskip.lab.testbed.tasks import TASKS, Sample, samples
 
 CONFIG = Path(__file__).with_name("serve.yaml")
-#: Plans that are dealt out in turn; the first is dense.
+#: Plans that are dealt out in turn unless others are named; the first is dense.
 PLANS: list[Entries] = [
     [],
     [5, 6],
@@ -92,8 +97,14 @@ class Round:
         return self.tokens / self.seconds
 
 
-def main() -> None:
+def main(
+    plan: Annotated[
+        list[str] | None, typer.Argument(help="Plans as JSON, [5, 6]; six of the demo's own.")
+    ] = None,
+) -> None:
     """Bring the app up, ask with affinity off and on in turns, print, and shut everything down."""
+    with plain_errors():
+        plans = [parsed(text, "plan", list) for text in plan or ()] or PLANS
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     import ray
     from ray import serve
@@ -125,7 +136,7 @@ def main() -> None:
         console.print(f"up after {time.perf_counter() - start:.0f} s: {len(reports())} replicas")
         url = f"http://{http['host']}:{http['port']}/v1/completions"
         questions = [one for task in TASKS for one in samples(task, "test", 1, PER_TASK)]
-        load = list(zip(islice(cycle(PLANS), len(questions)), questions, strict=True))
+        load = list(zip(islice(cycle(plans), len(questions)), questions, strict=True))
         asyncio.run(ask(url, args["name"], load[:AT_ONCE], SIDES[0]))  # warms up
         for _, side in product(range(ROUNDS), SIDES):
             before, start = reports(), time.perf_counter()
@@ -136,7 +147,7 @@ def main() -> None:
     for side in SIDES:
         mine = [one for one in rounds if one.side == side]
         console.print(replicas_table(side, mine))
-        console.print(plans_table(side, mine))
+        console.print(plans_table(side, mine, plans))
     console.print(speeds_table(rounds))
 
 
@@ -187,16 +198,16 @@ def replicas_table(side: str, rounds: list[Round]) -> Table:
     return table
 
 
-def plans_table(side: str, rounds: list[Round]) -> Table:
+def plans_table(side: str, rounds: list[Round], plans: list[Entries]) -> Table:
     """Show which replica was asked for which plan, and how many of its answers were right."""
     replicas = [one["replica"] for one in rounds[0].after]
     table = Table("plan", *replicas, "right", box=SIMPLE_HEAD)
     table.title = f"affinity {side}: requests by plan"
     depth = rounds[0].after[0]["workers"][0]["num_layers"]
-    for place, plan in enumerate(PLANS):
+    for place, plan in enumerate(plans):
         kind = json.dumps({"adaskip_skip": plan})
         asked = counted(rounds, lambda one, kind=kind: int(one["asked"].get(kind, 0)))  # type: ignore[misc]
-        mine = [answer.right for one in rounds for answer in one.answers[place :: len(PLANS)]]
+        mine = [answer.right for one in rounds for answer in one.answers[place :: len(plans)]]
         share = f"{sum(mine) / len(mine):.0%}"
         table.add_row(str(SkipPlan.parse(plan, depth)), *map(str, asked), share)
     return table
@@ -222,4 +233,4 @@ def _row(off: float, on: float) -> tuple[str, str, str]:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)
