@@ -178,6 +178,8 @@ def test_requests_that_name_no_plan_spread_over_all_replicas_without_others() ->
         ({"adaskip_skip": ["mlp:5", "attn:5"]}, {"adaskip_skip": [5], "adaskip_max_compute": 0.5}),
         ({"adaskip": "off"}, {"adaskip_skip": []}),
         ({"adaskip_max_compute": 1}, {"adaskip_max_compute": 1.0, "other": "x"}),
+        ({"adaskip_budget": 0.5}, {"adaskip_max_compute": 0.5}),  # its old name
+        ({"adaskip_budget": 0.5, "adaskip_max_compute": 0.5}, None),  # which engines refuse
         (None, {"adaskip": "on"}),
     ],
 )

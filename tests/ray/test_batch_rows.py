@@ -43,6 +43,11 @@ def test_plans_are_spelt_out_and_what_is_absent_is_null(check: RowCheck) -> None
     assert pa.Table.from_pylist(found, SCHEMA).num_rows == 4
 
 
+def test_an_old_argument_is_written_by_its_new_name(check: RowCheck) -> None:
+    row = check(0, {"prompt": "a", "vllm_xargs": {"adaskip_budget": 1.0}})
+    assert row["adaskip_max_compute"] == 1.0
+
+
 @pytest.mark.parametrize(
     ("row", "words"),
     [
