@@ -43,6 +43,7 @@ def test_what_cannot_be_timed_is_named(command: str, words: str) -> None:
     assert words in " ".join(done.stderr.replace("│", " ").split())
 
 
+@pytest.mark.slow  # four engines are compiled
 def test_drafts_are_timed_beside_stock(tmp_path: Path) -> None:
     command = "drafts --rounds 2 --batch 2 --limit 4 --tokens 12 --dtype float32"
     done = run(f'{command} --draft \'{{"exit": 6, "tokens": 2}}\' --out {tmp_path}')

@@ -50,16 +50,16 @@ def test_it_is_what_the_request_got(make: Callable[..., Any], prefix_caching: bo
         request(skip=["mlp:3"], show_plan=True),
         request(off=True, show_plan=True),
         SHOW,
-        request(max_compute=0.9, show_plan=True),
+        request(max_compute=0.8, show_plan=True),
         request(prompt_exit=4, prompt_tail=2, show_plan=True),
         request(skip=[1]),
         None,
     ]
     found = shown(llm, own)
-    assert [one and one["skip"] for one in found[:5]] == [["mlp:3"], [], PLAN, LESS, PLAN]
+    assert [one and one["skip"] for one in found[:5]] == [["mlp:3"], [], LESS, PLAN, LESS]
     assert found[1] == {"skip": [], "compute": 1.0}
     assert found[4] == {
-        "skip": PLAN, "compute": 0.75, "prompt_skip": [4, 5, 6, 7], "prompt_tail": 2,
+        "skip": LESS, "compute": 0.875, "prompt_skip": [4, 5, 6, 7], "prompt_tail": 2,
     }  # fmt: skip
     assert found[5:] == [None, None]
 
