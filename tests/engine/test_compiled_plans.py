@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY_LAYERS
-from helpers.batches import Entries, greedy, random_prompts
+from helpers.batches import Entries, greedy, random_prompts, sampling
 from helpers.reference import Reference
 
-from vllm_adaskip import engine_args
+from vllm_adaskip import engine_args, request
 from vllm_adaskip.classifiers import SkipPlan
-from vllm_adaskip.engine.compiled import MOST, CompiledPlans, logger
+from vllm_adaskip.engine.compiled import MOST, CompiledPlans, Headed, Pieces, exit_of, logger
+from vllm_adaskip.engine.prompt_plan import PromptPlan, exit_plan
 from vllm_adaskip.engine.step import Step
 
 ONE: Entries = [1, "attn:2"]
@@ -76,6 +77,61 @@ def test_a_plan_that_cannot_be_compiled_runs_in_the_loop(monkeypatch: pytest.Mon
     assert "'skip 1' runs layer by layer, as it cannot be compiled" in "".join(said)
 
 
+def prompts_step(stops: Entries, answer: Entries, whole_from: int = 4) -> Step:
+    """Lay out a prompt of 6 tokens, of which some stop, beside two sequences that decode."""
+    return Step.of(
+        np.array([0, 6, 7, 8]),
+        np.array([6, 9, 9]),
+        np.array([6, 4, 4]),
+        np.stack([plan(answer).mask()] * 3),
+        shortened=(np.array([whole_from, 0, 0]), np.stack([plan(stops).mask()] * 3)),
+    )
+
+
+def test_pieces_are_for_steps_in_which_prompts_stop_and_nothing_else_is_left_out() -> None:
+    def first(
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        _: None,
+        going: torch.Tensor,
+        other: torch.Tensor,
+    ) -> Headed:
+        return Headed(ids[going], ids[going] + 1, positions[going], [(ids[other], ids[other])])
+
+    def rest(update: torch.Tensor, before: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return update + before
+
+    plans = CompiledPlans(
+        [], lambda mask: rest, PromptPlan(exit_plan(2, TINY_LAYERS)),  # type: ignore[arg-type,return-value]
+        lambda exit: Pieces(exit, TINY_LAYERS, first, rest),
+    )  # fmt: skip
+    stops: Entries = [*range(2, TINY_LAYERS)]
+    assert plans.pieces_of(prompts_step(stops, [])) is None  # not compiled yet
+    ids, places = torch.arange(20), torch.arange(20) * 2
+    plans.compile(NoFill(), {}, ids, places, None)  # type: ignore[arg-type]
+    pieces = plans.pieces_of(prompts_step(stops, []))
+    assert pieces is not None and pieces.exit == 2 and len(plans) == 1
+    going, other = torch.tensor([1, 4, 5]), torch.tensor([0, 2])
+    found = pieces.first(ids[:6], places[:6], None, going, other)
+    assert pieces.rest(*found[:3]).tolist() == [3, 9, 11]
+    assert found.positions.tolist() == [2, 8, 10] and found.passed[0][0].tolist() == [0, 2]
+    for step in (
+        prompts_step(stops, [1]),
+        prompts_step(stops[1:], []),
+        prompts_step(["attn:2", *stops[1:]], []),
+        prompts_step(stops, [], whole_from=1),
+        prompts_step(stops, [], whole_from=0),
+        Step.of_one_plan(plan(stops).mask(), 3),
+    ):
+        assert plans.pieces_of(step) is None
+
+
+@pytest.mark.parametrize("entries", [["attn:7"], [3], [6, "mlp:7"], ["mlp:7"]])
+def test_other_prompt_plans_than_exits_are_not_compiled(entries: Entries) -> None:
+    assert exit_of(plan(entries)) is None
+    assert exit_of(plan([6, 7])) == 6
+
+
 @pytest.mark.parametrize("kv_fill", ["copy", "project"])
 def test_compiled_plans_give_the_tokens_of_the_reference_and_fill_what_the_loop_fills(
     engine: Callable[..., Any], few_layers: str, kv_fill: str
@@ -117,6 +173,41 @@ def filled(llm: Any, prompts: list[list[int]], compiled: bool) -> list[torch.Ten
     greedy(llm, prompts, [ONE] * len(prompts), max_tokens=TOKENS)
     read = llm.apply_model(lambda model: [one.kv_cache for one in model.adaskip.cache._layers])
     return [torch.sort(one.flatten()).values for one in read[0]]
+
+
+@pytest.mark.parametrize("kv_fill", ["none", "copy"])
+def test_prompts_that_stop_run_compiled_and_mean_what_they_mean_in_the_loop(
+    engine: Callable[..., Any], few_layers: str, kv_fill: str
+) -> None:
+    """Beside sequences that decode, in chunks, with tails that a chunk cuts."""
+    options = engine_args(kv_fill=kv_fill, prompt={"exit": 2, "tail": 5})
+    llm = engine(
+        few_layers, enforce_eager=False, num_gpu_blocks_override=60, max_num_batched_tokens=48,
+        **options,
+    )  # fmt: skip
+    reference, prompts = Reference(few_layers), random_prompts(5, 9, longest=90)
+    assert report(llm)["plans"] == 1
+
+    def answers(**more: Any) -> tuple[list[list[int]], int]:
+        """Return them, and how many steps ran compiled."""
+        before = report(llm)["ran"]
+        own = [sampling(None, max_tokens=TOKENS + at % 3, **more) for at in range(9)]
+        asked = [{"prompt_token_ids": prompt} for prompt in prompts]
+        found = llm.generate(asked, own, use_tqdm=False)
+        return [list(one.outputs[0].token_ids) for one in found], report(llm)["ran"] - before
+
+    def wanted(**more: Any) -> list[list[int]]:
+        return [
+            reference.generate(prompt, [], TOKENS + at % 3, **more)[0]
+            for at, prompt in enumerate(prompts)
+        ]
+
+    found, ran = answers()
+    assert found == wanted(prompt_plan=([2, 3], 5)) and found != wanted()
+    assert ran > 5
+    for other in (request(off=True), request(prompt_exit=3)):
+        assert answers(extra_args=other)[1] == 0, other
+    assert answers(extra_args=request(skip=[1]))[1] < ran  # where no sequence decodes yet
 
 
 def report(llm: Any) -> dict[str, Any]:

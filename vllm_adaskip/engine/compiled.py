@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decode steps of one plan, compiled whole, as stock vLLM compiles dense ones on a CPU.
+"""Steps of known plans, compiled as stock vLLM compiles dense ones on a CPU.
 
-On a GPU such steps replay a graph (`graphs.py`). A CPU has none, and running layer by layer costs
-it what the compiler saves: fused operations, and calls from Python.
+Decode steps of one plan are compiled whole. Steps with prompts that stop after some layers, beside
+sequences that leave out nothing, are compiled in two pieces: what comes behind those layers reads
+K/V that have to be in the cache by then. On a GPU decode steps replay a graph (`graphs.py`). A CPU
+has none, and running layer by layer costs it what the compiler saves: fused operations, and calls
+from Python.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from logging import getLogger
 from time import perf_counter
@@ -24,6 +27,7 @@ from vllm_adaskip.engine.step import Bools, Step
 
 if TYPE_CHECKING:
     from vllm_adaskip.engine.fill import KvFill
+    from vllm_adaskip.engine.prompt_plan import PromptPlan
 
 
 logger = getLogger("vllm.adaskip")
@@ -51,8 +55,42 @@ Inputs = tuple[Tensor | None, Tensor, Tensor | None]
 Body = Callable[[Tensor | None, Tensor, Tensor | None], Made]
 
 
+class Headed(NamedTuple):
+    """What the first piece of a step with shortened prompts returns.
+
+    Attributes:
+        update, before: ``[going, hidden]`` the stream of the tokens that go on.
+        positions: ``[going]`` theirs.
+        passed: of each layer behind the exit, K and V ``[stopping, kv_heads * head_size]`` that
+            its own projection makes of the others.
+
+    """
+
+    update: Tensor
+    before: Tensor
+    positions: Tensor
+    passed: list[tuple[Tensor, Tensor]]
+
+
+class Pieces(NamedTuple):
+    """What runs a step with shortened prompts.
+
+    Attributes:
+        exit: layers that all tokens run, of `depth`.
+        first: takes a step's inputs, and int64 ``[going]`` and ``[stopping]`` tokens.
+        rest: takes update, before and positions of `Headed`; returns ``[going, width]``, what the
+            LM head takes.
+
+    """
+
+    exit: int
+    depth: int
+    first: Callable[..., Headed]
+    rest: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
 class CompiledPlans:
-    """The bodies of an engine, one a plan that is known when it starts.
+    """The bodies of an engine, one a plan that is known when it starts, and one for its prompts.
 
     Attributes:
         ran: steps that ran a compiled body so far.
@@ -61,14 +99,31 @@ class CompiledPlans:
 
     """
 
-    def __init__(self, plans: Iterable[SkipPlan], body: Callable[[Bools], Body]) -> None:
-        """Take the plans, of which `MOST` are compiled, and what returns the body of a mask."""
+    def __init__(
+        self,
+        plans: Iterable[SkipPlan],
+        body: Callable[[Bools], Body],
+        prompt: PromptPlan | None = None,
+        pieces: Callable[[int], Pieces | None] | None = None,
+    ) -> None:
+        """Take what is compiled.
+
+        Args:
+            plans: of sequences, of which `MOST` are compiled.
+            body: returns the body of a mask.
+            prompt: the server's prompt plan, compiled if it stops after some layers.
+            pieces: returns the pieces of such an exit; None, or what returns None: they are not
+                compiled.
+
+        """
         self.ran, self.seconds, self.mebibytes = 0, 0.0, 0.0
         self._uncompiled, self._body = [*islice(plans, MOST)], body
         self._bodies: dict[bytes, Body] = {}
+        self._exit = exit_of(prompt.plan) if prompt is not None and pieces is not None else None
+        self._pieces_of, self._pieces = pieces, list[Pieces]()
 
     def __len__(self) -> int:
-        return len(self._bodies)
+        return len(self._bodies) + len(self._pieces)
 
     def compile(self, fill: KvFill, options: Mapping[str, Any], *inputs: *Inputs) -> None:
         """Compile all bodies, on the inputs of a warm-up, with inductor's options; once.
@@ -90,13 +145,57 @@ class CompiledPlans:
             finally:
                 fill.abandon()
         self._uncompiled = []
+        if self._exit is not None:
+            self._compile_pieces(self._exit, fill, options, inputs)
+            self._exit = None
         self.seconds += perf_counter() - start
         self.mebibytes += _resident() - before
+
+    def _compile_pieces(
+        self, exit: int, fill: KvFill, options: Mapping[str, Any], inputs: Inputs
+    ) -> None:
+        """Compile the pieces of an exit, as if half of the tokens stopped there."""
+        assert self._pieces_of is not None
+        if (plain := self._pieces_of(exit)) is None:
+            return
+        tokens = torch.arange(len(inputs[1]))
+        going, stopping = tokens[1::2].clone(), tokens[0::2].clone()
+        fill.begin(Step.of_one_plan(np.zeros(2 * plain.depth, dtype=np.bool_), len(tokens)),
+                   may_change=False)  # fmt: skip
+        try:
+            first = _compiled(plain.first, options, (*inputs, going, stopping))
+            made = first(*inputs, going, stopping)
+            rest = _compiled(plain.rest, options, made[:3])
+            self._pieces = [plain._replace(first=first, rest=rest)]
+        except Exception as error:  # whatever a compiler may say
+            reason = str(error).strip().partition("\n")[0]
+            logger.warning(
+                "prompts that stop after %d layers run layer by layer, as they cannot be "
+                "compiled: %s", exit, reason
+            )  # fmt: skip
+        finally:
+            fill.abandon()
 
     @property
     def bodies(self) -> list[tuple[Bools, Body]]:
         """The mask ``[2 * num_layers]`` and the body of each plan that is compiled."""
         return [(np.frombuffer(mask, dtype=np.bool_), body) for mask, body in self._bodies.items()]
+
+    def pieces_of(self, step: Step) -> Pieces | None:
+        """Return the pieces of a step in which prompts' tokens alone leave anything out, if known.
+
+        That is, all layers behind the exit.
+        """
+        if not self._pieces or not step.is_shortened:
+            return None
+        (pieces,) = self._pieces
+        runs, stops = step.runs, step.shortened
+        fits = runs[~stops].all() and runs[:, : 2 * pieces.exit].all()
+        if not fits or runs[stops, 2 * pieces.exit :].any():
+            return None
+        # The compiler takes one token, or none, for another shape than several.
+        stopping = int(step.length[stops].sum())
+        return pieces if min(stopping, step.num_tokens - stopping) > 1 else None
 
     def of(self, step: Step) -> Body | None:
         """Return the body of a step whose tokens are all generated under one plan, if known."""
@@ -110,7 +209,16 @@ def _resident() -> float:
     return float(psutil.Process().memory_info().rss) / (1 << 20)
 
 
-def _compiled(body: Body, options: Mapping[str, Any], inputs: Inputs) -> Body:
+def exit_of(plan: SkipPlan) -> int | None:
+    """Return how many layers a plan runs that leaves out all behind them; None: another plan."""
+    runs = ~plan.mask()
+    exit = int(runs.sum()) // 2
+    return exit if runs[: 2 * exit].all() and not runs[2 * exit :].any() else None
+
+
+def _compiled(
+    body: Callable[..., Any], options: Mapping[str, Any], inputs: Sequence[Tensor | None]
+) -> Callable[..., Any]:
     """Compile a body without guards, as vLLM does: what it closes over never changes.
 
     The compiler finds what it compiled by the code object, and bodies of different plans share
@@ -120,7 +228,7 @@ def _compiled(body: Body, options: Mapping[str, Any], inputs: Inputs) -> Body:
     code: CodeType = body.__code__.replace()
     own = FunctionType(code, body.__globals__, body.__name__, body.__defaults__, body.__closure__)
     unguarded = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
-    found: Body = torch.compile(
+    found: Callable[..., Any] = torch.compile(
         own, fullgraph=True, dynamic=False, backend="inductor", options={**options, **unguarded}
     )
     for each in inputs:

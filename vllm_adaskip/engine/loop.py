@@ -33,7 +33,7 @@ from vllm_adaskip.engine.compat.kernels import with_kernels
 from vllm_adaskip.engine.compat.kv_cache import KvCache
 from vllm_adaskip.engine.compat.modules import copied
 from vllm_adaskip.engine.compat.projection import keep_apart
-from vllm_adaskip.engine.compiled import Body, CompiledPlans, Inputs, Made
+from vllm_adaskip.engine.compiled import Body, CompiledPlans, Headed, Inputs, Made, Pieces
 from vllm_adaskip.engine.decide import shared_state
 from vllm_adaskip.engine.drafter import Drafter
 from vllm_adaskip.engine.fill import KV_FILLS, ProjectFill
@@ -43,7 +43,7 @@ from vllm_adaskip.engine.probes import Probes, runs
 from vllm_adaskip.engine.prompts import PromptReader
 from vllm_adaskip.engine.step import NOBODY, Bools, Ints, Step
 from vllm_adaskip.engine.taught import Layers, Taught
-from vllm_adaskip.engine.window import Window
+from vllm_adaskip.engine.window import Window, gather, rows
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -66,7 +66,7 @@ class SkipRuntime:
         reader: shows prompts to the method.
         gate: asks the method in the middle of a forward.
         step: the step that runs now, or ran last.
-        body: compiled for the step that runs now; None: there is none.
+        body: compiled for the step that runs now, or its pieces; None: there is none.
         starts: ``[rows + 1]``, where each row's tokens start in that step.
 
     """
@@ -87,7 +87,7 @@ class SkipRuntime:
         gate = classifier.gate(hidden_size, device, lens) if scope else None
         self.gate = StepGate(gate, classifier, self._table)
         self.step: Step | None = None
-        self.body: Body | None = None
+        self.body: Body | Pieces | None = None
         self.starts: Ints = np.zeros(1, dtype=np.int64)
         self._planned: Step | None = None
         self._starts = b""
@@ -176,7 +176,7 @@ class SkipRuntime:
         self._only_decodes = step.num_generated == step.num_tokens
         self._is_dense = step.is_dense
         plans = self.state.compiled
-        self._compiled = None if plans is None else plans.of(step)
+        self._compiled = None if plans is None else plans.of(step) or plans.pieces_of(step)
         return step
 
 
@@ -208,7 +208,10 @@ class SkippingDecoder(nn.Module):
         self._options: Mapping[str, Any] | None = None
         if compilation.mode and vllm_config.device_config.device_type == "cpu":
             self._options = compilation.inductor_compile_config
-            state.compiled = CompiledPlans(state.planner.known_plans, self.body_of)
+            pieces = None if self._is_adapted else self._pieces_of
+            state.compiled = CompiledPlans(
+                state.planner.known_plans, self.body_of, state.planner.prompt, pieces
+            )
         is_guarded = state.planner.facts.guard and not self._is_adapted
         if is_guarded and vllm_config.device_config.device_type == "cpu":
             state.guard = Guard(partial(self._costs, vllm_config), compat.of_rank_0)
@@ -395,8 +398,13 @@ class SkippingDecoder(nn.Module):
         real = slice(step.num_tokens)
         input_ids = None if input_ids is None else input_ids[real]
         inputs_embeds = None if inputs_embeds is None else inputs_embeds[real]
-        run = self.run if adaskip.body is None else self._run_compiled
-        output = run(step, input_ids, positions[real], inputs_embeds)
+        inputs = input_ids, positions[real], inputs_embeds
+        if isinstance(adaskip.body, Pieces):
+            output = self._run_pieces(step, adaskip.body, *inputs)
+        elif adaskip.body is not None:
+            output = self._run_compiled(step, adaskip.body, *inputs)
+        else:
+            output = self.run(step, *inputs)
         adaskip.end()
         return output
 
@@ -447,12 +455,66 @@ class SkippingDecoder(nn.Module):
 
         return body
 
-    def _run_compiled(self, step: Step, *inputs: *Inputs) -> Tensor:
+    def _pieces_of(self, exit: int) -> Pieces | None:
+        """Return what a step runs in which some tokens of prompts stop after so many layers.
+
+        As `body_of`, in two pieces, between which the K/V of those tokens are written. None where
+        these tokens have layers of their own, which the others do not run.
+        """
+        if self.taught is not None:
+            return None
+        bare = copy(self)
+        bare.use(bare.stack_of(bare.model))
+        layers = bare.layers
+
+        def run(stream: Stream, positions: Tensor, some: list[Any]) -> Stream:
+            for layer in some:
+                stream = bare.run_mlp(layer, bare.run_attention(layer, positions, stream))
+            return stream
+
+        def first(
+            input_ids: Tensor | None,
+            positions: Tensor,
+            inputs_embeds: Tensor | None,
+            going: Tensor,
+            stopping: Tensor,
+        ) -> Headed:
+            embedded = Stream(bare.embed(input_ids, positions, inputs_embeds), None)
+            stream = run(embedded, positions, layers[:exit])
+            theirs = gather(stream, stopping)
+            where = rows(positions, stopping)
+            passed = [bare.project_kv(layer, where, theirs) for layer in layers[exit:]]
+            update, before = gather(stream, going)
+            assert before is not None  # a layer has run
+            return Headed(update, before, rows(positions, going), passed)
+
+        def rest(update: Tensor, before: Tensor, positions: Tensor) -> Tensor:
+            return bare.finish(run(Stream(update, before), positions, layers[exit:]))
+
+        return Pieces(exit, len(layers), first, rest)
+
+    def _run_pieces(self, step: Step, pieces: Pieces, *inputs: *Inputs) -> Tensor:
+        """Run the pieces that are compiled for the prompts' exit; return as `run`."""
+        adaskip = self.adaskip
+        plans, going = adaskip.state.compiled, step.part(2 * pieces.exit)
+        assert plans is not None and going is not None
+        stopping = step.passing(2 * pieces.exit, generated=False)
+        tokens, others = (torch.from_numpy(each.positions) for each in (going, stopping))
+        with adaskip.running(step):
+            made = pieces.first(*inputs, tokens, others)
+            for layer, (key, value) in enumerate(made.passed, pieces.exit):
+                adaskip.prompt_fill.pass_by(layer, stopping, key, value)
+            found = pieces.rest(made.update, made.before, made.positions)
+        plans.ran += 1
+        output = found.new_zeros(step.num_tokens, found.shape[1])
+        return output.index_copy_(0, tokens, found)
+
+    def _run_compiled(self, step: Step, body: Body, *inputs: *Inputs) -> Tensor:
         """Run the body that is compiled for the step's plan, and fill what it passed by."""
         adaskip = self.adaskip
         plans = adaskip.state.compiled
-        assert adaskip.body is not None and plans is not None
-        made = adaskip.body(*inputs)
+        assert plans is not None
+        made = body(*inputs)
         plans.ran += 1
         left_out = (layer for layer, part in enumerate(step.attention_parts) if part is NOBODY)
         for layer, (key, value) in zip(left_out, made.passed, strict=False):
