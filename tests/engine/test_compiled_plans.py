@@ -19,8 +19,8 @@ from helpers.reference import Reference
 
 from vllm_adaskip import engine_args, request
 from vllm_adaskip.classifiers import SkipPlan
-from vllm_adaskip.engine.compiled import MOST, CompiledPlans, Headed, Pieces, exit_of, logger
-from vllm_adaskip.engine.prompt_plan import PromptPlan, exit_plan
+from vllm_adaskip.engine.compiled import MOST, CompiledPlans, Headed, Pieces, logger
+from vllm_adaskip.engine.prompt_plan import PromptPlan, exit_of, exit_plan
 from vllm_adaskip.engine.step import Step
 
 ONE: Entries = [1, "attn:2"]

@@ -10,7 +10,8 @@ from Python.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from logging import getLogger
 from time import perf_counter
@@ -23,11 +24,11 @@ import torch
 from torch import Tensor
 
 from vllm_adaskip.classifiers import SkipPlan
+from vllm_adaskip.engine.prompt_plan import PromptPlan, exit_of
 from vllm_adaskip.engine.step import Bools, Step
 
 if TYPE_CHECKING:
     from vllm_adaskip.engine.fill import KvFill
-    from vllm_adaskip.engine.prompt_plan import PromptPlan
 
 
 logger = getLogger("vllm.adaskip")
@@ -112,18 +113,18 @@ class CompiledPlans:
             plans: of sequences, of which `MOST` are compiled.
             body: returns the body of a mask.
             prompt: the server's prompt plan, compiled if it stops after some layers.
-            pieces: returns the pieces of such an exit; None, or what returns None: they are not
-                compiled.
+            pieces: returns the pieces of such an exit, or None where it has none.
 
         """
         self.ran, self.seconds, self.mebibytes = 0, 0.0, 0.0
         self._uncompiled, self._body = [*islice(plans, MOST)], body
         self._bodies: dict[bytes, Body] = {}
-        self._exit = exit_of(prompt.plan) if prompt is not None and pieces is not None else None
-        self._pieces_of, self._pieces = pieces, list[Pieces]()
+        self._exit = None if prompt is None else exit_of(prompt.plan)
+        self._pieces_of = pieces
+        self._pieces: Pieces | None = None
 
     def __len__(self) -> int:
-        return len(self._bodies) + len(self._pieces)
+        return len(self._bodies) + (self._pieces is not None)
 
     def compile(self, fill: KvFill, options: Mapping[str, Any], *inputs: *Inputs) -> None:
         """Compile all bodies, on the inputs of a warm-up, with inductor's options; once.
@@ -133,17 +134,9 @@ class CompiledPlans:
         """
         start, before = perf_counter(), _resident()
         for plan in self._uncompiled:
-            fill.begin(Step.of_one_plan(plan.mask(), len(inputs[1])), may_change=False)
-            try:
+            with _rehearsal(f"'{plan}'", fill, plan.mask(), len(inputs[1])):
                 body = _compiled(self._body(plan.mask()), options, inputs)
                 self._bodies[plan.mask().tobytes()] = body
-            except Exception as error:  # whatever a compiler may say
-                reason = str(error).strip().partition("\n")[0]
-                logger.warning(
-                    "'%s' runs layer by layer, as it cannot be compiled: %s", plan, reason
-                )
-            finally:
-                fill.abandon()
         self._uncompiled = []
         if self._exit is not None:
             self._compile_pieces(self._exit, fill, options, inputs)
@@ -160,21 +153,13 @@ class CompiledPlans:
             return
         tokens = torch.arange(len(inputs[1]))
         going, stopping = tokens[1::2].clone(), tokens[0::2].clone()
-        fill.begin(Step.of_one_plan(np.zeros(2 * plain.depth, dtype=np.bool_), len(tokens)),
-                   may_change=False)  # fmt: skip
-        try:
+        nothing = np.zeros(2 * plain.depth, dtype=np.bool_)  # of generated tokens
+        what = f"a prompt that stops after {exit} layers"
+        with _rehearsal(what, fill, nothing, len(tokens)):
             first = _compiled(plain.first, options, (*inputs, going, stopping))
             made = first(*inputs, going, stopping)
             rest = _compiled(plain.rest, options, made[:3])
-            self._pieces = [plain._replace(first=first, rest=rest)]
-        except Exception as error:  # whatever a compiler may say
-            reason = str(error).strip().partition("\n")[0]
-            logger.warning(
-                "prompts that stop after %d layers run layer by layer, as they cannot be "
-                "compiled: %s", exit, reason
-            )  # fmt: skip
-        finally:
-            fill.abandon()
+            self._pieces = plain._replace(first=first, rest=rest)
 
     @property
     def bodies(self) -> list[tuple[Bools, Body]]:
@@ -186,9 +171,8 @@ class CompiledPlans:
 
         That is, all layers behind the exit.
         """
-        if not self._pieces or not step.is_shortened:
+        if (pieces := self._pieces) is None or not step.is_shortened:
             return None
-        (pieces,) = self._pieces
         runs, stops = step.runs, step.shortened
         fits = runs[~stops].all() and runs[:, : 2 * pieces.exit].all()
         if not fits or runs[stops, 2 * pieces.exit :].any():
@@ -209,11 +193,17 @@ def _resident() -> float:
     return float(psutil.Process().memory_info().rss) / (1 << 20)
 
 
-def exit_of(plan: SkipPlan) -> int | None:
-    """Return how many layers a plan runs that leaves out all behind them; None: another plan."""
-    runs = ~plan.mask()
-    exit = int(runs.sum()) // 2
-    return exit if runs[: 2 * exit].all() and not runs[2 * exit :].any() else None
+@contextmanager
+def _rehearsal(what: str, fill: KvFill, left_out: Bools, tokens: int) -> Iterator[None]:
+    """Tell the fill of a step as it will be; log that what cannot be compiled runs in the loop."""
+    fill.begin(Step.of_one_plan(left_out, tokens), may_change=False)
+    try:
+        yield
+    except Exception as error:  # whatever a compiler may say
+        reason = str(error).strip().partition("\n")[0]
+        logger.warning("%s runs layer by layer, as it cannot be compiled: %s", what, reason)
+    finally:
+        fill.abandon()
 
 
 def _compiled(

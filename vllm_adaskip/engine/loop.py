@@ -208,9 +208,9 @@ class SkippingDecoder(nn.Module):
         self._options: Mapping[str, Any] | None = None
         if compilation.mode and vllm_config.device_config.device_type == "cpu":
             self._options = compilation.inductor_compile_config
-            pieces = None if self._is_adapted else self._pieces_of
+            planner = state.planner
             state.compiled = CompiledPlans(
-                state.planner.known_plans, self.body_of, state.planner.prompt, pieces
+                planner.known_plans, self.body_of, planner.prompt, self._pieces_of
             )
         is_guarded = state.planner.facts.guard and not self._is_adapted
         if is_guarded and vllm_config.device_config.device_type == "cpu":
@@ -434,8 +434,7 @@ class SkippingDecoder(nn.Module):
         It runs the modules as stock vLLM made them, whose small operations the compiler fuses.
         ``fills``: whether K/V are made where the engine's fill wants them.
         """
-        bare = copy(self if self.taught is None else self.taught.model)
-        bare.use(bare.stack_of(bare.model))
+        bare = self._bare(self if self.taught is None else self.taught.model)
         layers, projects = bare.layers, fills and self.adaskip.fill.projects
         sub_layers = list(enumerate(left_out.tolist()))
 
@@ -455,16 +454,22 @@ class SkippingDecoder(nn.Module):
 
         return body
 
+    @staticmethod
+    def _bare(decoder: SkippingDecoder) -> SkippingDecoder:
+        """Return a decoder over the modules as stock vLLM made them, for the compiler."""
+        bare = copy(decoder)
+        bare.use(bare.stack_of(bare.model))
+        return bare
+
     def _pieces_of(self, exit: int) -> Pieces | None:
         """Return what a step runs in which some tokens of prompts stop after so many layers.
 
         As `body_of`, in two pieces, between which the K/V of those tokens are written. None where
-        these tokens have layers of their own, which the others do not run.
+        these tokens have layers of their own, which the others do not run, and with adapters.
         """
-        if self.taught is not None:
+        if self.taught is not None or self._is_adapted:
             return None
-        bare = copy(self)
-        bare.use(bare.stack_of(bare.model))
+        bare = self._bare(self)
         layers = bare.layers
 
         def run(stream: Stream, positions: Tensor, some: list[Any]) -> Stream:

@@ -154,6 +154,12 @@ def exit_plan(layers: object, num_layers: int) -> SkipPlan:
     return SkipPlan(num_layers, above, above)
 
 
+def exit_of(plan: SkipPlan) -> int | None:
+    """Return how many first layers a plan runs and no others; None: it is no exit."""
+    layers = plan.num_layers - plan.attention.bit_count()
+    return layers if layers and plan == exit_plan(layers, plan.num_layers) else None
+
+
 def as_tail(value: object) -> int:
     """Return how many last tokens run everything.
 

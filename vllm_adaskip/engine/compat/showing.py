@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -26,15 +27,15 @@ class ShowingScheduler(Scheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._shown: dict[str, Request] = {}
+        self._shown: dict[str, Callable[[], Mapping[str, Any]]] = {}
 
     @abstractmethod
     def shown_of(self, request: Request) -> Mapping[str, Any]:
         """Return what is shown of a request that has been scheduled."""
 
     def show(self, request: Request) -> None:
-        """Show it of this request, from now on."""
-        self._shown[request.request_id] = request
+        """Show it of this request, from now on; it is asked for once."""
+        self._shown[request.request_id] = cache(partial(self.shown_of, request))
 
     def finish_requests(self, *args: Any, **kwargs: Any) -> Any:
         """Finish as vLLM does; requests that are shown may be among them."""
@@ -48,8 +49,8 @@ class ShowingScheduler(Scheduler):
         if self._shown:
             for each in outputs.values():
                 for one in each.outputs:
-                    if (request := self._shown.get(one.request_id)) is not None:
-                        one.kv_transfer_params = {"adaskip": self.shown_of(request)}
+                    if (shown := self._shown.get(one.request_id)) is not None:
+                        one.kv_transfer_params = {"adaskip": shown()}
                         if one.finish_reason is not None:
                             del self._shown[one.request_id]
         return outputs
