@@ -50,6 +50,11 @@ def reports() -> list[dict[str, Any]]:
     return [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
 
 
+def names() -> set[str]:
+    """Return the replicas that answer."""
+    return {one["replica"] for one in reports()}
+
+
 def replicas() -> int:
     """Return how many replicas are up, by Ray's dashboard: who waits would slow them by more."""
     headers = {"Authorization": f"Bearer {ENVIRONMENT['RAY_AUTH_TOKEN']}"}

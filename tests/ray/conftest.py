@@ -13,9 +13,18 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[psutil.Process]:
+def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[psutil.Process]:
     """Start Ray and deploy the app, with plan affinity; without it `test_serve_run.py` does."""
     from helpers.ray_app import deployed
 
     with deployed(tmp_path_factory.mktemp("serve"), affinity=True) as process:
         yield process
+
+
+@pytest.fixture
+def cluster(app: psutil.Process) -> psutil.Process:
+    """Return Ray's process, once both replicas are up, whatever the test before did to them."""
+    from helpers.ray_app import TO_START, replicas, wait_for
+
+    wait_for(lambda: replicas() == 2, TO_START)
+    return app
