@@ -137,6 +137,7 @@ def engine() -> Iterator[Callable[..., Any]]:
     Keyword arguments are those of `vllm.LLM`. Prompts are token ids.
     """
     from vllm import LLM
+    from vllm.model_executor.models import registry
 
     from vllm_adaskip.engine.compat import enable_amx
 
@@ -156,6 +157,8 @@ def engine() -> Iterator[Callable[..., Any]]:
         }
         with pytest.MonkeyPatch.context() as patch:
             patch.delenv("VLLM_CPU_KVCACHE_SPACE")  # it would go before
+            # vLLM looks at each new model class in a process of its own, which takes 20 s to start.
+            patch.setattr(registry, "_run_in_subprocess", lambda look: look())
             engines.append(LLM(model, **{**defaults, **kwargs}))
         return engines[-1]
 

@@ -50,7 +50,7 @@ def report() -> dict[str, Any]:
 
 def complete(prompt: str, xargs: dict[str, Any] | None = None, **more: Any) -> httpx.Response:
     body = {"model": "bundled", "prompt": prompt, "temperature": 0, "max_tokens": 12, **more}
-    return httpx.post(f"{URL}/v1/completions", json={**body, "vllm_xargs": xargs}, timeout=60)
+    return httpx.post(f"{URL}/v1/completions", json={**body, "vllm_xargs": xargs}, timeout=300)
 
 
 def test_the_pages_completion_skips_what_it_names(server: str) -> None:
@@ -134,7 +134,7 @@ def test_chat_takes_plans_too(server: str) -> None:
         "ignore_eos": True,
         "vllm_xargs": {"adaskip_skip": ["mlp:3"]},
     }
-    assert httpx.post(f"{URL}/v1/chat/completions", json=body, timeout=60).status_code == 200
+    assert httpx.post(f"{URL}/v1/chat/completions", json=body, timeout=300).status_code == 200
     ran = [new - old for new, old in zip(report()["mlp_run"], before["mlp_run"], strict=True)]
     assert ran == [0 if layer == 3 else 5 for layer in range(LAYERS)]
 
@@ -146,7 +146,7 @@ def test_an_answer_says_what_its_request_got(server: str, path: str) -> None:
     body = {"model": "bundled", "max_tokens": 3, **asked}
 
     def told(**xargs: Any) -> Any:
-        answer = httpx.post(f"{URL}/v1/{path}", json={**body, "vllm_xargs": xargs}, timeout=60)
+        answer = httpx.post(f"{URL}/v1/{path}", json={**body, "vllm_xargs": xargs}, timeout=300)
         return answer.json()["kv_transfer_params"]
 
     assert told(adaskip_skip=[5, "attn:7"]) is None
@@ -182,7 +182,7 @@ def test_a_bad_argument_is_http_400_and_says_what_is_allowed(
 async def flood(jobs: list[dict[str, Any]]) -> list[httpx.Response]:
     """Send all at once: far more than fit the batch, so that the waiting queue fills."""
     limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(limits=limits, timeout=300) as client:
+    async with httpx.AsyncClient(limits=limits, timeout=900) as client:
         sent = [client.post(f"{URL}/v1/completions", json=job) for job in jobs]
         return list(await asyncio.gather(*sent))
 
@@ -221,7 +221,7 @@ def test_killed_clients_bad_plans_and_a_full_queue_cost_the_others_nothing(serve
     random.Random(0).shuffle(jobs)
     jobs = [(-2, job) for job in crowd] + jobs
     before = waited()
-    answers = asyncio.run(asyncio.wait_for(with_kills([job for _, job in jobs], clients), 300))
+    answers = asyncio.run(asyncio.wait_for(with_kills([job for _, job in jobs], clients), 900))
     # A cumulative figure: how long the queue was at some moment, a look may miss.
     assert waited() - before > 30, "nothing ever waited"
     same = 0
@@ -235,7 +235,7 @@ def test_killed_clients_bad_plans_and_a_full_queue_cost_the_others_nothing(serve
     # bf16 sums depend on the batch's shape, in stock vLLM too: a near tie may fall otherwise.
     assert same >= 0.97 * 4 * len(good)
 
-    for _ in range(100):  # the killed clients' sequences end when vLLM notices
+    for _ in range(1000):  # the killed clients' sequences end when vLLM notices
         if report()["live_rows"] == 0:
             break
         time.sleep(0.1)
@@ -258,7 +258,7 @@ async def with_kills(
 
 def waited() -> float:
     """Seconds that all requests so far have waited for a place in the batch."""
-    metrics = httpx.get(f"{URL}/metrics", timeout=60).text
+    metrics = httpx.get(f"{URL}/metrics", timeout=300).text
     total = re.search(r"^vllm:request_queue_time_seconds_sum{.*} (.*)$", metrics, re.MULTILINE)
     assert total is not None
     return float(total[1])

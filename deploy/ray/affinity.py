@@ -18,7 +18,7 @@ from vllm_adaskip.classifiers import PlanError, SkipPlan
 
 #: Requests by which a replica may be ahead of the least loaded one and still get another for the
 #: sake of its plan: so many, or half of what the least loaded one has if that is more.
-AHEAD = 8
+AHEAD = 16
 #: The plan of requests that leave it to the app's options.
 OPEN = ""
 #: More layers than any model has; the engine, which knows the model, refuses what is too deep.

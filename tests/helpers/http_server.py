@@ -79,7 +79,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def _wait_until_up(process: subprocess.Popen[bytes], log: Path, ready: str) -> None:
-    for _ in range(300):
+    for _ in range(900):
         assert process.poll() is None, log.read_text()[-3000:]
         try:
             if httpx.get(f"{URL}{ready}").status_code == 200:
@@ -87,4 +87,4 @@ def _wait_until_up(process: subprocess.Popen[bytes], log: Path, ready: str) -> N
         except httpx.TransportError:
             pass
         time.sleep(1)
-    pytest.fail("no server after 300 s:\n" + log.read_text()[-3000:])
+    pytest.fail("no server after 900 s:\n" + log.read_text()[-3000:])

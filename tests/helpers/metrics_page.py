@@ -38,8 +38,8 @@ class MetricsPage:
 
 
 def scrape_until(condition: Callable[[MetricsPage], bool]) -> MetricsPage:
-    """Scrape until it holds, or twice as long as the workers are left in peace."""
-    end = time.monotonic() + 2 * PERIOD
+    """Scrape until it holds; the workers are asked now and then, by a machine that may be slow."""
+    end = time.monotonic() + 60 * PERIOD
     while not condition(page := MetricsPage()) and time.monotonic() < end:
         time.sleep(0.1)
     return page

@@ -72,8 +72,8 @@ def replicas() -> int:
     )
 
 
-#: Seconds that replicas may take to start; a busy machine was seen to need over four minutes.
-TO_START = 600
+#: Seconds that replicas may take to start; a busy machine was seen to need over five minutes.
+TO_START = 900
 
 
 def wait_for(what: Callable[[], Any], seconds: float) -> float:
@@ -132,7 +132,7 @@ def questions(each: int) -> list[str]:
 async def send(bodies: list[dict[str, Any]]) -> list[Any]:
     """Send all at once; an answer or an error for each."""
     limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(limits=limits, timeout=300) as client:
+    async with httpx.AsyncClient(limits=limits, timeout=900) as client:
         sent = [client.post(COMPLETIONS, json=one) for one in bodies]
         return await asyncio.gather(*sent, return_exceptions=True)
 

@@ -64,7 +64,7 @@ def test_bad_values_stay_http_400_and_streams_come(cluster: psutil.Process) -> N
     assert httpx.post(COMPLETIONS, json=body("sum")).status_code == 200
 
     async def streamed() -> str:
-        async with httpx.AsyncClient(timeout=300) as client:
+        async with httpx.AsyncClient(timeout=900) as client:
             return await stream(client, questions(1)[0])
 
     assert asyncio.run(streamed()) == "done"

@@ -25,7 +25,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def status(skip: list[Any] | None) -> int:
     body = {"model": "bundled", "prompt": "sum : 2 6 + 7 1 = ? answer :", "max_tokens": 6}
     body |= {"ignore_eos": True, "vllm_xargs": {"adaskip_skip": skip} if skip else None}
-    return httpx.post(f"{URL}/v1/completions", json=body, timeout=60).status_code
+    return httpx.post(f"{URL}/v1/completions", json=body, timeout=300).status_code
 
 
 def test_every_engine_is_counted_once_whichever_front_end_answers() -> None:
