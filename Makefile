@@ -10,6 +10,10 @@ LARGE ?= --large
 # Length of `make soak`.
 MINUTES ?= 30
 
+# What is installed comes without bytecode, which the first import writes. Where nothing may be
+# written, each process that imports vLLM takes 20 s longer to start.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help setup demo test test-pure test-slow test-0.29 test-0.33 test-ray ray-demo lint lock docs bench bench-guard bench-parts gpu-check soak train clean
 
 help:
