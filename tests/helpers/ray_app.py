@@ -90,6 +90,11 @@ def wait_for(what: Callable[[], Any], seconds: float) -> float:
         time.sleep(2)
 
 
+def wait_for_both() -> None:
+    """Wait until both replicas are up."""
+    wait_for(lambda: replicas() == 2, TO_START)
+
+
 def body(prompt: str, plan: object = None, **more: Any) -> dict[str, Any]:
     """Return a greedy completion request."""
     common = {"model": "bundled", "prompt": prompt, "temperature": 0, "max_tokens": 12}
@@ -112,7 +117,7 @@ def deployed(folder: Path, **args: Any) -> Iterator[psutil.Process]:
         with serving(f"env {start}", folder / "log", ready=None) as process:
             try:
                 wait_for(lambda: shell(deploy), TO_START)
-                wait_for(lambda: replicas() == 2, TO_START)
+                wait_for_both()
                 yield psutil.Process(process.pid)
             finally:
                 started = psutil.Process(process.pid).children(recursive=True)

@@ -24,7 +24,7 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[psutil.Process]:
 @pytest.fixture
 def cluster(app: psutil.Process) -> psutil.Process:
     """Return Ray's process, once both replicas are up, whatever the test before did to them."""
-    from helpers.ray_app import TO_START, replicas, wait_for
+    from helpers.ray_app import wait_for_both
 
-    wait_for(lambda: replicas() == 2, TO_START)
+    wait_for_both()
     return app

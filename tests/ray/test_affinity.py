@@ -91,7 +91,7 @@ def test_every_request_gets_a_live_replica_that_is_not_far_ahead(
 
 
 def test_the_bound_is_a_few_requests_or_half_of_the_least() -> None:
-    assert [most(least) for least in (0, 4, 40)] == [AHEAD, 4 + AHEAD, 60]
+    assert [most(least) for least in (0, 4, 16, 40)] == [AHEAD, 4 + AHEAD, 32, 60]
     cluster = Cluster("a", "b")
     home = cluster.send("x")
     while len(cluster.requests[home]) <= AHEAD:

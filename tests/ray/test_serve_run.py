@@ -8,14 +8,14 @@ from pathlib import Path
 
 import psutil
 from helpers.http_server import serving
-from helpers.ray_app import PAGE, TO_START, replicas, reports, shell, wait_for
+from helpers.ray_app import PAGE, reports, shell, wait_for_both
 from helpers.readme import block
 
 
 def test_the_page_s_first_commands(tmp_path: Path) -> None:
     log = tmp_path / "log"
     with serving(block("serve run", PAGE), log, ready=None) as process:
-        wait_for(lambda: replicas() == 2, TO_START)
+        wait_for_both()
         answer = json.loads(shell(block("curl -s http://127.0.0.1:8000/v1/completions", PAGE)))
         assert answer["choices"][0]["text"].split()[0] == "skwyn"
         ran = [worker for one in reports() for worker in one["workers"]]

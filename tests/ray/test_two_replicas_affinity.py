@@ -16,11 +16,11 @@ from helpers.ray_app import (
     answered,
     body,
     questions,
-    replicas,
     reports,
     send,
     stream,
     wait_for,
+    wait_for_both,
 )
 
 #: The first two are one plan.
@@ -102,7 +102,7 @@ def test_a_killed_replica_loses_no_request_silently_and_its_plans_move(
     (left,) = now.keys() & before.keys()
     for old, new in zip(before[left], now[left], strict=True):
         assert new >= old + 4
-    wait_for(lambda: replicas() == 2, TO_START)
+    wait_for_both()
     assert all(map(answered, asyncio.run(send(load()))))
 
 
