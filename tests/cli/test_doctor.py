@@ -52,3 +52,10 @@ def test_a_forced_runner_that_we_do_not_feed(monkeypatch: pytest.MonkeyPatch) ->
     assert findings()["model runner"].mend == "set VLLM_USE_V2_MODEL_RUNNER=0"
     monkeypatch.setattr("vllm.triton_utils.HAS_TRITON", True)
     assert not findings()["model runner"].mend
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_what_a_cpu_without_avx512_does_worse(monkeypatch: pytest.MonkeyPatch, has: bool) -> None:
+    monkeypatch.setattr("torch.cpu._is_avx512_supported", lambda: has)
+    found = findings()["CPU"]
+    assert not found.mend and ("bfloat16 is slow" in found.found) is not has

@@ -63,7 +63,13 @@ def make(
     return cache(lambda kind: Quantised(kind, tmp_path_factory.mktemp("quantised"), engine))
 
 
-@pytest.fixture(scope="module", params=quantised.KINDS)
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(kind, marks=() if kind == "W8A8 int8" else quantised.needs_avx512)
+        for kind in quantised.KINDS
+    ],
+)
 def model(request: Any, make: Callable[[str], Quantised]) -> Quantised:
     return make(request.param)
 
@@ -121,6 +127,7 @@ def test_the_prefix_cache(int8: Quantised) -> None:
         assert same or gap < quantised.NEAR[int8.kind], f"{plan}, smallest gap {gap:.2f}"
 
 
+@quantised.needs_avx512
 def test_adapters_of_requests(int8: Quantised, tmp_path: Path) -> None:
     """Mixed adapters under mixed plans, beside the dequantised weights with each merged in."""
     from vllm.lora.request import LoRARequest

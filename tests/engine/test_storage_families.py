@@ -31,6 +31,7 @@ OF_FAMILY = {case.architecture: name for name, case in reversed(CASES.items())}
 HEADS = {"llama": {"head_dim": 96}, "qwen3": {"head_dim": 64}}
 
 
+@quantised.needs_avx512
 @pytest.mark.parametrize(
     ("name", "kind"),
     [(OF_FAMILY[family], kind) for family, kinds in QUANTISED.items() for kind in kinds],
@@ -48,7 +49,7 @@ def test_quantised_weights(
     assert off < 0.25 * of_dense and off < without_fill, (off, of_dense, without_fill)
 
 
-@pytest.mark.skipif(not torch.cpu._is_avx512_supported(), reason="vLLM has no kernels for it")
+@quantised.needs_avx512
 @pytest.mark.parametrize(
     ("name", "kv_fill"), [*((name, "copy") for name in OF_FAMILY.values()), ("llama", "project")]
 )

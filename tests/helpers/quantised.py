@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -25,6 +26,12 @@ _AWQ = [0, 2, 4, 6, 1, 3, 5, 7]
 END = 1
 #: Largest distance of the two best logits at which a token may differ.
 NEAR = {"W8A8 int8": 1.0, "W4A16 int4": 0.25, "GPTQ int4": 0.25, "AWQ int4": 0.25}
+
+#: With AVX2 alone vLLM has no kernels for four bits, for experts, beside adapters or for fp8, and
+#: in int8 stock vLLM itself is far from the float32 loop.
+needs_avx512 = pytest.mark.skipif(
+    not torch.cpu._is_avx512_supported(), reason="vLLM's kernels for it want AVX-512"
+)
 
 #: ``[out, in]`` float32 -> tensors by the ends of their names, and the weight they stand for.
 Quantise = Callable[[Tensor], tuple[dict[str, Tensor], Tensor]]
