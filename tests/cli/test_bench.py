@@ -45,10 +45,15 @@ def test_what_cannot_be_timed_is_named(command: str, words: str) -> None:
 
 @pytest.mark.slow  # four engines are compiled
 def test_drafts_are_timed_beside_stock(tmp_path: Path) -> None:
-    command = "drafts --rounds 2 --batch 2 --limit 4 --tokens 12 --dtype float32"
+    command = "drafts --data bundled:key --rounds 2 --batch 2 --limit 4 --tokens 12 --dtype float32"
     done = run(f'{command} --draft \'{{"exit": 6, "tokens": 2}}\' --out {tmp_path}')
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads((tmp_path / "drafts.json").read_text())
-    names = ["stock vLLM", "stock vLLM, eager", 'drafts {"exit": 6, "tokens": 2}']
+    names = [
+        "stock vLLM",
+        "stock vLLM once more",
+        "stock vLLM, eager",
+        'drafts {"exit": 6, "tokens": 2}',
+    ]
     assert [one["variant"] for one in found] == [*names, "stock vLLM, n-gram drafts"]
     assert all(one["equal"] == [6, 6] and one["per_step"] >= 1 for one in found)

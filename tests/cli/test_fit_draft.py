@@ -32,8 +32,9 @@ def test_a_draft_is_trained_on_own_answers_and_kept(tmp_path: Path) -> None:
     assert f"--additional-config.adaskip.draft.profile {tmp_path}" in done.stdout
     made = DraftProfile.load(tmp_path)
     made.check_model(json.loads((Path(bundled_model()) / "config.json").read_text()))
-    weights, vocabulary = read_weights(tmp_path, made.exit)
-    assert made.exit == 2 and weights and vocabulary is not None and len(vocabulary) == 99
+    read = read_weights(tmp_path, made.exit, 192)
+    assert made.exit == 2 and read.layers and read.vocabulary is not None
+    assert len(read.vocabulary) == 99 and read.hears is not None
     before = (tmp_path / "draft.json").stat().st_mtime_ns
     again = run(command)
     assert again.returncode == 0 and (tmp_path / "draft.json").stat().st_mtime_ns == before

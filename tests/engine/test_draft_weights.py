@@ -18,13 +18,13 @@ from helpers.batches import greedy, random_prompts
 from helpers.reference import Reference
 from helpers.tiny import write_llama
 from safetensors.torch import load_file, save_file
+from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from vllm_adaskip import engine_args
 from vllm_adaskip.classifiers.profile import ProfileError
-from vllm_adaskip.engine.draft_weights import TENSORS, DraftProfile, read_weights
-from vllm_adaskip.lab.fitting.draft import Draft, saved
-from vllm_adaskip.lab.fitting.samples import Sample, batch_of
+from vllm_adaskip.engine.draft_weights import HEARS, TENSORS, DraftProfile, read_weights
+from vllm_adaskip.lab.fitting.draft import Draft, Read, fed, saved
 
 EXIT, TOKENS = 5, 24
 
@@ -35,7 +35,7 @@ def disturbed(model: str, folder: Path, vocabulary: torch.Tensor | None = None) 
     whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     draft = Draft(whole, EXIT, vocabulary)
     for weight in draft.trained().values():
-        weight.add_(0.3 * weight.std() * torch.randn_like(weight))
+        weight.add_((0.01 + 0.3 * weight.std()) * torch.randn_like(weight))
         weight.copy_(weight.bfloat16())
     saved(draft, folder, model, whole.config.to_dict(), {"accepted": 0.5})
     return draft
@@ -43,9 +43,17 @@ def disturbed(model: str, folder: Path, vocabulary: torch.Tensor | None = None) 
 
 def wanted(draft: Draft, tokens: list[int], drafted: list[int]) -> list[int]:
     """Return what a draft picks behind tokens, and behind each of what was drafted."""
-    batch = batch_of([Sample("", [*tokens, *drafted[:-1]], len(drafted))], torch.device("cpu"))
+    fed_before = [*tokens, *drafted[:-1]]
+    begin = len(tokens) - 2  # with the token before the last one, of which it hears
     with torch.inference_mode():
-        picked = draft(batch, -(len(tokens) - 1) % 4)[0, 1:].argmax(-1)
+        hidden = draft._model[0].model(torch.tensor([fed_before])).last_hidden_state[0]
+    states = functional.pad(hidden, (0, 0, 1, 0))[begin:-1]
+    one = Read("", fed_before, len(drafted), frozenset(), states)
+    (read,) = draft.read([one], lambda done: None)
+    torch.testing.assert_close(read.states.float(), states, rtol=0.01, atol=0.01)
+    with torch.inference_mode():
+        logits = draft(*fed([one], torch.device("cpu")))[: len(drafted)]
+    picked = torch.stack([each[0, place].argmax() for place, each in enumerate(logits, 1)])
     return (picked if draft.vocabulary is None else draft.vocabulary[picked]).tolist()
 
 
@@ -118,7 +126,18 @@ def test_tensors_that_do_not_belong_there_are_refused(
     tensors = load_file(tmp_path / TENSORS)
     save_file({**tensors, name: torch.ones(2)}, tmp_path / TENSORS)
     with pytest.raises(ProfileError, match="is not allowed; allowed: weights of the first 5"):
-        read_weights(tmp_path, EXIT)
+        read_weights(tmp_path, EXIT, 128)
+
+
+@pytest.mark.parametrize("shape", [(64, 128), (128,), (0, 0)])
+def test_what_it_hears_by_fits_the_model(
+    tmp_path: Path, tiny_llama: str, shape: tuple[int, ...]
+) -> None:
+    disturbed(tiny_llama, tmp_path)
+    tensors = load_file(tmp_path / TENSORS)
+    save_file({**tensors, HEARS: torch.ones(shape)}, tmp_path / TENSORS)
+    with pytest.raises(ProfileError, match=r"'hears.weight' is .*; allowed: \[128, 128\]"):
+        read_weights(tmp_path, EXIT, 128)
 
 
 def test_values_that_are_no_numbers_are_refused(tmp_path: Path, tiny_llama: str) -> None:
@@ -126,7 +145,7 @@ def test_values_that_are_no_numbers_are_refused(tmp_path: Path, tiny_llama: str)
     tensors = load_file(tmp_path / TENSORS)
     save_file({**tensors, "model.norm.weight": torch.full((128,), torch.nan)}, tmp_path / TENSORS)
     with pytest.raises(ProfileError, match="not finite"):
-        read_weights(tmp_path, EXIT)
+        read_weights(tmp_path, EXIT, 128)
 
 
 @pytest.mark.parametrize(

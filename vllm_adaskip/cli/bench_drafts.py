@@ -40,7 +40,7 @@ def drafts(
         list[int] | None,
         typer.Option(min=1, max=128, help="Requests at once; repeatable. 1, 4, 16."),
     ] = None,
-    tokens: Annotated[int, typer.Option(min=8, help="Tokens of each answer.")] = 64,
+    tokens: Annotated[int, typer.Option(min=8, help="Of an answer, at most.")] = 64,
     rounds: Rounds = 5,
     dtype: Annotated[str, typer.Option(help="vLLM's.")] = "auto",
     seed: run.Seed = 0,
@@ -62,11 +62,19 @@ def drafts(
         path = model_path(model)
         options = _options(draft, path)
         items, _ = run.questions(path, data, limit, seed, columns, apply_chat_template)
-        from vllm_adaskip.lab.bench.drafts import compare, started
+        from transformers import AutoTokenizer
+        from vllm import SamplingParams
+
+        from vllm_adaskip.lab.bench.drafts import compare, started, told
+        from vllm_adaskip.lab.bench.variants import STOCK
+        from vllm_adaskip.lab.data.tokens import end_tokens
         from vllm_adaskip.lab.scan.answers import tokenised
 
         prompts, longest = tokenised(items, path, tokens)
-
+        params = SamplingParams(
+            temperature=0, max_tokens=tokens, detokenize=False,
+            stop_token_ids=end_tokens(path, AutoTokenizer.from_pretrained(path)),
+        )  # fmt: skip
         batches = sorted({*(batch or (1, 4, 16))})
         engines: dict[str, Any] = {
             "max_model_len": longest + tokens,
@@ -80,9 +88,10 @@ def drafts(
             most = max(one.get("tokens", 4) for one in options.values())
             with started(path, options, most, profile, **engines) as llms:
                 begun()
+                prompts = told(llms[STOCK], prompts, params)
                 for size in batches:
                     done = say(f"batch {size}", len(llms) * (rounds + 1))
-                    found += compare(llms, prompts, size, tokens, rounds, done)
+                    found += compare(llms, prompts, size, params, rounds, done)
                     text = json.dumps([asdict(one) for one in found], indent=1)
                     (out / "drafts.json").write_text(text + "\n")
     columns_ = "variant", "a token", "against stock vLLM", "tokens a step", "stock's answers"

@@ -80,11 +80,14 @@ def _fit(
 
     judging, training = held_back(fit.answered(one, answers, tokens, out))
     size = one.config["vocab_size"]
-    with fit.progress(100) as report:
+    with fit.progress(100 + len(judging) + len(training)) as report:
         report("loading the model", 0)
         whole = fit.loaded(one, device)
         made = Draft(whole, settings.exit, frequent(training, settings.vocabulary, size))
-        report("measuring", 0)
+        judging, training = (
+            made.read(some, lambda done: report("reading answers", done))
+            for some in (judging, training)
+        )
         before = accepted(made, judging, whole.device)
         losses = train(made, training, settings, whole.device, _saying(report))
         report("measuring", 0)

@@ -2,7 +2,8 @@
 """Layers that draft better than the model's own first ones: a folder that `fit draft` writes.
 
 They are the model's first layers, trained to say what the whole model says, but for K and V, so
-that they read the model's own cache. The model itself stays as it is. ``draft.json`` and
+that they read the model's own cache; and a matrix by which they hear what the whole model made of
+the token before (EAGLE, arXiv 2401.15077). The model itself stays as it is. ``draft.json`` and
 ``draft.safetensors`` are plain data and treated as hostile input.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
@@ -29,8 +30,9 @@ if TYPE_CHECKING:
 
 FILE, TENSORS = "draft.json", "draft.safetensors"
 FORMAT = 1
-#: Ids of the tokens that drafts may have, ``[tokens]`` int64.
-VOCABULARY = "vocabulary"
+#: Ids of the tokens that drafts may have, ``[tokens]`` int64; and ``[hidden, hidden]``, which turns
+#: what the LM head took into a part of the next token's embedding.
+VOCABULARY, HEARS = "vocabulary", "hears.weight"
 #: What K and V are made of, which drafts do not change.
 _SHARED = re.compile(r"\.(k_proj|v_proj|qkv_proj)\.")
 _NAME = re.compile(r"model\.(?:layers\.(\d+)\.[a-z0-9_.]+|norm\.weight)")
@@ -75,8 +77,23 @@ class DraftProfile(BaseModel):
         check_made_for("draft", self.model, self.fingerprint, fingerprint(hf_config))
 
 
-def read_weights(folder: Path, exit: int) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Return the weights by the names of the model's checkpoint, and the vocabulary, if limited.
+class DraftWeights(NamedTuple):
+    """What ``draft.safetensors`` holds.
+
+    Attributes:
+        layers: of layers and norm, by the names of the model's checkpoint.
+        vocabulary: None: drafts may have all tokens.
+        hears: None: drafts start from the token alone.
+
+    """
+
+    layers: dict[str, Tensor]
+    vocabulary: Tensor | None
+    hears: Tensor | None
+
+
+def read_weights(folder: Path, exit: int, width: int) -> DraftWeights:
+    """Return the weights for a model whose hidden states are so wide.
 
     Raises:
         ProfileError: no such file, or a tensor that does not belong there.
@@ -90,16 +107,19 @@ def read_weights(folder: Path, exit: int) -> tuple[dict[str, Tensor], Tensor | N
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise ProfileError(f"{path}: {error}") from None
-    vocabulary = tensors.pop(VOCABULARY, None)
-    for name, tensor in tensors.items():
+    vocabulary, hears = (tensors.pop(name, None) for name in (VOCABULARY, HEARS))
+    if hears is not None and hears.shape != (width, width):
+        raise ProfileError(f"{path}: {HEARS!r} is {[*hears.shape]}; allowed: [{width}, {width}]")
+    for name in tensors:
         match = _NAME.fullmatch(name)
         if not match or int(match[1] or 0) >= exit or _SHARED.search(name):
             raise ProfileError(
                 f"{path}: {name!r:.200} is not allowed; allowed: weights of the first {exit} "
                 "layers but for K and V, and the final norm"
             )
+    for name, tensor in [*tensors.items(), *([] if hears is None else [(HEARS, hears)])]:
         if not (tensor.is_floating_point() and tensor.isfinite().all()):
             raise ProfileError(f"{path}: {name!r:.200}: values are not finite")
     if vocabulary is not None and (vocabulary.ndim != 1 or vocabulary.is_floating_point()):
         raise ProfileError(f"{path}: {VOCABULARY!r} is no list of token ids")
-    return tensors, vocabulary
+    return DraftWeights(tensors, vocabulary, hears)

@@ -6,11 +6,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vllm_adaskip.engine import compat, naming
 from vllm_adaskip.engine.compat.drafting import DraftContexts, RunnerDrafts
@@ -53,6 +53,23 @@ class SelfDraft(RunnerDrafts):
         state.pulled = PulledBatch(state, self)
 
 
+class Asked(NamedTuple):
+    """What a pass takes.
+
+    Attributes:
+        rows: ``[rows]`` of the batch, that draft.
+        ids: ``[rows]`` of each one's last token.
+        positions: ``[rows]`` of these, int64.
+        heard: ``[rows, hidden]`` what the LM head took to say them; None: drafts hear nothing.
+
+    """
+
+    rows: Ints
+    ids: Ints
+    positions: Tensor
+    heard: Tensor | None
+
+
 class Drafter:
     """Makes the drafts of an engine.
 
@@ -85,8 +102,9 @@ class Drafter:
         self.pace = Pace(self._times, compat.of_rank_0) if draft.adapt else None
         self.drafted = Drafted(draft.tokens)
         self.compiled: CompiledPlans | None = None
+        self._hears: Tensor | None = None
         self._step: tuple[bytes, Step] | None = None
-        self._ran: tuple[Ints, float] | None = None
+        self._ran: tuple[Ints, float, Tensor] | None = None
         self._seconds = 0.0
         self._steps = 0
         self._ended = perf_counter()
@@ -97,9 +115,11 @@ class Drafter:
             return False
         plan = self._draft.plan
         first = plan.num_layers - plan.attention.bit_count()
-        weights, vocabulary = read_weights(self._draft.profile, first)
-        self._model = self._whole.with_own_layers(first, weights)
-        self._head.limit(vocabulary)
+        config = self._vllm_config.model_config
+        read = read_weights(self._draft.profile, first, config.get_hidden_size())
+        self._model = self._whole.with_own_layers(first, read.layers)
+        self._head.limit(read.vocabulary)
+        self._hears = None if read.hears is None else read.hears.to(config.dtype)
         return True
 
     def warm_up(self, options: Mapping[str, Any] | None, *inputs: *Inputs) -> None:
@@ -111,10 +131,10 @@ class Drafter:
 
         """
         ids, positions, _ = inputs
-        if options is not None and self.compiled is None:
+        if ids is not None and options is not None and self.compiled is None:
             body = partial(self._model.body_of, fills=False)
             self.compiled = CompiledPlans([self._draft.plan], body)
-            self.compiled.compile(self._fill, options, *inputs)
+            self.compiled.compile(self._fill, options, *self._inputs(ids, positions))
         if self.pace is not None:
             self.pace.measure(ids, positions)
 
@@ -122,16 +142,17 @@ class Drafter:
         """Return what was drafted, and what it gained."""
         return {**self.drafted.report(), **({} if self.pace is None else self.pace.report())}
 
-    def ran(self, starts: Ints, seconds: float) -> None:
+    def ran(self, starts: Ints, seconds: float, hidden: Tensor) -> None:
         """Remember the forward that has just run.
 
         Args:
             starts: ``[rows + 1]``, where each row's tokens start in it.
             seconds: that it took.
+            hidden: ``[tokens, hidden]`` what it returned.
 
         """
         self._contexts.keep()
-        self._ran = starts, seconds
+        self._ran = starts, seconds, hidden
 
     def propose(self, sampled: Sequence[Sequence[int]], ends: Ints, slots: Ints) -> list[list[int]]:
         """Return drafts of each row, behind the tokens that it has just drawn.
@@ -142,6 +163,7 @@ class Drafter:
             slots: ``[rows]`` tokens for which it has slots.
 
         """
+        last = self._last(sampled)
         self._learn(sampled, perf_counter())
         drafts: list[list[int]] = [[] for _ in sampled]
         may_draft = int(np.count_nonzero(self._state.table.drafts[: len(sampled)]))
@@ -150,9 +172,25 @@ class Drafter:
             caps = self._caps(sampled, ends, slots)
             (rows,) = caps.nonzero()
             if len(rows):
-                self._fill_in(drafts, rows, caps[rows], sampled, ends, terms)
+                ids = np.array([sampled[row][-1] for row in rows])
+                asked = Asked(rows, ids, torch.from_numpy(ends[rows] - 1), self._heard(last[rows]))
+                self._fill_in(drafts, asked, caps[rows], terms)
         self._ended = perf_counter()
         return drafts
+
+    def _last(self, sampled: Sequence[Sequence[int]]) -> Ints:
+        """Return ``[rows]``, behind which token of the last forward each drew its last one."""
+        assert self._ran is not None
+        starts = self._ran[0]
+        found: Ints = starts[1:] - 1
+        for row in self._state.table.drafted:
+            found[row] = starts[row] + len(sampled[row]) - 1
+        return found
+
+    def _heard(self, tokens: Ints) -> Tensor | None:
+        """Return what the whole model made of tokens of the last forward, if drafts hear it."""
+        assert self._ran is not None
+        return None if self._hears is None else self._ran[2][torch.from_numpy(tokens)]
 
     def _learn(self, sampled: Sequence[Sequence[int]], now: float) -> None:
         """Learn what became of the drafts that the last forward verified, and what it took."""
@@ -161,7 +199,7 @@ class Drafter:
         if not (waiting or self._seconds) and self._steps % SELDOM:
             return
         assert self._ran is not None
-        starts, seconds = self._ran
+        starts, seconds, _ = self._ran
         lengths = np.diff(starts)
         for row, confidence in waiting.items():
             tried = min(len(confidence), int(lengths[row]) - 1)  # vLLM may leave some out
@@ -196,22 +234,12 @@ class Drafter:
         self.drafted.off += terms is None
         return terms
 
-    def _fill_in(
-        self,
-        drafts: list[list[int]],
-        rows: Ints,
-        caps: Ints,
-        sampled: Sequence[Sequence[int]],
-        ends: Ints,
-        terms: Terms,
-    ) -> None:
+    def _fill_in(self, drafts: list[list[int]], asked: Asked, caps: Ints, terms: Terms) -> None:
         """Draft pass by pass, for rows that are still worth it."""
-        ids = np.array([sampled[row][-1] for row in rows])
-        positions = torch.from_numpy(ends[rows] - 1)
-        reach = np.ones(len(rows))
+        rows, reach = asked.rows, np.ones(len(asked.rows))
         self._contexts.begin(rows)
         for place in range(int(caps.max())):
-            picked, confidence = self._pass(rows, ids, positions)
+            picked, confidence, hidden = self._pass(asked)
             if self.pace is not None:
                 reach = reach * self.pace.calibration.of(confidence)
             kept = reach >= terms.a_token
@@ -224,30 +252,41 @@ class Drafter:
             alive = kept & (caps > place + 1)
             if not alive.any() or not goes_on(reach[alive], terms):
                 break
-            ids, positions = picked[alive], positions[alive] + 1
             if not alive.all():
                 rows, caps, reach = rows[alive], caps[alive], reach[alive]
                 self._contexts.begin(rows)
+            heard = None if self._hears is None else hidden[torch.from_numpy(alive)]
+            asked = Asked(rows, picked[alive], asked.positions[alive] + 1, heard)
 
-    def _pass(self, rows: Ints, ids: Ints, positions: Tensor) -> tuple[Ints, Floats]:
-        """Return the likeliest next token of each row, and its probability."""
+    def _pass(self, asked: Asked) -> tuple[Ints, Floats, Tensor]:
+        """Return each row's likeliest next token, its probability, and what the head took."""
         start = perf_counter()
-        step = self._step_of(rows)
-        with self._contexts.at(positions):
+        step = self._step_of(asked.rows)
+        with self._contexts.at(asked.positions):
             # As in vLLM's own steps: what is compiled without guards takes these types alone.
-            hidden = self._hidden(step, torch.from_numpy(ids.astype(np.int32)), positions)
+            ids = torch.from_numpy(asked.ids.astype(np.int32))
+            hidden = self._hidden(step, *self._inputs(ids, asked.positions, asked.heard))
         confidence, picked = self._head(hidden)
         self.drafted.passes += 1
         if self.pace is not None and self.pace.times is not None:
-            self.pace.times.saw_pass(len(rows), perf_counter() - start)
-            self._seconds += self.pace.times.a_pass(len(rows))
-        return picked.numpy(), confidence.numpy()
+            self.pace.times.saw_pass(len(asked.rows), perf_counter() - start)
+            self._seconds += self.pace.times.a_pass(len(asked.rows))
+        return picked.numpy(), confidence.numpy(), hidden
 
-    def _hidden(self, step: Step, ids: Tensor, positions: Tensor) -> Tensor:
+    def _inputs(self, ids: Tensor, positions: Tensor, heard: Tensor | None = None) -> Inputs:
+        """Return what a body takes, of ``[rows, hidden]`` that drafts hear; None: nothing yet."""
+        if self._hears is None:
+            return ids, positions, None
+        embedded = self._whole.embed(ids, positions, None)
+        if heard is None:
+            heard = torch.zeros_like(embedded)
+        return None, positions, embedded + nn.functional.linear(heard, self._hears)
+
+    def _hidden(self, step: Step, *inputs: *Inputs) -> Tensor:
         body = None if self.compiled is None else self.compiled.of(step)
         if body is not None:
-            return body(ids, positions, None).hidden
-        return self._model.run(step, ids, positions, None, fills=False)
+            return body(*inputs).hidden
+        return self._model.run(step, *inputs, fills=False)
 
     def _times(self, ids: Tensor | None = None, positions: Tensor | None = None) -> Times:
         """Time a whole forward, and a pass, by how many tokens; on all ranks together."""
@@ -257,11 +296,11 @@ class Drafter:
         sizes = [size for size in SIZES if size <= len(positions)]
 
         def timed(size: int) -> list[Callable[[], Any]]:
-            inputs = ids[:size], positions[:size]
+            some = ids[:size], positions[:size]
             step = Step.of_decodes(np.tile(self._mask, (size, 1)))
             return [
-                partial(self._whole.dense, *inputs),
-                lambda: self._head(self._hidden(step, *inputs)),
+                partial(self._whole.dense, *some),
+                lambda: self._head(self._hidden(step, *self._inputs(*some))),
             ]
 
         with compat.warm_up(self._vllm_config):

@@ -358,7 +358,7 @@ class SkippingDecoder(nn.Module):
             self._measure(input_ids, positions, inputs_embeds)
             return output
         if drafter is not None:
-            drafter.ran(self.adaskip.starts, seconds)
+            drafter.ran(self.adaskip.starts, seconds, output)
         rows = len(self.adaskip.starts) - 1
         if guard is not None and step.num_generated == step.num_tokens == rows:  # no drafts
             guard.saw(step.runs, seconds)

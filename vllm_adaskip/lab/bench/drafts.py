@@ -9,11 +9,15 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import count, cycle, islice
 from operator import eq
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_adaskip.lab.bench.engines import engine
 from vllm_adaskip.lab.bench.rounds import Run, Spread, ratio, take_turns
-from vllm_adaskip.lab.bench.variants import EAGER, STOCK
+from vllm_adaskip.lab.bench.variants import CONTROL, EAGER, STOCK
+from vllm_adaskip.lab.data.items import DataError
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
 
 NGRAM = f"{STOCK}, n-gram drafts"
 
@@ -27,8 +31,8 @@ class Answered:
     Attributes:
         batch: requests at once.
         variant: what drafts.
-        per_token: seconds of a token of the whole batch, over the rounds.
-        against_stock: compiled stock vLLM's seconds over these, round by round.
+        per_token: seconds of a round over its tokens, the first of each answer left out.
+        against_stock: compiled stock vLLM's over these, round by round.
         per_step: tokens that a step gives a request, over all rounds.
         equal: answers that are stock vLLM's, token by token, and of how many.
 
@@ -50,7 +54,7 @@ def started(
     profile: str = "",
     **vllm: Any,
 ) -> Iterator[dict[str, Any]]:
-    """Start compiled engines with a model's weights: stock vLLM's, and one for each draft.
+    """Start compiled engines with a model's weights: stock vLLM twice, and one for each draft.
 
     Args:
         model: folder or hub id.
@@ -64,6 +68,7 @@ def started(
     served = {"profile": profile} if profile else {}
     variants: dict[str, dict[str, Any]] = {
         STOCK: {},
+        CONTROL: {},
         EAGER: {"enforce_eager": True},
         **{name: {"plugin": {"draft": dict(one), **served}} for name, one in options.items()},
         NGRAM: {"speculative_config": ngram},  # last, as no engine starts after what it imports
@@ -75,16 +80,41 @@ def started(
         }
 
 
+def told(llm: Any, prompts: Sequence[list[int]], params: SamplingParams) -> list[list[int]]:
+    """Return the prompts that are answered with more than one token: before it nothing drafts.
+
+    Raises:
+        DataError: there are none.
+
+    """
+    short = params.clone()
+    short.max_tokens = 2
+    outputs = llm.generate(
+        [{"prompt_token_ids": prompt} for prompt in prompts], short, use_tqdm=False
+    )
+    found = [
+        prompt
+        for prompt, output in zip(prompts, outputs, strict=True)
+        if len(output.outputs[0].token_ids) > 1
+    ]
+    if not found:
+        raise DataError(
+            f"none of {len(prompts)} questions is answered with more than one token; "
+            "ask such as want longer answers"
+        )
+    return found
+
+
 def compare(
     engines: Mapping[str, Any],
     prompts: Sequence[list[int]],
     batch: int,
-    tokens: int,
+    params: SamplingParams,
     rounds: int,
     done: Callable[[], None],
 ) -> list[Answered]:
     """Let all engines answer, in turns; in each round all of them the same prompts."""
-    turns = {name: Turns(llm, prompts, batch, tokens) for name, llm in engines.items()}
+    turns = {name: Turns(llm, prompts, batch, params) for name, llm in engines.items()}
     variants: dict[str, Run] = {name: one.run for name, one in turns.items()}
     taken = take_turns(variants, rounds, done)
     stock = turns[STOCK].answers
@@ -92,9 +122,9 @@ def compare(
         Answered(
             batch,
             name,
-            Spread.of([seconds / (batch * (tokens - 1)) for seconds in taken[name]]),
+            Spread.of(taken[name]),
             ratio(taken, STOCK, name),
-            (tokens - 1) * (rounds + 1) / one.steps,
+            one.tokens / one.steps,
             (sum(map(eq, one.answers, stock)), len(stock)),
         )
         for name, one in turns.items()
@@ -106,38 +136,41 @@ class Turns:
 
     Attributes:
         answers: token ids of each.
-        steps: that they took behind their first tokens.
+        tokens: of all of them behind their first.
+        steps: that they took, a request's each.
 
     """
 
-    def __init__(self, llm: Any, prompts: Sequence[list[int]], batch: int, tokens: int) -> None:
-        self._llm, self._batch, self._tokens = llm, batch, tokens
+    def __init__(
+        self, llm: Any, prompts: Sequence[list[int]], batch: int, params: SamplingParams
+    ) -> None:
+        self._core, self._batch, self._params = llm.llm_engine, batch, params
         self._prompts = cycle(prompts)
         self.answers: list[list[int]] = []
-        self.steps = 0
+        self.tokens = self.steps = 0
 
     def run(self) -> float:
-        """Answer the next prompts; return the seconds behind their first tokens."""
-        from vllm import SamplingParams
-
-        params = SamplingParams(
-            temperature=0, max_tokens=self._tokens, ignore_eos=True, detokenize=False
-        )
-        core, answers = self._llm.llm_engine, dict[str, list[int]]()
+        """Answer the next prompts; return the seconds of a token, the first ones left out."""
+        answers = dict[str, list[int]]()
         for prompt in islice(self._prompts, self._batch):
             name = f"drafts-{next(_numbers)}"
-            core.add_request(name, {"prompt_token_ids": prompt}, params)
+            self._core.add_request(name, {"prompt_token_ids": prompt}, self._params)
             answers[name] = []
         while not all(answers.values()):
             self._step(answers)
+        first = sum(map(len, answers.values()))
         start = time.perf_counter()
-        while core.has_unfinished_requests():
-            self._step(answers)
-            self.steps += 1
+        while self._core.has_unfinished_requests():
+            self.steps += self._step(answers)
         seconds = time.perf_counter() - start
+        tokens = sum(map(len, answers.values())) - first
+        self.tokens += tokens
         self.answers += answers.values()
-        return seconds
+        return seconds / max(tokens, 1)
 
-    def _step(self, answers: dict[str, list[int]]) -> None:
-        for output in self._llm.llm_engine.step():
+    def _step(self, answers: dict[str, list[int]]) -> int:
+        """Run a step; return how many requests got tokens."""
+        outputs = self._core.step()
+        for output in outputs:
             answers[output.request_id] = list(output.outputs[0].token_ids)
+        return len(outputs)

@@ -2,20 +2,20 @@
 """Trains a copy of a model's first layers to say what the whole model says.
 
 As in LayerSkip's self-speculation (arXiv 2404.16710) the first layers draft and read the model's
-own K and V; but the copy is trained and the model stays as it is, so that no answer changes. A
-token is fed as it will be in an engine: a block of drafts reads the model's K and V of all tokens
-before it, and the copy's own within it.
+own K and V; but the copy is trained and the model stays as it is, so that no answer changes. As in
+EAGLE (arXiv 2401.15077) it hears what the whole model made of the token before, or what it made of
+it itself where that was a draft too. In training all tokens are fed as they will be in an engine:
+once as a first draft, then as a second one, and so on.
 """
 
 from __future__ import annotations
 
-import random
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,11 @@ from torch.nn import functional
 
 from vllm_adaskip.classifiers.profile import fingerprint
 from vllm_adaskip.engine.draft_weights import TENSORS, VOCABULARY, DraftProfile
-from vllm_adaskip.lab.fitting.samples import Batch, Sample, batch_of, before_answers
-from vllm_adaskip.lab.fitting.training import of_near_length
+from vllm_adaskip.lab.fitting.samples import Batch, Sample, batch_of, batches_of, before_answers
+from vllm_adaskip.lab.fitting.training import in_16_bits, of_near_length
 
-#: Drafts in a block, in training.
-BLOCK = 4
+#: Drafts one after the other, in training; and how much each counts less than the one before.
+PLACES, FADING = 3, 0.7
 #: What a copy shares with the model, so that it can read its cache.
 _FROZEN = ("k_proj", "v_proj")
 
@@ -57,6 +57,19 @@ class Settings:
     seed: int = 0
 
 
+@dataclass(frozen=True)
+class Read(Sample):
+    """A sample that the whole model has read.
+
+    Attributes:
+        states: ``[answer + 1, hidden]`` what its LM head took before each token that is fed, which
+            are the prompt's last and the answer's.
+
+    """
+
+    states: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
 class Draft(nn.Module):
     """The copy, beside the model.
 
@@ -74,6 +87,9 @@ class Draft(nn.Module):
         self.model = nn.Module()
         self.model.layers = nn.ModuleList(deepcopy(layer) for layer in model.model.layers[:exit])
         self.model.norm = deepcopy(model.model.norm)
+        width = model.lm_head.in_features
+        self.hears = nn.Linear(width, width, bias=False, device=model.device, dtype=model.dtype)
+        nn.init.zeros_(self.hears.weight)
         self.exit, self.vocabulary = exit, vocabulary
         head = model.lm_head.weight.detach()
         self._head = (head if vocabulary is None else head[vocabulary].clone(),)
@@ -81,29 +97,47 @@ class Draft(nn.Module):
         for name, weight in self.named_parameters():
             weight.requires_grad = not any(part in name for part in _FROZEN)
 
-    def forward(self, batch: Batch, offset: int, block: int = BLOCK) -> Tensor:
-        """Return logits ``[rows, answer + 1, vocabulary]`` of the tokens behind the last ones.
+    def read(self, samples: Sequence[Sample], done: Callable[[int], None]) -> list[Read]:
+        """Have the whole model read samples; ``done`` is told of how many."""
+        model, found = self._model[0].model, dict[int, Read]()
+        with torch.inference_mode(), in_16_bits(self._model[0].device):
+            for places, batch in batches_of(samples, 16, self._model[0].device):
+                hidden = model(
+                    input_ids=batch.ids, attention_mask=batch.real.long(),
+                    position_ids=batch.positions, use_cache=False,
+                ).last_hidden_state  # fmt: skip
+                before = functional.pad(hidden, (0, 0, 1, 0))[:, before_answers(batch) : -1]
+                for place, states in zip(places, before.bfloat16().cpu(), strict=True):
+                    one = samples[place]
+                    own = states[: one.answer + 1].clone()
+                    found[place] = Read(one.task, one.ids, one.answer, one.begins, own)
+                done(len(places))
+        return [found[place] for place in range(len(samples))]
 
-        The copy runs for the tokens that answers follow, the model's layers for all.
+    def forward(self, batch: Batch, states: Tensor) -> list[Tensor]:
+        """Return, by place, logits ``[rows, answer + 1, vocabulary]`` of the tokens behind.
 
         Args:
             batch: padded on the left.
-            offset: of the blocks.
-            block: drafts in each.
+            states: ``[rows, answer + 1, hidden]``, see `Read`.
 
         """
+        first, found = before_answers(batch), []
         with torch.no_grad():
             cache = self._first[0](
                 input_ids=batch.ids, attention_mask=batch.real.long(),
                 position_ids=batch.positions, use_cache=True,
             ).past_key_values  # fmt: skip
-        first = before_answers(batch)
-        hidden = self._copy[0](
-            input_ids=batch.ids[:, first:],
-            attention_mask=blocks(batch.real, first, offset, block),
-            position_ids=batch.positions[:, first:], past_key_values=cache, use_cache=True,
-        ).last_hidden_state  # fmt: skip
-        return functional.linear(hidden, self._head[0])
+            embedded = self._model[0].get_input_embeddings()(batch.ids[:, first:])
+        for place in range(PLACES):
+            hidden = self._copy[0](
+                inputs_embeds=embedded + self.hears(states),
+                attention_mask=seen(batch.real, first, place),
+                position_ids=batch.positions[:, first:], past_key_values=cache, use_cache=True,
+            ).last_hidden_state  # fmt: skip
+            found.append(functional.linear(hidden, self._head[0]))
+            states = functional.pad(hidden, (0, 0, 1, 0))[:, :-1]
+        return found
 
     def trained(self) -> dict[str, Tensor]:
         """Return what was trained, by the names of the model's checkpoint."""
@@ -150,22 +184,19 @@ def _with_layers(model: Any, layers: Any, norm: Any = None) -> Any:
     return own
 
 
-def blocks(real: Tensor, first: int, offset: int, block: int) -> Tensor:
-    """Return what each token from ``first`` on sees, ``[rows, 1, last, tokens + last]`` bool.
+def seen(real: Tensor, first: int, place: int) -> Tensor:
+    """Return what each token from ``first`` on sees, ``[rows, 1, last, tokens + places * last]``.
 
-    First come K and V of the model, of which it sees those before its block; then the copy's own,
-    of which it sees those of its block up to itself.
+    First come K and V of the model, of which it sees those before the drafts that it is the last
+    of; then the copy's own, place by place, of which it sees a token each.
     """
-    at = torch.arange(real.shape[1])
-    last = at[first:]
-    start = (last - (last + offset) % block).clamp(min=first)
-    before = at[None] < start[:, None]
-    own = (last[None] >= start[:, None]) & (last[None] <= last[:, None])
-    sees = torch.cat([before, own], dim=1)[None, None].to(real.device)
-    sees = sees & torch.cat([real, real[:, first:]], dim=1)[:, None, None]
-    # Padding sees itself, as a row of scores must not be empty.
-    itself = torch.cat([torch.zeros(len(last), len(at)), torch.eye(len(last))], dim=1).bool()
-    return sees | (itself.to(real.device) & ~real[:, None, first:, None])
+    at = torch.arange(real.shape[1], device=real.device)
+    last = at[first:, None]
+    parts = [real[:, None] & (at[None] < last - place)]
+    for back in reversed(range(place + 1)):
+        own = (at[None, first:] == last - back) & (real[:, None, first:] | (back == 0))
+        parts.append(own)
+    return torch.cat(parts, dim=2)[:, None]
 
 
 def frequent(samples: Sequence[Sample], size: int, all_tokens: int) -> Tensor | None:
@@ -197,29 +228,33 @@ def wanted(batch: Batch) -> Tensor:
     return functional.pad(batch.labels, (0, 1), value=-100)[:, before_answers(batch) :]
 
 
-def accepted(draft: Draft, samples: Sequence[Sample], device: torch.device) -> list[float]:
-    """Return the share of answers' tokens that a draft has right, by place in its block."""
-    right, seen = torch.zeros(2, BLOCK)
-    with torch.inference_mode():
+def accepted(draft: Draft, samples: Sequence[Read], device: torch.device) -> list[float]:
+    """Return the share of answers' tokens that a draft has right, by place."""
+    right, tried = torch.zeros(2, PLACES)
+    with torch.inference_mode(), in_16_bits(device):
         for start in range(0, len(samples), 16):
-            batch = batch_of(samples[start : start + 16], device)
-            labels, first = wanted(batch), before_answers(batch)
-            for offset in range(BLOCK):
-                with torch.autocast(device.type, torch.bfloat16):
-                    picked = draft(batch, offset).argmax(-1)
+            batch, states = fed(samples[start : start + 16], device)
+            labels = wanted(batch)
+            for place, logits in enumerate(draft(batch, states)):
+                picked = logits.argmax(-1)
                 if draft.vocabulary is not None:
                     picked = draft.vocabulary[picked]
-                place = (torch.arange(labels.shape[1]) + first + offset) % BLOCK
-                for one in range(BLOCK):
-                    mask = (labels != -100) & (place == one)
-                    right[one] += (picked == labels)[mask].sum()
-                    seen[one] += mask.sum()
-    return [float(share) for share in right / seen]
+                mask = (labels != -100)[:, place:]
+                right[place] += (picked == labels)[:, place:][mask].sum()
+                tried[place] += mask.sum()
+    return [float(share) for share in right / tried.clamp(min=1)]
+
+
+def fed(samples: Sequence[Read], device: torch.device) -> tuple[Batch, Tensor]:
+    """Return what `Draft` takes."""
+    batch = batch_of(samples, device)
+    states = nn.utils.rnn.pad_sequence([one.states for one in samples], batch_first=True)
+    return batch, states.to(device).float()
 
 
 def train(
     draft: Draft,
-    samples: Sequence[Sample],
+    samples: Sequence[Read],
     settings: Settings,
     device: torch.device,
     say: Callable[[float, float], None],
@@ -231,21 +266,31 @@ def train(
     weights = [one for one in draft.parameters() if one.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=settings.rate, betas=(0.9, 0.95), weight_decay=0.01)
     stream = of_near_length(samples, settings.batch, settings.seed)
-    rng = random.Random(settings.seed)
     start, losses = time.monotonic(), list[float]()
     with suppress(KeyboardInterrupt):
         while (over := (time.monotonic() - start) / (60 * settings.minutes)) < 1:
             for group in optimizer.param_groups:
                 group["lr"] = settings.rate * min(1.0, (len(losses) + 1) / 20) * (1 - over)
-            batch = batch_of(next(stream), device)
-            with torch.autocast(device.type, torch.bfloat16):
-                logits = draft(batch, rng.randrange(BLOCK))
+            batch, states = fed(next(stream), device)
+            with in_16_bits(device):
+                found = draft(batch, states)
             labels = labels_of(batch, draft.vocabulary)
-            loss = functional.cross_entropy(logits[labels != -100].float(), labels[labels != -100])
+            loss = torch.stack([
+                FADING**place * _mean_loss(logits[:, place:], labels[:, place:])
+                for place, logits in enumerate(found)
+            ])  # fmt: skip
             optimizer.zero_grad()
-            torch.autograd.backward(loss)
+            torch.autograd.backward(loss.sum())
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
             optimizer.step()
-            losses.append(loss.item())
+            losses.append(loss[0].item())
             say(over, losses[-1])
     return losses
+
+
+def _mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean cross-entropy; 0 where there are no labels."""
+    summed = functional.cross_entropy(
+        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum"
+    )
+    return summed / (labels != -100).sum().clamp(min=1)

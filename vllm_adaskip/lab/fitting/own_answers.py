@@ -6,12 +6,14 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from vllm_adaskip.lab.data.items import DataError
 from vllm_adaskip.lab.fitting.samples import Sample
+from vllm_adaskip.lab.fitting.training import is_fast_in_16_bits
 
 #: The least tokens of an answer that is kept.
 LEAST = 4
@@ -60,9 +62,12 @@ def _generated(model: str, prompts: Sequence[list[int]], tokens: int) -> list[li
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     from vllm import LLM, SamplingParams
+    from vllm.platforms import current_platform
 
     longest = max(map(len, prompts)) + tokens + 1
-    llm = LLM(model, max_model_len=longest, max_num_seqs=64, enforce_eager=True)
+    slow = current_platform.is_cpu() and not is_fast_in_16_bits()
+    dtype: Any = "float32" if slow else "auto"
+    llm = LLM(model, max_model_len=longest, max_num_seqs=64, enforce_eager=True, dtype=dtype)
     outputs = llm.generate(
         [{"prompt_token_ids": prompt} for prompt in prompts],
         SamplingParams(temperature=0, max_tokens=tokens, detokenize=False),

@@ -9,10 +9,11 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
 from types import MethodType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from matplotlib.figure import Figure
@@ -33,6 +34,7 @@ EVERY, SECONDS = 25, 30.0
 #: of more runs in parts. Eight rows of 512 tokens; of eight passages of 1,000 tokens training kept
 #: 24 GiB.
 _PAIRS = 2**21
+One = TypeVar("One", bound=Sample)
 #: Gives the terms of the loss by name.
 Loss = Callable[[Batch], Mapping[str, Tensor]]
 #: Each term of the loss, step by step.
@@ -139,7 +141,7 @@ def in_any_order(samples: Sequence[Sample], size: int, seed: int) -> Iterator[Se
         yield [*islice(one, size)]
 
 
-def of_near_length(samples: Sequence[Sample], size: int, seed: int) -> Iterator[Sequence[Sample]]:
+def of_near_length(samples: Sequence[One], size: int, seed: int) -> Iterator[Sequence[One]]:
     """Return batches of about the same lengths, for ever, which need little padding.
 
     Answers come first, as they are what is trained with; prompts second.
@@ -213,6 +215,17 @@ def _merged(layer: Any, values: Tensor) -> Tensor:
 def save_adapter(adapted: Any, profile: Path) -> None:
     """Write what `adapt` added into a profile's folder, without asking the hub for its model."""
     adapted.save_pretrained(profile / ADAPTER, save_embedding_layers=False)
+
+
+def in_16_bits(device: torch.device) -> AbstractContextManager[Any]:
+    """Enter what computes products in bfloat16; in float32 on CPUs that are slow at it."""
+    enabled = device.type != "cpu" or is_fast_in_16_bits()
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+def is_fast_in_16_bits() -> bool:
+    """Return whether this CPU multiplies bfloat16, which others do in many more steps."""
+    return bool(torch.cpu._is_avx512_bf16_supported())
 
 
 def draw_curves(curves: Mapping[str, Curve], folder: Path, scale: str = "part of the loss") -> None:
