@@ -224,11 +224,19 @@ class Gain:
     waited: int = 0
 
     @property
-    def is_due(self) -> bool:
-        """Whether to draft now: it pays, or is to be tried."""
-        if self.rounds < TRIES or self.mean > 0:
+    def is_judged(self) -> bool:
+        """Whether enough was seen."""
+        return self.rounds >= TRIES
+
+    def is_due(self, lost: Sequence[Gain]) -> bool:
+        """Return whether to draft now: it pays, or is to be tried.
+
+        ``lost``: gains at other numbers of rows, if none was to be had; it is tried seldom then.
+        """
+        if self.mean > 0 or not (self.is_judged or lost):
             return True
-        return self.waited * PROBING >= self.cost
+        cost = self.cost if self.rounds else max(one.cost for one in lost)
+        return self.waited * PROBING >= cost
 
     def saw(self, gained: float, cost: float) -> None:
         """Learn from a round with drafts."""
@@ -266,8 +274,10 @@ class Pace:
 
         All ranks get the same.
         """
+        judged = [one for one in self.gains.values() if one.is_judged]
+        lost = [] if any(one.mean > 0 for one in judged) else judged
         gain = self.gains[_about(rows)]
-        terms = self._terms(rows, drafting) if gain.is_due else None
+        terms = self._terms(rows, drafting) if gain.is_due(lost) else None
         found = self._of_rank_0(np.array([0.0, 0, 0, 0] if terms is None else [1.0, *terms]))
         if not found[0]:
             gain.waited += 1
