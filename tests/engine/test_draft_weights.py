@@ -29,8 +29,13 @@ from vllm_adaskip.lab.fitting.draft import Draft, Read, fed, saved
 EXIT, TOKENS = 5, 24
 
 
-def disturbed(model: str, folder: Path, vocabulary: torch.Tensor | None = None) -> Draft:
-    """Write a draft whose layers are not the model's; return it, rounded as it was written."""
+def disturbed(
+    model: str, folder: Path, vocabulary: torch.Tensor | None = None, *, hears: bool = True
+) -> Draft:
+    """Write a draft whose layers are not the model's; return it, rounded as it was written.
+
+    ``hears``: else as drafts were written that hear nothing.
+    """
     torch.manual_seed(1)
     whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     draft = Draft(whole, EXIT, vocabulary)
@@ -38,6 +43,11 @@ def disturbed(model: str, folder: Path, vocabulary: torch.Tensor | None = None) 
         weight.add_((0.01 + 0.3 * weight.std()) * torch.randn_like(weight))
         weight.copy_(weight.bfloat16())
     saved(draft, folder, model, whole.config.to_dict(), {"accepted": 0.5})
+    if not hears:
+        draft.trained()[HEARS].zero_()
+        tensors = load_file(folder / TENSORS)
+        del tensors[HEARS]
+        save_file(tensors, folder / TENSORS)
     return draft
 
 
@@ -57,17 +67,20 @@ def wanted(draft: Draft, tokens: list[int], drafted: list[int]) -> list[int]:
     return (picked if draft.vocabulary is None else draft.vocabulary[picked]).tolist()
 
 
-@pytest.mark.parametrize(("size", "eager"), [(None, True), (200, False)])
+@pytest.mark.parametrize(
+    ("size", "eager", "hears"), [(None, True, True), (None, True, False), (200, False, True)]
+)
 def test_an_engine_drafts_what_was_trained(
     engine: Callable[..., Any],
     tmp_path_factory: pytest.TempPathFactory,
     tiny_llama: str,
     size: int | None,
     eager: bool,
+    hears: bool,
 ) -> None:
     folder = tmp_path_factory.mktemp("draft")
     vocabulary = None if size is None else torch.arange(size) * 2 + 1
-    draft = disturbed(tiny_llama, folder, vocabulary)
+    draft = disturbed(tiny_llama, folder, vocabulary, hears=hears)
     speculate = {"profile": str(folder), "tokens": 3, "adapt": False}
     llm = engine(tiny_llama, enforce_eager=eager, **engine_args(draft=speculate))
     drafter = llm.apply_model(lambda model: model.drafter)[0]
