@@ -25,6 +25,7 @@ from vllm_adaskip import engine_args
 from vllm_adaskip.classifiers.profile import ProfileError
 from vllm_adaskip.engine.draft_weights import HEARS, TENSORS, DraftProfile, read_weights
 from vllm_adaskip.lab.fitting.draft import Draft, Read, fed, saved
+from vllm_adaskip.lab.fitting.samples import Sample
 
 EXIT, TOKENS = 5, 24
 
@@ -58,8 +59,8 @@ def wanted(draft: Draft, tokens: list[int], drafted: list[int]) -> list[int]:
     with torch.inference_mode():
         hidden = draft._model[0].model(torch.tensor([fed_before])).last_hidden_state[0]
     states = functional.pad(hidden, (0, 0, 1, 0))[begin:-1]
-    one = Read("", fed_before, len(drafted), frozenset(), states)
-    (read,) = draft.read([one], lambda done: None)
+    one = Read("", fed_before, len(drafted), states=states)
+    (read,) = draft.read([Sample("", fed_before, len(drafted))], lambda done: None)
     torch.testing.assert_close(read.states.float(), states, rtol=0.01, atol=0.01)
     with torch.inference_mode():
         logits = draft(*fed([one], torch.device("cpu")))[: len(drafted)]

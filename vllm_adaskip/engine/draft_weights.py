@@ -107,19 +107,20 @@ def read_weights(folder: Path, exit: int, width: int) -> DraftWeights:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise ProfileError(f"{path}: {error}") from None
-    vocabulary, hears = (tensors.pop(name, None) for name in (VOCABULARY, HEARS))
-    if hears is not None and hears.shape != (width, width):
-        raise ProfileError(f"{path}: {HEARS!r} is {[*hears.shape]}; allowed: [{width}, {width}]")
-    for name in tensors:
+    vocabulary = tensors.pop(VOCABULARY, None)
+    for name, tensor in tensors.items():
         match = _NAME.fullmatch(name)
-        if not match or int(match[1] or 0) >= exit or _SHARED.search(name):
+        is_foreign = not match or int(match[1] or 0) >= exit or _SHARED.search(name)
+        if is_foreign and name != HEARS:
             raise ProfileError(
                 f"{path}: {name!r:.200} is not allowed; allowed: weights of the first {exit} "
                 "layers but for K and V, and the final norm"
             )
-    for name, tensor in [*tensors.items(), *([] if hears is None else [(HEARS, hears)])]:
         if not (tensor.is_floating_point() and tensor.isfinite().all()):
             raise ProfileError(f"{path}: {name!r:.200}: values are not finite")
+    hears = tensors.pop(HEARS, None)
+    if hears is not None and hears.shape != (width, width):
+        raise ProfileError(f"{path}: {HEARS!r} is {[*hears.shape]}; allowed: [{width}, {width}]")
     if vocabulary is not None and (vocabulary.ndim != 1 or vocabulary.is_floating_point()):
         raise ProfileError(f"{path}: {VOCABULARY!r} is no list of token ids")
     return DraftWeights(tensors, vocabulary, hears)

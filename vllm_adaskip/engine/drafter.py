@@ -53,6 +53,21 @@ class SelfDraft(RunnerDrafts):
         state.pulled = PulledBatch(state, self)
 
 
+class Ran(NamedTuple):
+    """A forward that has run.
+
+    Attributes:
+        starts: ``[rows + 1]``, where each row's tokens start in it.
+        seconds: that it took.
+        hidden: ``[tokens, hidden]`` what it returned.
+
+    """
+
+    starts: Ints
+    seconds: float
+    hidden: Tensor
+
+
 class Asked(NamedTuple):
     """What a pass takes.
 
@@ -104,7 +119,7 @@ class Drafter:
         self.compiled: CompiledPlans | None = None
         self._hears: Tensor | None = None
         self._step: tuple[bytes, Step] | None = None
-        self._ran: tuple[Ints, float, Tensor] | None = None
+        self._ran: Ran | None = None
         self._seconds = 0.0
         self._steps = 0
         self._ended = perf_counter()
@@ -143,16 +158,9 @@ class Drafter:
         return {**self.drafted.report(), **({} if self.pace is None else self.pace.report())}
 
     def ran(self, starts: Ints, seconds: float, hidden: Tensor) -> None:
-        """Remember the forward that has just run.
-
-        Args:
-            starts: ``[rows + 1]``, where each row's tokens start in it.
-            seconds: that it took.
-            hidden: ``[tokens, hidden]`` what it returned.
-
-        """
+        """Remember the forward that has just run, see `Ran`."""
         self._contexts.keep()
-        self._ran = starts, seconds, hidden
+        self._ran = Ran(starts, seconds, hidden)
 
     def propose(self, sampled: Sequence[Sequence[int]], ends: Ints, slots: Ints) -> list[list[int]]:
         """Return drafts of each row, behind the tokens that it has just drawn.
@@ -181,7 +189,7 @@ class Drafter:
     def _last(self, sampled: Sequence[Sequence[int]]) -> Ints:
         """Return ``[rows]``, behind which token of the last forward each drew its last one."""
         assert self._ran is not None
-        starts = self._ran[0]
+        starts = self._ran.starts
         found: Ints = starts[1:] - 1
         for row in self._state.table.drafted:
             found[row] = starts[row] + len(sampled[row]) - 1
@@ -190,7 +198,7 @@ class Drafter:
     def _heard(self, tokens: Ints) -> Tensor | None:
         """Return what the whole model made of tokens of the last forward, if drafts hear it."""
         assert self._ran is not None
-        return None if self._hears is None else self._ran[2][torch.from_numpy(tokens)]
+        return None if self._hears is None else self._ran.hidden[torch.from_numpy(tokens)]
 
     def _learn(self, sampled: Sequence[Sequence[int]], now: float) -> None:
         """Learn what became of the drafts that the last forward verified, and what it took."""

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,14 @@ from torch.nn import functional
 
 from vllm_adaskip.classifiers.profile import fingerprint
 from vllm_adaskip.engine.draft_weights import TENSORS, VOCABULARY, DraftProfile
-from vllm_adaskip.lab.fitting.samples import Batch, Sample, batch_of, batches_of, before_answers
+from vllm_adaskip.lab.fitting.samples import (
+    IGNORED,
+    Batch,
+    Sample,
+    batch_of,
+    batches_of,
+    before_answers,
+)
 from vllm_adaskip.lab.fitting.training import in_16_bits, of_near_length
 
 #: Drafts one after the other, in training; and how much each counts less than the one before.
@@ -57,7 +64,7 @@ class Settings:
     seed: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Read(Sample):
     """A sample that the whole model has read.
 
@@ -67,7 +74,7 @@ class Read(Sample):
 
     """
 
-    states: Tensor = field(default_factory=lambda: torch.empty(0))
+    states: Tensor
 
 
 class Draft(nn.Module):
@@ -109,8 +116,8 @@ class Draft(nn.Module):
                 before = functional.pad(hidden, (0, 0, 1, 0))[:, before_answers(batch) : -1]
                 for place, states in zip(places, before.bfloat16().cpu(), strict=True):
                     one = samples[place]
-                    own = states[: one.answer + 1].clone()
-                    found[place] = Read(one.task, one.ids, one.answer, one.begins, own)
+                    own = states[: one.answer + 1].clone()  # which lets the batch go
+                    found[place] = Read(**vars(one), states=own)
                 done(len(places))
         return [found[place] for place in range(len(samples))]
 
@@ -213,19 +220,19 @@ def frequent(samples: Sequence[Sample], size: int, all_tokens: int) -> Tensor | 
 def labels_of(batch: Batch, vocabulary: Tensor | None) -> Tensor:
     """Return the place in the vocabulary of the token behind each of the last ones.
 
-    It is -100 where that is no answer's, or outside of the vocabulary.
+    It is `IGNORED` where that is no answer's, or outside of the vocabulary.
     """
     labels = wanted(batch)
     if vocabulary is None:
         return labels
     place = torch.searchsorted(vocabulary, labels.clamp(min=0))
     place = place.clamp(max=len(vocabulary) - 1)
-    return torch.where(vocabulary[place] == labels, place, -100)
+    return torch.where(vocabulary[place] == labels, place, IGNORED)
 
 
 def wanted(batch: Batch) -> Tensor:
-    """Return the token behind each of the last ones, of which `Draft` returns logits; or -100."""
-    return functional.pad(batch.labels, (0, 1), value=-100)[:, before_answers(batch) :]
+    """Return the token behind each last one, of which `Draft` returns logits; or `IGNORED`."""
+    return functional.pad(batch.labels, (0, 1), value=IGNORED)[:, before_answers(batch) :]
 
 
 def accepted(draft: Draft, samples: Sequence[Read], device: torch.device) -> list[float]:
@@ -239,7 +246,7 @@ def accepted(draft: Draft, samples: Sequence[Read], device: torch.device) -> lis
                 picked = logits.argmax(-1)
                 if draft.vocabulary is not None:
                     picked = draft.vocabulary[picked]
-                mask = (labels != -100)[:, place:]
+                mask = (labels != IGNORED)[:, place:]
                 right[place] += (picked == labels)[:, place:][mask].sum()
                 tried[place] += mask.sum()
     return [float(share) for share in right / tried.clamp(min=1)]
@@ -291,6 +298,6 @@ def train(
 def _mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the mean cross-entropy; 0 where there are no labels."""
     summed = functional.cross_entropy(
-        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum"
+        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum"
     )
-    return summed / (labels != -100).sum().clamp(min=1)
+    return summed / (labels != IGNORED).sum().clamp(min=1)
