@@ -40,15 +40,16 @@ def pace(table: Any = FLAT) -> Pace:
     return Pace(lambda: Times(SIZES, table), lambda values: values)
 
 
-def serve(one: Pace, rows: int, accepted: float, steps: int) -> int:
-    """Run steps in which three tokens a row are drafted where that is due; return how many were."""
+def serve(one: Pace, rows: int, accepted: float, steps: int, tokens: int = 3) -> int:
+    """Run steps in which tokens of each row are drafted where that is due; return how many were."""
     drafting = 0
     for _ in range(steps):
         if one.terms(rows, rows) is None:
             continue
         assert one.times is not None
         drafting += 1
-        one.saw(rows, 3 * rows, round(accepted * rows), 3 * one.times.a_pass(rows))
+        seconds = tokens * one.times.a_pass(rows)
+        one.saw(rows, tokens * rows, round(accepted * rows), seconds)
     return drafting
 
 
@@ -152,6 +153,22 @@ def test_drafts_that_are_not_accepted_stop(rows: int) -> None:
     drafting = serve(one, rows, accepted=0.1, steps=2000)
     cost = 3 * 0.002 / 0.010
     assert TRIES < drafting < TRIES + 2000 * PROBING / cost * 1.1
+
+
+@pytest.mark.parametrize(
+    ("right", "least", "most"),
+    [(0.50, 0.99, 1.0), (0.34, 0.9, 1.0), (0.10, 0.0, 0.2), (0.02, 0.0, 0.07)],
+)
+def test_luck_decides_little(right: float, least: float, most: float) -> None:
+    """A draft that pays goes on although it is mostly wrong; others end soon.
+
+    Each takes a fifth of a step, so what is right more often pays.
+    """
+    shares = []
+    for seed in range(40):
+        one, drawn = pace(), np.random.default_rng(seed).random(400) < right
+        shares.append(sum(serve(one, 1, accepted=hit, steps=1, tokens=1) for hit in drawn) / 400)
+    assert least <= np.mean(shares) <= most
 
 
 def test_what_begins_to_pay_is_found() -> None:

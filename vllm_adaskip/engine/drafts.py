@@ -8,6 +8,7 @@ nothing in here can change an answer; it can only make it faster or slower.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,9 +33,10 @@ SIZES = (1, 2, 4, 8, 16, 32, 64)
 BINS, PRIOR = 10, 4.0
 #: How much one draft makes older ones count less.
 FORGET = 1 / 1024
-#: Rounds in which drafting is tried before it is judged, and how far each later one moves what is
-#: known.
-TRIES, RATE = 6, 1 / 16
+#: Rounds in which drafting is tried before it is judged, and rounds of which the judgement is.
+TRIES, MEMORY = 4, 64
+#: How far what is seen moves what is known of times, and of drafts that lose.
+RATE = 1 / 16
 #: Share of the time that may go into trying again what did not pay.
 PROBING = 0.01
 
@@ -210,8 +212,12 @@ class Times:
 class Gain:
     """What drafting gains at about so many rows, as a share of a step without.
 
+    A round gains tokens or none, so the mean of a few is a matter of luck. So drafting goes on
+    until it has *surely* lost: the mean lies below 0 by more than its own standard error.
+
     Attributes:
         mean: tokens more a step, less time more a step; below 0 it makes steps slower.
+        variance: of a round's.
         rounds: that were seen.
         cost: time that a round with drafts takes more, as a share of a step without.
         waited: steps without drafts since the last round with them.
@@ -219,6 +225,7 @@ class Gain:
     """
 
     mean: float = 0.0
+    variance: float = 0.0
     rounds: int = 0
     cost: float = 0.0
     waited: int = 0
@@ -228,22 +235,30 @@ class Gain:
         """Whether enough was seen."""
         return self.rounds >= TRIES
 
+    @property
+    def loses(self) -> bool:
+        """Whether it makes steps slower, for all that is known."""
+        error = math.sqrt(self.variance / max(1, min(self.rounds, MEMORY)))
+        return self.is_judged and self.mean + error <= 0
+
     def is_due(self, lost: Sequence[Gain]) -> bool:
         """Return whether to draft now: it pays, or is to be tried.
 
         ``lost``: gains at other numbers of rows, if none was to be had; it is tried seldom then.
         """
-        if self.mean > 0 or not (self.is_judged or lost):
+        if not self.loses and (self.is_judged or self.mean > 0 or not lost):
             return True
         cost = self.cost if self.rounds else max(one.cost for one in lost)
         return self.waited * PROBING >= cost
 
     def saw(self, gained: float, cost: float) -> None:
-        """Learn from a round with drafts."""
+        """Learn from a round with drafts; rounds that are far apart make older ones count less."""
         self.rounds += 1
         self.waited = 0
-        rate = max(RATE, 1 / self.rounds)
-        self.mean += rate * (gained - cost - self.mean)
+        rate = max(RATE if self.loses else 1 / MEMORY, 1 / self.rounds)
+        more = gained - cost - self.mean
+        self.mean += rate * more
+        self.variance = (1 - rate) * (self.variance + rate * more**2)
         self.cost += rate * (cost - self.cost)
 
 
@@ -275,7 +290,7 @@ class Pace:
         All ranks get the same.
         """
         judged = [one for one in self.gains.values() if one.is_judged]
-        lost = [] if any(one.mean > 0 for one in judged) else judged
+        lost = judged if all(one.loses for one in judged) else []
         gain = self.gains[_about(rows)]
         terms = self._terms(rows, drafting) if gain.is_due(lost) else None
         found = self._of_rank_0(np.array([0.0, 0, 0, 0] if terms is None else [1.0, *terms]))
