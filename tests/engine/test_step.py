@@ -146,14 +146,20 @@ def test_copies_come_from_the_nearest_attention_that_ran(
                 want.add((below[-1] if below else ran[0], token, layer))
     chosen = np.array(generated, dtype=np.int64)
     ran_of = runs[chosen][:, 0::2]
-    copies, got, start = Copies.of(step, chosen, ~ran_of, ran_of, torch.device("cpu")), set(), 0
-    for source, places in copies.sources.items():
-        kept = [token for token in generated if runs[token, 2 * source]]
-        for index, place in enumerate(places.tolist(), start):
-            token = int(copies.tokens[index])
-            assert kept[place] == token  # the row of this very token
-            got.add((source, token, int(copies.layers[index])))
-        start += len(places)
+    copies = Copies.of(step, chosen, ~ran_of, ran_of, torch.device("cpu"))
+    kept = [
+        (source, token)
+        for source in copies.sources
+        for token in generated
+        if runs[token, 2 * source]
+    ]
+    got = set()
+    for row, layer, token in zip(
+        copies.rows.tolist(), copies.layers.tolist(), copies.tokens.tolist(), strict=True
+    ):
+        source, own = kept[row]
+        assert own == token  # the row of this very token
+        got.add((source, token, layer))
     assert got == want
 
 

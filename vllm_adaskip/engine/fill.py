@@ -82,16 +82,17 @@ class Copies:
     """Which K/V rows go where.
 
     Attributes:
-        sources: layer whose K/V are copied -> int64 ``[its copies]``, rows among the generated
-            tokens that run its attention.
-        layers: int64 ``[copies]``, the layer written to; copies of one source lie together,
-            in the order of ``sources``.
+        sources: layers whose K/V are copied.
+        rows: int64 ``[copies]``, places among the generated tokens that run the first source's
+            attention, then the second's, and so on.
+        layers: int64 ``[copies]``, the layer written to.
         tokens: int64 ``[copies]``, position in the step.
 
     All on the device of the cache, so that a step that stays copies nothing from the host.
     """
 
-    sources: dict[int, Tensor]
+    sources: tuple[int, ...]
+    rows: Tensor
     layers: Tensor
     tokens: Tensor
 
@@ -115,17 +116,15 @@ class Copies:
         nearest = np.where(below < 0, ran.argmax(axis=1)[:, None], below)
         at, layers = wanted.nonzero()
         source = nearest[at, layers]
-        order = np.argsort(source, kind="stable")
-        source, layers, tokens = source[order], layers[order], tokens[at[order]]
-        sources = {
-            layer: np.searchsorted(_generated(step, layer).positions, tokens[source == layer])
-            for layer in np.unique(source).tolist()
-        }
-        return cls(
-            {layer: torch.from_numpy(rows).to(device) for layer, rows in sources.items()},
-            torch.from_numpy(layers).to(device),
-            torch.from_numpy(tokens).to(device),
-        )
+        sources = np.unique(source)
+        kept = [_generated(step, layer).positions for layer in sources.tolist()]
+        rows, begin = np.empty_like(at), 0
+        for layer, positions in zip(sources.tolist(), kept, strict=True):
+            own = source == layer
+            rows[own] = begin + np.searchsorted(positions, tokens[at[own]])
+            begin += len(positions)
+        found = (torch.from_numpy(each).to(device) for each in (rows, layers, tokens[at]))
+        return cls((*sources.tolist(),), *found)
 
 
 class CopyFill(KvFill):
@@ -196,11 +195,8 @@ class CopyFill(KvFill):
     def _write(self, copies: Copies) -> None:
         if not copies.sources:
             return
-        found = [
-            tuple(each[rows] for each in self._kept[layer])
-            for layer, rows in copies.sources.items()
-        ]
-        key, value = (torch.cat(each) for each in zip(*found, strict=True))
+        kept = zip(*(self._kept[layer] for layer in copies.sources), strict=True)
+        key, value = (torch.cat(each).index_select(0, copies.rows) for each in kept)
         slots = self.cache.slots_in(copies.layers, copies.tokens)
         self.cache.write_many(copies.layers, key, value, slots)
 
