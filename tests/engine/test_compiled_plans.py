@@ -58,6 +58,18 @@ def test_each_plan_has_its_own_code_and_what_is_not_one_plan_has_none() -> None:
     assert plans.of(Step.of(np.array([0, 2, 3]), ones + 1, ones, masks[[0, 0]])) is None  # a prompt
 
 
+def test_plans_that_are_missed_are_named_the_most_frequent_first() -> None:
+    compiled, ids = made(1), torch.arange(20)
+    compiled.compile(NoFill(), {}, ids, ids, None)  # type: ignore[arg-type]
+    followed: list[tuple[Entries, int]] = [([1], 2), ([0, 2], 3), ([0], 4), ([], 5)]
+    for layers, steps in followed:  # the third is known, the last is dense
+        for _ in range(steps):
+            compiled.miss(Step.of_one_plan(plan(layers).mask(), 3))
+    mixed = np.stack([plan([1]).mask(), plan([2]).mask()])
+    compiled.miss(Step.of_decodes(mixed))
+    assert compiled.wanted() == [{"plan": [0, 2], "steps": 3}, {"plan": [1], "steps": 2}]
+
+
 def test_a_few_are_compiled() -> None:
     plans, ids = made(MOST + 2), torch.arange(20)
     plans.compile(NoFill(), {}, ids, ids, None)  # type: ignore[arg-type]
@@ -154,7 +166,11 @@ def test_compiled_plans_give_the_tokens_of_the_reference_and_fill_what_the_loop_
     assert report(llm)["plans"] == 2
     assert ran([ONE] * 6) == ran([OTHER] * 6) == TOKENS - 1
     assert ran([ONE, OTHER] * 3) < 3  # where one sequence is left
+    before = report(llm)["wanted"]
     assert ran([[]] * 6) == ran([[2]] * 6) == 0
+    assert [one for one in report(llm)["wanted"] if one not in before] == [
+        {"plan": [2], "steps": TOKENS - 1}
+    ]
     compiled, loop = (filled(llm, prompts, known) for known in (True, False))
     for layer, (one, other) in enumerate(zip(compiled, loop, strict=True)):
         assert one.any() and torch.allclose(one, other, atol=1e-4), layer

@@ -10,6 +10,7 @@ from Python.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -35,6 +36,8 @@ logger = getLogger("vllm.adaskip")
 
 #: Plans that are compiled at most: each takes some seconds at start-up.
 MOST = 4
+#: Plans that were missed and are remembered at most.
+REMEMBERED = 256
 
 
 class Made(NamedTuple):
@@ -95,6 +98,7 @@ class CompiledPlans:
 
     Attributes:
         ran: steps that ran a compiled body so far.
+        missed: steps that followed one plan that is not known, by its mask.
         seconds: that compiling took.
         mebibytes: by which compiling made this process larger.
 
@@ -117,6 +121,7 @@ class CompiledPlans:
 
         """
         self.ran, self.seconds, self.mebibytes = 0, 0.0, 0.0
+        self.missed: Counter[bytes] = Counter()
         self._uncompiled, self._body = [*islice(plans, MOST)], body
         self._bodies: dict[bytes, Body] = {}
         self._exit = None if prompt is None else exit_of(prompt.plan)
@@ -183,10 +188,32 @@ class CompiledPlans:
 
     def of(self, step: Step) -> Body | None:
         """Return the body of a step whose tokens are all generated under one plan, if known."""
-        runs = step.runs
-        if step.num_generated < step.num_tokens or (runs != runs[0]).any():
-            return None
-        return self._bodies.get((~runs[0]).tobytes())
+        plan = _one_plan(step)
+        return None if plan is None else self._bodies.get(plan)
+
+    def miss(self, step: Step) -> None:
+        """Count a step that ran layer by layer, if it need not have: its plan was not known."""
+        plan = _one_plan(step)
+        if plan is None or plan in self._bodies or not any(plan):
+            return
+        if plan in self.missed or len(self.missed) < REMEMBERED:
+            self.missed[plan] += 1
+
+    def wanted(self) -> list[dict[str, Any]]:
+        """Return the plans that most steps missed, ``{"plan": its entries, "steps": n}``."""
+        return [
+            {"plan": SkipPlan.of_mask(np.frombuffer(mask, dtype=np.bool_)).entries(), "steps": n}
+            for mask, n in self.missed.most_common(MOST)
+        ]
+
+
+def _one_plan(step: Step) -> bytes | None:
+    """Return the mask of the plan that all tokens of a step follow, if all are generated."""
+    runs = step.runs
+    if step.num_generated < step.num_tokens or (runs != runs[0]).any():
+        return None
+    mask: bytes = (~runs[0]).tobytes()
+    return mask
 
 
 def _resident() -> float:

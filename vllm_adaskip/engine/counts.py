@@ -135,7 +135,8 @@ class Report(TypedDict):
         graphs: where CUDA graphs hold plans: how many plans, dense among them, and steps that
             replayed one.
         compiled: where a CPU compiles plans: how many, steps that ran one, and what compiling
-            took, in seconds and MiB of memory.
+            took, in seconds and MiB of memory; and which ones it should know (`known_plans`), as
+            most steps followed them and ran layer by layer: see `CompiledPlans.wanted`.
         guard: with the option: `Guard.report`.
         busy: with the option: the level of load at which the last sequence entered, and how many
             entered at each.
@@ -160,7 +161,7 @@ class Report(TypedDict):
     coalesced: int
     failures: int
     graphs: NotRequired[dict[str, int]]
-    compiled: NotRequired[dict[str, float]]
+    compiled: NotRequired[dict[str, Any]]
     guard: NotRequired[dict[str, Any]]
     busy: NotRequired[dict[str, Any]]
     canary: NotRequired[dict[str, Any]]
@@ -197,6 +198,7 @@ def report(state: SkipState) -> Report:
             "ran": compiled.ran,
             "seconds": round(compiled.seconds, 1),
             "mebibytes": round(compiled.mebibytes),
+            "wanted": compiled.wanted(),
         }
     if (drafter := state.drafter) is not None:
         found["drafts"] = drafter.report()

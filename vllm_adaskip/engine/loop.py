@@ -404,6 +404,8 @@ class SkippingDecoder(nn.Module):
         elif adaskip.body is not None:
             output = self._run_compiled(step, adaskip.body, *inputs)
         else:
+            if (plans := adaskip.state.compiled) is not None:
+                plans.miss(step)
             output = self.run(step, *inputs)
         adaskip.end()
         return output
