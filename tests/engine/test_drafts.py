@@ -190,11 +190,17 @@ def test_gains_are_learnt_apart_by_rows() -> None:
     assert serve(one, 1, accepted=2.5, steps=20) == 20
 
 
-def test_what_lost_at_one_number_of_rows_is_tried_seldom_at_others() -> None:
+def test_what_lost_at_few_rows_is_tried_seldom_at_more() -> None:
     one = pace()
     assert serve(one, 1, accepted=0.1, steps=20) == TRIES
     assert sum(serve(one, rows, accepted=0.1, steps=20) for rows in (2, 4, 8, 16)) == 0
     assert serve(one, 4, accepted=2.5, steps=200) > 100
+
+
+def test_what_lost_at_many_rows_is_tried_at_fewer() -> None:
+    one = pace()
+    assert serve(one, 16, accepted=0.1, steps=20) == TRIES
+    assert serve(one, 1, accepted=2.5, steps=20) == 20
 
 
 def test_ranks_follow_the_first() -> None:

@@ -141,6 +141,31 @@ def test_stop_tokens_logprobs_penalties_and_the_end_of_the_context(
                     assert values[0] == pytest.approx(values[1], abs=1e-4)
 
 
+def test_nothing_is_drafted_behind_an_answer_s_last_token(llm: Any) -> None:
+    drafter = llm.apply_model(lambda model: model.drafter)[0]
+    source, plain = drafter._state.pulled._source, drafter.propose
+    prompts, drafted = random_prompts(8, 12), []
+
+    def propose(sampled: Any, ends: Any, slots: Any) -> Any:
+        found = plain(sampled, ends, slots)
+        for row, own in enumerate(found):
+            asked = source.request(source.batch[row])
+            params = asked.sampling_params
+            left = asked.num_prompt_tokens + params.max_tokens - int(ends[row])
+            drafted.append((own, left, {*params.stop_token_ids}))
+        return found
+
+    first = run(llm, prompts, [sampling([], 12)] * 12)
+    stops = [[output.outputs[0].token_ids[7]] for output in first]
+    drafter.propose = propose
+    run(llm, prompts, [sampling([], 9 + at % 4, stop_token_ids=stops[at]) for at in range(12)])
+    drafter.propose = plain
+    assert sum(len(own) for own, *_ in drafted) > 30
+    assert {len(own) for own, left, _ in drafted if left == 2} == {1}
+    for own, left, ends in drafted:
+        assert len(own) < max(left, 1) and ends.isdisjoint(own)
+
+
 def test_answers_keep_to_a_grammar_and_end_at_stop_strings(engine: Callable[..., Any]) -> None:
     """Drafts that the grammar forbids are cut off by vLLM; the bundled model has a tokenizer."""
     from vllm import SamplingParams

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -62,6 +63,7 @@ def drafts(
         path = model_path(model)
         options = _options(draft, path)
         items, _ = run.questions(path, data, limit, seed, columns, apply_chat_template)
+        items = random.Random(seed).sample(items, len(items))  # rounds see all tasks
         from transformers import AutoTokenizer
         from vllm import SamplingParams
 

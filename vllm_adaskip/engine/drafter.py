@@ -49,6 +49,7 @@ class SelfDraft(RunnerDrafts):
         """Take the model, which drafts, and feed its table from the runner's batch."""
         assert target.drafter is not None
         self.drafts = target.drafter
+        self.drafts.limits = self.limits
         state = target.adaskip.state
         state.pulled = PulledBatch(state, self)
 
@@ -92,6 +93,7 @@ class Drafter:
         pace: how much is drafted; None: always all that is allowed.
         drafted: counters.
         compiled: the draft's body, on a CPU where vLLM compiles.
+        limits: says of a row how many tokens its sequence has at most, and which tokens end it.
 
     """
 
@@ -117,6 +119,7 @@ class Drafter:
         self.pace = Pace(self._times, compat.of_rank_0) if draft.adapt else None
         self.drafted = Drafted(draft.tokens)
         self.compiled: CompiledPlans | None = None
+        self.limits: Callable[[int], tuple[int, frozenset[int]]]
         self._hears: Tensor | None = None
         self._step: tuple[bytes, Step] | None = None
         self._ran: Ran | None = None
@@ -177,12 +180,12 @@ class Drafter:
         may_draft = int(np.count_nonzero(self._state.table.drafts[: len(sampled)]))
         terms = self._terms(len(sampled), may_draft) if may_draft else None
         if terms is not None:
-            caps = self._caps(sampled, ends, slots)
+            caps, stops = self._caps(sampled, ends, slots)
             (rows,) = caps.nonzero()
             if len(rows):
                 ids = np.array([sampled[row][-1] for row in rows])
                 asked = Asked(rows, ids, torch.from_numpy(ends[rows] - 1), self._heard(last[rows]))
-                self._fill_in(drafts, asked, caps[rows], terms)
+                self._fill_in(drafts, asked, caps[rows], stops, terms)
         self._ended = perf_counter()
         return drafts
 
@@ -226,14 +229,23 @@ class Drafter:
             rest = now - self._ended - seconds
             self.pace.times.saw_forward(int(starts[-1]), seconds, rest)
 
-    def _caps(self, sampled: Sequence[Sequence[int]], ends: Ints, slots: Ints) -> Ints:
-        """Return ``[rows]`` tokens that each row may draft."""
+    def _caps(
+        self, sampled: Sequence[Sequence[int]], ends: Ints, slots: Ints
+    ) -> tuple[Ints, dict[int, frozenset[int]]]:
+        """Return ``[rows]`` tokens that each row may draft, and what ends those that may.
+
+        No more than its request wants, as one token more comes with them.
+        """
         table, rows = self._state.table, len(sampled)
         drew = np.array([bool(tokens) for tokens in sampled])
         nothing = (table.skips[:rows] | self._mask).all(axis=1)
         room = np.minimum(slots - ends + 1, self._longest - ends)
         found: Ints = np.where(drew & ~nothing, np.minimum(table.drafts[:rows], room), 0)
-        return found.clip(min=0)
+        stops = {}
+        for row in (found > 0).nonzero()[0].tolist():
+            most, stops[row] = self.limits(row)
+            found[row] = min(found[row], most - ends[row] - 1)
+        return found.clip(min=0), stops
 
     def _terms(self, rows: int, drafting: int) -> Terms | None:
         if self.pace is None:
@@ -242,8 +254,15 @@ class Drafter:
         self.drafted.off += terms is None
         return terms
 
-    def _fill_in(self, drafts: list[list[int]], asked: Asked, caps: Ints, terms: Terms) -> None:
-        """Draft pass by pass, for rows that are still worth it."""
+    def _fill_in(
+        self,
+        drafts: list[list[int]],
+        asked: Asked,
+        caps: Ints,
+        stops: Mapping[int, frozenset[int]],
+        terms: Terms,
+    ) -> None:
+        """Draft pass by pass, for rows that are still worth it, before a token that ends them."""
         rows, reach = asked.rows, np.ones(len(asked.rows))
         self._contexts.begin(rows)
         for place in range(int(caps.max())):
@@ -251,11 +270,13 @@ class Drafter:
             if self.pace is not None:
                 reach = reach * self.pace.calibration.of(confidence)
             kept = reach >= terms.a_token
-            for row, token, sure in zip(
-                rows[kept].tolist(), picked[kept].tolist(), confidence[kept].tolist(), strict=True
-            ):
+            for at in kept.nonzero()[0].tolist():
+                row, token = int(rows[at]), int(picked[at])
+                if token in stops[row]:  # which verification says by itself, as its last token
+                    kept[at] = False
+                    continue
                 drafts[row].append(token)
-                self._state.table.drafted.setdefault(row, []).append(sure)
+                self._state.table.drafted.setdefault(row, []).append(float(confidence[at]))
             self.drafted.drafted += int(kept.sum())
             alive = kept & (caps > place + 1)
             if not alive.any() or not goes_on(reach[alive], terms):

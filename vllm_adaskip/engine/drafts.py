@@ -244,7 +244,8 @@ class Gain:
     def is_due(self, lost: Sequence[Gain]) -> bool:
         """Return whether to draft now: it pays, or is to be tried.
 
-        ``lost``: gains at other numbers of rows, if none was to be had; it is tried seldom then.
+        ``lost``: gains at fewer rows, if none was to be had there; it is tried seldom then, as
+        more rows wait less for weights.
         """
         if not self.loses and (self.is_judged or self.mean > 0 or not lost):
             return True
@@ -289,9 +290,10 @@ class Pace:
 
         All ranks get the same.
         """
-        judged = [one for one in self.gains.values() if one.is_judged]
-        lost = judged if all(one.loses for one in judged) else []
-        gain = self.gains[_about(rows)]
+        about = _about(rows)
+        fewer = [one for at, one in self.gains.items() if at < about and one.is_judged]
+        lost = fewer if all(one.loses for one in fewer) else []
+        gain = self.gains[about]
         terms = self._terms(rows, drafting) if gain.is_due(lost) else None
         found = self._of_rank_0(np.array([0.0, 0, 0, 0] if terms is None else [1.0, *terms]))
         if not found[0]:

@@ -55,6 +55,13 @@ class RunnerDrafts:
         """Return one of them: ``prompt_token_ids``, ``output_token_ids``, ``sampling_params``."""
         return self._runner.requests[request_id]
 
+    def limits(self, row: int) -> tuple[int, frozenset[int]]:
+        """Return how many tokens a row's sequence has at most, and the tokens that end it."""
+        request = self.request(self.batch[row])
+        params = request.sampling_params
+        stops = frozenset({params.eos_token_id, *(params.stop_token_ids or ())} - {None})
+        return request.num_prompt_tokens + params.max_tokens, stops
+
     def propose(
         self, sampled: list[list[int]], num_tokens: Any, token_ids: Any, slot_mappings: Any = None
     ) -> list[list[int]]:
