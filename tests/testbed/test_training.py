@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from vllm_adaskip import bundled_model
 from vllm_adaskip.lab.testbed import batches, course, network, tasks, tokenizer, train
 
 TOKENIZER = tokenizer.build()
@@ -70,6 +71,28 @@ def test_layer_dropout_grows_with_depth_and_time() -> None:
     torch.testing.assert_close(half, end * (math.sqrt(2) - 1))
 
 
+def test_early_exits_weigh_more_the_deeper_they_are_and_take_turns() -> None:
+    steps = torch.stack([network.exit_weights(12, 1.0, 3, step) for step in range(3)])
+    torch.testing.assert_close(steps.sum(1), torch.ones(3))
+    assert ((steps[:, :-1] > 0).sum(0) == torch.tensor([0, *[1] * 10])).all()  # layer 0 has none
+    assert (steps[:, -1] == steps.max(1).values).all()
+    # LayerSkip's e_l: 0 + ... + l, and L - 1 + 0 + ... + (L - 2) of the last.
+    torch.testing.assert_close(steps[0, 9] / steps[0, -1], torch.tensor(45 / 66))
+    torch.testing.assert_close(steps[1, 4] / steps[1, 10], torch.tensor(10 / 55))
+    assert network.exit_weights(12, 0.0, 3, 0).tolist() == [0.0] * 11 + [1.0]
+
+
+def test_an_exit_says_what_the_layers_up_to_it_say() -> None:
+    torch.manual_seed(0)
+    model = network.create(TOKENIZER, layers=3)
+    batch = a_batch()
+    gates = torch.ones(3, *batch.ids.shape)
+    streams = network.streams(model, batch.ids, batch.positions, batch.segments, gates)
+    gates[2] = 0
+    stopped = network.forward(model, batch.ids, batch.positions, batch.segments, gates)
+    torch.testing.assert_close(network.head(model, streams[1]), stopped)
+
+
 def test_gates_are_drawn_per_sample_and_layer() -> None:
     segments = torch.arange(8).repeat_interleave(12).expand(500, -1)
     probabilities = torch.tensor([0.0, 0.1, 0.3])
@@ -86,6 +109,29 @@ def test_learned_tasks_are_drawn_less_and_exercises_fade() -> None:
     assert later["gloss"] == 0
     assert course.rate(0.3) == 1
     assert course.rate(1.0) == 0
+
+
+def test_a_trained_model_learns_to_leave_early(tmp_path: Path) -> None:
+    options = train.Options(
+        out=tmp_path, start=Path(bundled_model()), exits=1.0, steps=12, rows=4, rate=1e-3,
+        questions=1, compiled=False,
+    )  # fmt: skip
+    trainer, batch = train.Trainer(options), a_batch()
+    gates = torch.ones(12, *batch.ids.shape)
+    given = trainer.model, batch.ids, batch.positions, batch.segments, gates
+
+    def loss_of_exits() -> float:
+        with torch.no_grad():
+            logits = [network.head(trainer.model, each) for each in network.streams(*given)]
+        losses = [network.answer_loss(each, batch.labels).item() for each in logits]
+        return sum(losses[3:9])
+
+    before = loss_of_exits()
+    trainer.run()
+    assert loss_of_exits() < 0.9 * before
+    trainer.write_record()
+    record = json.loads((tmp_path / "training.json").read_text())
+    assert record["early_exit_scale"] == 1.0
 
 
 def test_a_tiny_run_learns_and_resumes(tmp_path: Path) -> None:

@@ -34,7 +34,8 @@ from vllm_adaskip.lab.fitting.samples import (
     batches_of,
     before_answers,
 )
-from vllm_adaskip.lab.fitting.training import in_16_bits, of_near_length
+from vllm_adaskip.lab.fitting.training import of_near_length
+from vllm_adaskip.lab.precision import in_16_bits
 
 #: Drafts one after the other, in training; and how much each counts less than the one before.
 PLACES, FADING = 3, 0.7

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from vllm_adaskip.lab.data.items import DataError
 from vllm_adaskip.lab.fitting.samples import Sample
-from vllm_adaskip.lab.fitting.training import is_fast_in_16_bits
+from vllm_adaskip.lab.precision import is_fast_in_16_bits
 
 #: The least tokens of an answer that is kept.
 LEAST = 4

@@ -9,7 +9,6 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
 from types import MethodType
@@ -215,17 +214,6 @@ def _merged(layer: Any, values: Tensor) -> Tensor:
 def save_adapter(adapted: Any, profile: Path) -> None:
     """Write what `adapt` added into a profile's folder, without asking the hub for its model."""
     adapted.save_pretrained(profile / ADAPTER, save_embedding_layers=False)
-
-
-def in_16_bits(device: torch.device) -> AbstractContextManager[Any]:
-    """Enter what computes products in bfloat16; in float32 on CPUs that are slow at it."""
-    enabled = device.type != "cpu" or is_fast_in_16_bits()
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
-
-
-def is_fast_in_16_bits() -> bool:
-    """Return whether this CPU multiplies bfloat16, which others do in many more steps."""
-    return bool(torch.cpu._is_avx512_bf16_supported())
 
 
 def draw_curves(curves: Mapping[str, Curve], folder: Path, scale: str = "part of the loss") -> None:

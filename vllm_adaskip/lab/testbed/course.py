@@ -4,6 +4,7 @@
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from vllm_adaskip.lab.precision import in_16_bits
 from vllm_adaskip.lab.testbed import network, tasks
 from vllm_adaskip.lab.testbed.batches import Packer
 
@@ -58,7 +59,7 @@ def exact_match(
         if not answers.any():
             return right / asked
         gates = torch.ones(len(model.model.layers), *batch.ids.shape)
-        with torch.autocast("cpu", torch.bfloat16):
+        with in_16_bits(batch.ids.device):
             logits = network.forward(model, batch.ids, batch.positions, batch.segments, gates)
         wrong = (logits.argmax(-1) != batch.labels) & answers
         row = torch.arange(len(batch.ids))[:, None] * batch.ids.shape[1]

@@ -88,7 +88,14 @@ def _attend(
 def forward(
     model: LlamaForCausalLM, ids: Tensor, positions: Tensor, segments: Tensor, gates: Tensor
 ) -> Tensor:
-    """Logits, with each layer's update multiplied by its gate.
+    """Logits, with each layer's update multiplied by its gate."""
+    return head(model, streams(model, ids, positions, segments, gates)[-1])
+
+
+def streams(
+    model: LlamaForCausalLM, ids: Tensor, positions: Tensor, segments: Tensor, gates: Tensor
+) -> list[Tensor]:
+    """Return the residual stream `[batch, length, hidden]` behind each layer.
 
     `gates` is [layers, batch, length]: 1 keeps a layer for that token's sample, 0 drops it. It is
     the same computation as transformers' (a test compares them), but a compiled graph of it stays
@@ -97,16 +104,37 @@ def forward(
     x = model.model.embed_tokens(ids)
     rotary = model.model.rotary_emb(x, positions)
     mask = allowed(segments)
+    found = []
     for layer, gate in zip(model.model.layers, gates.unsqueeze(-1), strict=True):
         x = x + gate * _attend(layer, layer.input_layernorm(x), rotary, mask)
         x = x + gate * layer.mlp(layer.post_attention_layernorm(x))
-    logits: Tensor = model.lm_head(model.model.norm(x))
+        found.append(x)
+    return found
+
+
+def head(model: LlamaForCausalLM, stream: Tensor) -> Tensor:
+    """Return the logits that a stream gives, as if it left after the last layer."""
+    logits: Tensor = model.lm_head(model.model.norm(stream))
     return logits
 
 
 def answer_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean cross entropy over the answers' tokens; other labels are -100."""
     return functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+
+
+def exit_weights(layers: int, scale: float, every: int, step: int) -> Tensor:
+    """Return LayerSkip's weight of each layer's loss (arXiv 2404.16710, section 4.1.2).
+
+    It grows with depth: e_l = scale * (0 + ... + l), and e_(L-1) = L - 1 + scale * (0 + ... + L-2).
+    By the rotating curriculum every so many layers leave in a step, the next ones in the next,
+    and the last layer always. The weights of a step add up to 1; with scale 0 the last has all.
+    """
+    depth = torch.arange(layers).float()
+    weights = scale * depth.cumsum(0)
+    weights[(torch.arange(layers) - step) % every != 0] = 0.0
+    weights[-1] = layers - 1 + scale * depth[:-1].sum()
+    return weights / weights.sum()
 
 
 def drop_probabilities(layers: int, p_max: float, progress: float) -> Tensor:

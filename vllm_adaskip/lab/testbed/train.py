@@ -17,10 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from transformers import LlamaForCausalLM
 
+from vllm_adaskip.lab.precision import in_16_bits
 from vllm_adaskip.lab.testbed import batches, course, network, picture, tokenizer
 
 SEGMENT_LENGTH = 96
+#: Of so many layers one leaves in a step, beside the last.
+EXITS_EVERY = 3
 
 
 @dataclass
@@ -40,6 +44,8 @@ class Options:
     questions: int = 100  # per task and checkpoint
     compiled: bool = True
     resume: bool = False
+    start: Path | None = None  # a trained model to go on from, at full length of the questions
+    exits: float = 0.0  # LayerSkip's scale of the early exits' loss; 0: the last layer's alone
 
 
 @dataclass
@@ -61,19 +67,11 @@ class Trainer:
         self.options = options
         torch.manual_seed(options.seed)
         self.tokenizer = tokenizer.build()
-        self.model = network.create(self.tokenizer, options.layers, options.hidden)
-        # Muon suits the weight matrices; embeddings and norms go with AdamW.
-        inner = [p for p in self.model.model.layers.parameters() if p.ndim == 2]
-        chosen = {id(p) for p in inner}
-        others = [p for p in self.model.parameters() if id(p) not in chosen]
-        self.optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.Muon(
-                inner, lr=options.rate, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
-            ),
-            torch.optim.AdamW(
-                others, lr=options.rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
-            ),
-        ]
+        if options.start is None:
+            self.model = network.create(self.tokenizer, options.layers, options.hidden)
+        else:
+            self.model = LlamaForCausalLM.from_pretrained(options.start, dtype=torch.float32)
+        self.optimizers = self._optimizers()
         self.record = Record()
         self.course = batches.Course()
         self.checkpoint = options.out / "checkpoint.pt"
@@ -84,6 +82,19 @@ class Trainer:
             torch.compile(self._loss) if options.compiled else self._loss
         )
 
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        """Return Muon for new weight matrices, and AdamW for the rest and for trained models."""
+        trained = self.options.start is not None
+        inner = [p for p in self.model.model.layers.parameters() if p.ndim == 2 and not trained]
+        chosen = {id(p) for p in inner}
+        others = [p for p in self.model.parameters() if id(p) not in chosen]
+        rate = self.options.rate
+        adam = torch.optim.AdamW(others, rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        if trained:
+            return [adam]
+        muon = torch.optim.Muon(inner, rate, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+        return [muon, adam]
+
     @property
     def progress(self) -> float:
         """From 0 to 1. By the clock, so that a shared machine cannot cut the schedule short."""
@@ -92,17 +103,33 @@ class Trainer:
         return self.record.seconds / (self.options.minutes * 60)
 
     def _loss(
-        self, ids: Tensor, positions: Tensor, segments: Tensor, gates: Tensor, labels: Tensor
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        segments: Tensor,
+        gates: Tensor,
+        labels: Tensor,
+        weights: Tensor,
     ) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = network.forward(self.model, ids, positions, segments, gates)
-        return network.answer_loss(logits, labels)
+        """Return the loss; without early exits ``weights`` of the layers are not looked at."""
+        found = network.streams(self.model, ids, positions, segments, gates)
+        leaving = found if self.options.exits else found[-1:]
+        logits = [network.head(self.model, each) for each in leaving]
+        losses = torch.stack([network.answer_loss(each, labels) for each in logits])
+        return losses @ weights[-len(losses) :]
 
     def step(self, batch: batches.Batch) -> float:
         """One update; returns the loss before it."""
-        drop = network.drop_probabilities(self.options.layers, self.options.dropout, self.progress)
+        layers = len(self.model.model.layers)
+        drop = network.drop_probabilities(layers, self.options.dropout, self.progress)
         gates = network.sample_gates(drop, batch.segments, self.generator)
-        loss = self.loss(batch.ids, batch.positions, batch.segments, gates, batch.labels)
+        weights = network.exit_weights(
+            len(gates), self.options.exits, EXITS_EVERY, self.record.steps
+        )
+        with in_16_bits(self.model.device):
+            loss = self.loss(
+                batch.ids, batch.positions, batch.segments, gates, batch.labels, weights
+            )
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
@@ -115,7 +142,9 @@ class Trainer:
     def plan(self) -> None:
         """Set what the data worker makes next."""
         learned = self.record.matches[-1] if self.record.matches else {}
-        self.course.set(course.shares(self.progress, learned), course.level(self.progress))
+        # What goes on from a trained model begins where short questions and exercises are over.
+        at = self.progress if self.options.start is None else 1.0
+        self.course.set(course.shares(at, learned), course.level(at))
 
     def check(self, last: bool = False) -> None:
         """Measure on the tune split, then save.
@@ -202,6 +231,7 @@ class Trainer:
             "tokens": record.tokens,
             "parameters": self.model.num_parameters(),
             "layer_dropout": self.options.dropout,
+            "early_exit_scale": self.options.exits,
             "rate": self.options.rate,
             "torch": torch.__version__,
             "tune_exact_match": record.matches,
@@ -222,6 +252,8 @@ def parse() -> Options:
     )
     parser.add_argument("--rate", type=float, default=5e-3, help="highest learning rate")
     parser.add_argument("--dropout", type=float, default=0.2, help="p_max of the layer dropout")
+    parser.add_argument("--start", type=Path, help="folder of a trained model to go on from")
+    parser.add_argument("--exits", type=float, default=0.0, help="scale of the early exits' loss")
     parser.add_argument("--every", type=float, default=3.0, help="minutes between checkpoints")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     return Options(**vars(parser.parse_args()))
