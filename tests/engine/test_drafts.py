@@ -220,15 +220,32 @@ def test_another_pass_is_made_while_it_pays() -> None:
 def test_times_follow_the_machine() -> None:
     one = Times(SIZES, FLAT)
     for _ in range(200):
-        one.saw_forward(2, 0.030, rest=0.004)
+        one.saw_forward(2, 0.030, rest=0.004, verifies=False)
         one.saw_pass(1, 0.001)
     assert one.forward(1) == pytest.approx(0.030, rel=0.01)
     assert one.a_pass(4) == pytest.approx(0.001, rel=0.01)
     assert one.rest == pytest.approx(0.004)
-    one.saw_forward(2, 0.030, rest=5.0)  # it waited for a request
+    one.saw_forward(2, 0.030, rest=5.0, verifies=False)  # it waited for a request
     assert one.rest < 0.0042
     assert Times((1,), FLAT[:, :1]).forward(50) == 0.010  # as far as anybody knows
     assert Times(SIZES, STEEP).forward(32) == pytest.approx(0.32)
+
+
+def test_what_judging_takes_is_part_of_what_drafts_cost() -> None:
+    costs = []
+    for rest in (0.002, 0.007):
+        one = pace()
+        one.measure()
+        assert one.times is not None
+        one.times.saw_forward(1, 0.010, rest=0.002, verifies=False)
+        one.times.saw_forward(4, 0.010, rest=0.5, verifies=True)  # the first: a warm-up
+        one.times.saw_forward(4, 0.010, rest=rest, verifies=True)
+        assert (one.times.rest, one.times.judging) == (0.002, rest)
+        one.saw(1, 3, 1, seconds=0.006)
+        costs.append(one.gains[0].cost)
+        one.saw(1, 0, 0, seconds=0.006)  # nothing was verified
+    assert costs == pytest.approx([0.5, 0.5 + 0.005 / 0.012])
+    assert one.gains[0].cost == pytest.approx((costs[1] + 0.5) / 2)
 
 
 def test_places_in_a_draft_are_counted() -> None:

@@ -227,7 +227,7 @@ class Drafter:
             self.pace.saw(len(lengths), verified, accepted, seconds_drafting)
         if all(map(len, sampled)) and (lengths <= self._draft.tokens + 1).all():  # no prompts
             rest = now - self._ended - seconds
-            self.pace.times.saw_forward(int(starts[-1]), seconds, rest)
+            self.pace.times.saw_forward(int(starts[-1]), seconds, rest, verifies=verified > 0)
 
     def _caps(
         self, sampled: Sequence[Sequence[int]], ends: Ints, slots: Ints
@@ -264,6 +264,7 @@ class Drafter:
     ) -> None:
         """Draft pass by pass, for rows that are still worth it, before a token that ends them."""
         rows, reach = asked.rows, np.ones(len(asked.rows))
+        start = perf_counter()
         self._contexts.begin(rows)
         for place in range(int(caps.max())):
             picked, confidence, hidden = self._pass(asked)
@@ -278,6 +279,7 @@ class Drafter:
                 drafts[row].append(token)
                 self._state.table.drafted.setdefault(row, []).append(float(confidence[at]))
             self.drafted.drafted += int(kept.sum())
+            start = self._took(len(rows), start)
             alive = kept & (caps > place + 1)
             if not alive.any() or not goes_on(reach[alive], terms):
                 break
@@ -289,7 +291,6 @@ class Drafter:
 
     def _pass(self, asked: Asked) -> tuple[Ints, Floats, Tensor]:
         """Return each row's likeliest next token, its probability, and what the head took."""
-        start = perf_counter()
         step = self._step_of(asked.rows)
         with self._contexts.at(asked.positions):
             # As in vLLM's own steps: what is compiled without guards takes these types alone.
@@ -297,10 +298,15 @@ class Drafter:
             hidden = self._hidden(step, *self._inputs(ids, asked.positions, asked.heard))
         confidence, picked = self._head(hidden)
         self.drafted.passes += 1
-        if self.pace is not None and self.pace.times is not None:
-            self.pace.times.saw_pass(len(asked.rows), perf_counter() - start)
-            self._seconds += self.pace.times.a_pass(len(asked.rows))
         return picked.numpy(), confidence.numpy(), hidden
+
+    def _took(self, rows: int, start: float) -> float:
+        """Learn what a pass took, with all around it; return when it ended."""
+        now = perf_counter()
+        if self.pace is not None and self.pace.times is not None:
+            self.pace.times.saw_pass(rows, now - start)
+            self._seconds += self.pace.times.a_pass(rows)
+        return now
 
     def _inputs(self, ids: Tensor, positions: Tensor, heard: Tensor | None = None) -> Inputs:
         """Return what a body takes, of ``[rows, hidden]`` that drafts hear; None: nothing yet."""

@@ -173,6 +173,7 @@ class Times:
 
     Attributes:
         rest: seconds of a step outside the forward: scheduler, sampler, the way between processes.
+        judging: the same of a step that verifies drafts, which vLLM samples in another way.
 
     """
 
@@ -180,7 +181,8 @@ class Times:
         """Take ``[2, sizes]`` seconds of a whole forward, and of a draft's pass."""
         self._sizes, self._forward, self._pass = np.array(sizes), *table
         self._factors = {"forward": 1.0, "pass": 1.0}
-        self.rest = 0.0
+        self.rest = self.judging = 0.0
+        self._has_judged = False
 
     def forward(self, tokens: int) -> float:
         """Return the seconds of a forward of the whole model, or of what requests' plans keep."""
@@ -190,14 +192,17 @@ class Times:
         """Return the seconds of one draft of each of so many rows."""
         return self._factors["pass"] * self._at(self._pass, rows)
 
-    def saw_forward(self, tokens: int, seconds: float, rest: float) -> None:
+    def saw_forward(self, tokens: int, seconds: float, rest: float, *, verifies: bool) -> None:
         """Learn from a step in which all rows decode."""
         self._learn("forward", seconds / self._at(self._forward, tokens))
-        # Engines wait for requests too, so what is short is believed at once.
-        self.rest = min(rest, self.rest * 1.02) if self.rest else rest
+        if not verifies:
+            self.rest = _sooner(self.rest, rest)
+        elif self._has_judged:
+            self.judging = _sooner(self.judging, rest)
+        self._has_judged |= verifies  # the first time takes long, and no other is like it
 
     def saw_pass(self, rows: int, seconds: float) -> None:
-        """Learn from one pass."""
+        """Learn from one pass, with what comes before and after it."""
         self._learn("pass", seconds / self._at(self._pass, rows))
 
     def _learn(self, kind: str, seen: float) -> None:
@@ -206,6 +211,11 @@ class Times:
 
     def _at(self, seconds: Floats, tokens: int) -> float:
         return float(at_rows(self._sizes, seconds, tokens))
+
+
+def _sooner(known: float, seen: float) -> float:
+    """Return what a rest takes: engines wait for requests too, so short ones count at once."""
+    return min(seen, known * 1.02) if known else seen
 
 
 @dataclass
@@ -308,9 +318,8 @@ class Pace:
         times = self.times
         token = (times.rest + times.forward(rows)) / rows
         more = times.forward(rows + drafting) - times.forward(rows)
-        terms = Terms(
-            times.a_pass(drafting) / token, more / drafting / token, self.calibration.rate
-        )
+        a_pass, a_token = times.a_pass(drafting) / token, more / drafting / token
+        terms = Terms(a_pass, a_token, self.calibration.rate)
         return terms if terms.a_pass + terms.a_token * drafting < drafting else None
 
     def saw(self, rows: int, verified: int, accepted: int, seconds: float) -> None:
@@ -327,6 +336,8 @@ class Pace:
         times = self.times
         plain = times.rest + times.forward(rows)
         more = times.forward(rows + verified) - times.forward(rows)
+        if verified and times.rest:
+            more += max(0.0, times.judging - times.rest)
         self.gains[_about(rows)].saw(accepted / rows, (seconds + more) / plain)
 
     def report(self) -> dict[str, Any]:
